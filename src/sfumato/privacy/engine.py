@@ -5,9 +5,9 @@
     engine.attach(optimizer)
 
 One step (Abadi et al. 2016, Algorithm 1, arXiv:1607.00133): the ledger reserves the event; units are drawn by Poisson
-sampling; one backward pass records what the per-unit gradients are made of; each unit's gradient, over all parameters and
-all its rows, is scaled down to norm C; their sum plus N(0, (sigma C)^2) is divided by the expected batch size and becomes
-``.grad``; the optimizer, whichever it is, does the rest.
+sampling; one backward pass records what the per-unit gradients are made of; each unit's gradient, over all parameters
+and all its rows, is scaled down to norm C; their sum plus N(0, (sigma C)^2) is divided by the expected batch size and
+becomes ``.grad``; the optimizer, whichever it is, does the rest.
 
 Shapes: R rows, B units. Rows convention: every protected layer sees the rows as its leading dimension.
 """
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from sfumato import checks
@@ -54,7 +55,9 @@ class _Engine:
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, plan: PrivacyPlan | None, ledger: Ledger | None, random: Random | None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: PrivacyPlan | None, ledger: Ledger | None, random: Random | None
+    ) -> None:
         self.model = model
         self.plan = plan
         self.ledger = ledger
@@ -80,7 +83,7 @@ class _Engine:
         """
         if self._optimizer is not None:
             raise UsageError(
-                f"optimizer = {type(optimizer).__name__} · the engine is attached to {type(self._optimizer).__name__} already",
+                f"optimizer = {type(optimizer).__name__} · the engine has {type(self._optimizer).__name__} already",
                 next="Use one optimizer (with parameter groups), or call engine.detach() first.",
             )
         self._check_optimizer(optimizer)
@@ -116,11 +119,11 @@ class _Engine:
         Args:
           dataset: a ``UnitTable`` (yields ``Batch``), or any dataset with a length and an index (yields its items,
             collated; then the loss is a mean over rows).
-          expected_batch_size: B, in units, a public constant; the sampling rate is B / number of units, which is thereby
-            declared public. Both come from the plan, if there is one.
+          expected_batch_size: B, in units, a public constant; the sampling rate is B / number of units, which is
+            thereby declared public. Both come from the plan, if there is one.
           unit: for an ordinary dataset, whose item i is: one name per item. Left out, every item is a unit.
           max_physical_batch_size: at most so many units at once; a batch then comes in parts (``Batch.last`` marks the
-            final one). Run the whole loop body for every part: ``optimizer.step()`` adds it to the sum, and steps on the last.
+            final one). Run the whole loop body for every part: ``optimizer.step()`` adds up, and steps on the last.
           records_per_unit: at most so many rows of a unit take part in a step (1 without a plan).
         """
         source = _source(dataset, unit)
@@ -129,7 +132,8 @@ class _Engine:
         if self.plan is not None:
             if limit not in (None, self.plan.records_per_unit):
                 raise UsageError(
-                    f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}", next="Leave it to the plan."
+                    f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
+                    next="Leave it to the plan.",
                 )
             limit = self.plan.records_per_unit
         if steps is None:
@@ -191,7 +195,7 @@ class _Engine:
 
     def _steps_left(self) -> int:
         if self.plan is None:
-            raise UsageError("steps = None · must be given without a plan", next="Give engine.batches(..., steps=1_000).")
+            raise UsageError("steps = None · must be given without a plan", next="Give steps=1_000, for example.")
         return max(0, self.plan.steps - self.steps_started)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -205,7 +209,7 @@ class _Engine:
             )
         if len(held) > len(named):
             raise UsageError(
-                f"optimizer · also trains {len(held) - len(named)} parameters that are not the model's, which would be unprotected",
+                f"optimizer · also trains {len(held) - len(named)} parameters that are not the model's, unprotected",
                 next="Give the engine the module that holds them all.",
             )
 
@@ -231,18 +235,18 @@ class _Engine:
 class DifferentialPrivacyEngine(_Engine):
     """Differentially private training of one model with one optimizer.
 
-    Guarantee: what ``optimizer.step()`` does to the parameters, over all steps together, is (epsilon, delta)-private for
-    adding or removing one unit, with ``get_epsilon(delta)``; provided that the batches are Poisson-sampled
-    (``engine.batches`` does that; in a hand-written loop it is the loop's promise) and that the loss is one loss per unit,
-    each from that unit's rows alone. Buffers that a forward pass changes are not protected and therefore refused.
+    Guarantee: what ``optimizer.step()`` does to the parameters, over all steps together, is (epsilon, delta)-private
+    for adding or removing one unit, with ``get_epsilon(delta)``; provided that the batches are Poisson-sampled
+    (``engine.batches`` does that; in a hand-written loop it is the loop's promise) and that the loss is one loss per
+    unit, each from that unit's rows alone. Buffers that a forward pass changes are not protected and therefore refused.
 
     Args:
       max_grad_norm: C, the bound on a unit's gradient, over all parameters together.
       noise_multiplier: sigma; the noise has standard deviation sigma C. 0 is no noise: epsilon is infinite.
       expected_batch_size, sampling_rate: B and q; for hand-written loops. ``batches`` finds them itself.
       loss_reduction: how the loop makes one number of its losses: their "mean" or their "sum".
-      clipping: "flat", one clip; "per_layer", each of L layers to C / sqrt(L), so that together they keep C; "automatic",
-        AUTO-S, every gradient normalised to about C.
+      clipping: "flat", one clip; "per_layer", each of L layers to C / sqrt(L), so that together they keep C;
+        "automatic", AUTO-S, every gradient normalised to about C.
       ledger: writes every event durably before the data is touched.
       random: where sampling and noise come from; SecretRandom, unless it is a test.
     """
@@ -487,13 +491,13 @@ class DifferentialPrivacyEngine(_Engine):
                 return [clip_to(self.max_grad_norm / math.sqrt(len(self._tape.layers)))] * called
 
     def _release(self) -> None:
-        """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. The sum is gone afterwards."""
+        """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. Then the sum is dropped."""
         assert self._expected_batch_size is not None
         std = self.noise_multiplier * self.max_grad_norm
         self._given = {}
         for parameter in self._tape.parameters:
-            total = self._sums.get(parameter)
-            noisy = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device) if total is None else total.double()
+            total = self._sums.get(parameter, torch.zeros_like(parameter))
+            noisy = total.double()
             if std > 0:
                 noisy = noisy + gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
             parameter.grad = (noisy / self._expected_batch_size).to(parameter.dtype)
@@ -518,8 +522,8 @@ class DifferentialPrivacyEngine(_Engine):
             for p in protected:
                 p.grad = None
             raise UnsupportedLayer(
-                f"{_listed(leaked)} · got a gradient that was not clipped: the parameter is used outside its module's forward()",
-                next="Call the module instead of reading its weight (or call optimizer.zero_grad() if you changed .grad).",
+                f"{_listed(leaked)} · got a gradient that was not clipped: it is used outside its module's forward()",
+                next="Call the module instead of reading its weight (or call zero_grad() if you changed .grad).",
             )
 
     def _is_ours(self, parameter: nn.Parameter) -> bool:
@@ -581,15 +585,17 @@ class NotPrivateEngine(_Engine):
         plan: NotPrivate | None = None,
     ) -> None:
         super().__init__(model, plan, None, random)
-        self._expected_batch_size = expected_batch_size if expected_batch_size is not None else self._expected_batch_size
-        self._sampling_rate = sampling_rate if sampling_rate is not None else self._sampling_rate
+        if expected_batch_size is not None:
+            self._expected_batch_size = expected_batch_size
+        if sampling_rate is not None:
+            self._sampling_rate = sampling_rate
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     @classmethod
     def from_plan(
         cls, model: nn.Module, plan: NotPrivate, *, ledger: Ledger | None = None, random: Random | None = None
     ) -> "NotPrivateEngine":
-        """The twin of ``DifferentialPrivacyEngine.from_plan``; a ledger is left alone, as there is no event to write."""
+        """The twin of ``DifferentialPrivacyEngine.from_plan``; there is no event to write into a ledger."""
         return cls(model, random=random, plan=plan)
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
@@ -682,7 +688,8 @@ class _DatasetSource(_Source):
         length = len(dataset)
         if unit is not None and len(unit) != length:
             raise UsageError(
-                f"len(unit) = {len(unit)} · must equal the dataset's length, {length}", next="Give one unit name per item."
+                f"len(unit) = {len(unit)} · must equal the dataset's length, {length}",
+                next="Give one unit name per item.",
             )
         self._table = None
         if unit is not None:
@@ -700,7 +707,7 @@ class _DatasetSource(_Source):
         if items:
             return default_collate([self._dataset[i] for i in items]), grouping
         like = default_collate([self._dataset[0]])  # only its shapes: the empty batch has no rows
-        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
+        return pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
 
 
 def _source(dataset: Any, unit: Sequence[Any] | None) -> _Source:

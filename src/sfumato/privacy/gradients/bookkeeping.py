@@ -1,4 +1,4 @@
-"""Puts the rules to work on a model: records one backward pass, and sums the clipped per-unit gradients from the records.
+"""Puts the rules to work on a model: records one backward pass, and sums the clipped gradients from the records.
 
 Shapes: R rows, B units.
 
@@ -23,8 +23,11 @@ _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
         "normalises over the batch, so units influence each other and its running averages leave without noise: "
         "use nn.GroupNorm (or nn.LayerNorm)",
     ),
-    (nn.RNNBase, "has rows in the second dimension of its states: use nn.GRUCell or nn.LSTMCell, attention or convolutions"),
-    (nn.parallel.DistributedDataParallel, "reduces gradients before they are clipped: give the engine the module inside"),
+    (nn.RNNBase, "has rows in the second dimension of its states: use nn.GRUCell, nn.LSTMCell, or attention"),
+    (
+        nn.parallel.DistributedDataParallel,
+        "reduces gradients before they are clipped: give the engine the module inside",
+    ),
     (nn.DataParallel, "splits rows over replicas that are not recorded: give the engine the module inside"),
 )
 
@@ -124,7 +127,7 @@ class Tape:
             self._pass = number
         elif self._pass != number:
             raise UsageError(
-                "backward() · was called twice before optimizer.step(), and the engine cannot know whether of the same examples",
+                "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
                 next="Add the losses up and call backward() once; for large batches use "
                 "engine.batches(..., max_physical_batch_size=) and step after every part.",
             )
@@ -138,6 +141,7 @@ class Tape:
             rows.add(self.rows)
         if len(rows) > 1:
             expected = self.rows
+            shown = f", {expected}," if expected else ""
             called = [layer for layer in self.layers if layer.calls]
             wrong = [
                 f"{layer}: {sorted({t.num_rows for t in group})}"
@@ -146,9 +150,8 @@ class Tape:
             ]
             self.clear()
             raise UnsupportedLayer(
-                f"leading dimension · must be the batch's rows in every layer{f', {expected},' if expected else ''} but is in "
-                + "; ".join(wrong),
-                next="Keep the rows as the leading dimension: fold nothing into it, and put draws and positions after it.",
+                f"leading dimension · must be the batch's rows{shown} in every layer, but is in " + "; ".join(wrong),
+                next="Keep the rows as the leading dimension; put draws and positions after it.",
             )
         self.clear()
         return [group for group in terms if group], rows.pop() if rows else 0
@@ -209,8 +212,8 @@ def _find_layers(model: nn.Module) -> list[Layer]:
     visit("", model, covered=False)
     if problems:
         raise UnsupportedLayer(
-            f"{len(problems)} layer{'s' if len(problems) > 1 else ''} cannot be trained privately: " + "; ".join(problems),
-            next="Replace each as its line says, or freeze it where the line allows that.",
+            f"{len(problems)} layer{'s' * (len(problems) > 1)} cannot be trained privately: " + "; ".join(problems),
+            next="Change each as its line says.",
         )
     return layers
 
@@ -226,7 +229,7 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
     if isinstance(vars(module).get("forward"), _Forward):
         return "is recorded by another engine already: call its detach() first"
     if owns_trainable and "forward" in vars(module):
-        return "has a forward that was replaced on the instance, which the engine cannot see into: give its class that forward"
+        return "has a forward that was replaced on the instance: give its class that forward"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
         return "has no parameters yet: run the model once before the engine is made"
     return None
@@ -237,7 +240,7 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """The sum over units of clipped gradients, and how many units had a non-finite gradient (internal; never released)."""
+    """The sum over units of clipped gradients, and how many had a non-finite gradient (internal; never released)."""
 
     sums: Sums
     non_finite: int
@@ -260,8 +263,8 @@ def normalise_to(bound: float, stability: float = 0.01) -> Clip:
 def clipped_sums(layers: list[list[Term]], units: Units, scale: Tensor, clips: list[Clip] | Clip) -> Clipped:
     """Clips every unit's gradient and adds up.
 
-    Guarantee: with one clip, a unit changes ``sums`` by at most the clip's bound in L2 norm over all parameters; with one
-    clip per entry of ``layers``, by at most its bound in each of these; whatever the unit's gradient is, including
+    Guarantee: with one clip, a unit changes ``sums`` by at most the clip's bound in L2 norm over all parameters; with
+    one clip per entry of ``layers``, by at most its bound in each of these; whatever the unit's gradient is, including
     non-finite numbers, which count as zero. The bound holds in the arithmetic that is used: norms and factors are
     rounded against the unit. (Not covered: the rounding of the sum over units itself.)
 

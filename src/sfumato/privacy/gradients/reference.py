@@ -54,7 +54,7 @@ def find_coupling(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Ba
     Returns: where the coupling shows first (a module's name, or "the loss"); None if nothing moved.
     """
     if batch.num_units < 2:
-        raise UsageError(f"num_units = {batch.num_units} · at least two are needed", next="Give a batch of several units.")
+        raise UsageError(f"num_units = {batch.num_units} · at least two are needed", next="Give a larger batch.")
     others = batch.unit < batch.num_units - 1
     before = _observed(model, losses, batch, others)
     after = _observed(model, losses, _changed(batch, others), others)
@@ -72,7 +72,7 @@ class _Observed:
 
 
 def _observed(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch, others: Tensor) -> _Observed:
-    """Outputs of the leaf modules and losses, for the rows of the other units; the gradient of the sum of their losses."""
+    """Outputs of the leaf modules, losses, and the gradient of their sum, all for the rows of the other units."""
     seen = _Observed()
 
     def watch(name: str) -> Callable[..., None]:

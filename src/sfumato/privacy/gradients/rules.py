@@ -11,8 +11,8 @@ The registry is open:
         parameters = ("weight",)
         ...
 
-A module that owns trainable parameters and has no rule goes through ``RowByRow``: copies of its parameters, one per row,
-mapped over the rows by ``torch.func.vmap``, or in a loop where vmap cannot.
+A module that owns trainable parameters and has no rule goes through ``RowByRow``: copies of its parameters, one per
+row, mapped over the rows by ``torch.func.vmap``, or in a loop where vmap cannot.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -68,7 +69,8 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
         for layer_type in layer_types:
             if layer_type in _RULES:
                 raise UsageError(
-                    f"rule for {layer_type.__name__} = {cls.__name__} · {type(_RULES[layer_type]).__name__} is registered already",
+                    f"rule for {layer_type.__name__} = {cls.__name__} · there is one already, "
+                    f"{type(_RULES[layer_type]).__name__}",
                     next="Register a rule for your own subclass.",
                 )
             _RULES[layer_type] = cls()
@@ -84,7 +86,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:
-            same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+            code = ("forward", "_conv_forward")
+            same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in code)
             trainable = {name for name, p in module.named_parameters() if p.requires_grad}
             return found if same and trainable <= set(found.parameters) else None
     return None
@@ -92,6 +95,11 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def known_layers() -> list[str]:
     return sorted(layer_type.__name__ for layer_type in _RULES)
+
+
+def _once(backward: Callable[..., Any]) -> Any:
+    """No second derivative goes through a recorded layer: asking for one raises instead of giving zero."""
+    return once_differentiable(backward)
 
 
 # ---------------------------------------------------------------------------------------------------------- Linear
@@ -105,9 +113,9 @@ class _Linear(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (g,) = outputs
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(x, g)
         gradient = (g @ weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
@@ -120,13 +128,13 @@ class LinearRule(Rule):
         (x,) = _one_input(module, args, kwargs, least=2)
         return _Linear.apply(record, x, module.weight, module.bias)  # type: ignore[return-value]
 
-    def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]:
+    def terms(self, module: Any, calls: list[Call]) -> list[Term]:
         inputs, outputs = ([_flat(call[i]) for call in calls] for i in (0, 1))
         a, g = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (inputs, outputs))
         weight, bias = module.weight, module.bias
         if not weight.requires_grad:
             return [PerRow(bias, g.sum(1))] if bias is not None and bias.requires_grad else []
-        return [Outer(weight, bias if bias is not None and bias.requires_grad else None, a, g)]  # type: ignore[arg-type]
+        return [Outer(weight, bias if bias is not None and bias.requires_grad else None, a, g)]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -148,9 +156,9 @@ class _Convolution(Function):
         return _convolution(x, weight, bias, geometry)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (g,) = outputs
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(x, g)
         gradient = None
@@ -178,14 +186,14 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 class _AnyConvolutionRule(Rule):
-    def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]:
+    def terms(self, module: Any, calls: list[Call]) -> list[Term]:
         terms: list[Term] = []
         weight, bias = module.weight, module.bias
         if weight.requires_grad:
             geometry = self.geometry(module)
-            terms += [Convolution(weight, x, g, geometry) for x, g in calls]  # type: ignore[arg-type]
+            terms += [Convolution(weight, x, g, geometry) for x, g in calls]
         if bias is not None and bias.requires_grad:
-            terms.append(PerRow(bias, sum_of([g.flatten(2).sum(2) for _, g in calls])))  # type: ignore[arg-type]
+            terms.append(PerRow(bias, sum_of([g.flatten(2).sum(2) for _, g in calls])))
         return terms
 
     def geometry(self, module: nn.Module) -> Geometry:
@@ -206,10 +214,10 @@ class ConvolutionRule(_AnyConvolutionRule):
 
     def geometry(self, module: Any) -> Geometry:
         none = (0,) * len(module.kernel_size)
-        padded_before = module.padding_mode != "zeros" or isinstance(module.padding, str)
+        padded = module.padding_mode != "zeros" or isinstance(module.padding, str)  # in ``forward``
         return Geometry(
             stride=module.stride,
-            padding=none if padded_before else module.padding,
+            padding=none if padded else tuple(int(n) for n in module.padding),
             dilation=module.dilation,
             groups=module.groups,
             output_padding=none,
@@ -250,9 +258,9 @@ class _Embedding(Function):
         return F.embedding(words, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (g,) = outputs
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         (words,) = ctx.saved_tensors
         if ctx.padding >= 0:
             g = g.masked_fill((words == ctx.padding).unsqueeze(-1), 0)
@@ -296,9 +304,9 @@ class _LayerNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (g,) = outputs
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         x, mean, rstd, weight, bias = ctx.saved_tensors
         normalised = (x - mean) * rstd
         ctx.record(_over_positions(g * normalised, len(ctx.shape)), _over_positions(g, len(ctx.shape)))
@@ -350,9 +358,9 @@ class _GroupNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        g = outputs[0].contiguous()
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        g = grad_outputs[0].contiguous()
         x, mean, rstd, weight = ctx.saved_tensors
         rows, channels, space, groups = ctx.sizes
         grouped = x.reshape(rows, groups, -1)
@@ -384,9 +392,9 @@ class _Scale(Function):
         return x * weight
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (g,) = outputs
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(_over_positions(g * x, weight.dim()))
         return None, g * weight if ctx.needs_input_grad[1] else None, None
@@ -414,9 +422,9 @@ class _Copies(Function):
         return parameter.detach().expand(rows, *parameter.shape).clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        ctx.record(torch.tensor(ctx.index), outputs[0])
+    @_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        ctx.record(torch.tensor(ctx.index), grad_outputs[0])
         return None, None, None, None
 
 
@@ -427,7 +435,7 @@ class RowByRow(Rule):
     """
 
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
-        leaves, shape = torch.utils._pytree.tree_flatten((args, kwargs))
+        leaves, shape = pytree.tree_flatten((args, kwargs))
         rows = record.rows
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if rows is None:
@@ -441,7 +449,7 @@ class RowByRow(Rule):
         if rows == 0 or not any(mapped):
             raise UnsupportedLayer(
                 f"{type(module).__name__} · got no tensor with the batch's {rows} rows as its leading dimension",
-                next="Give it the rows first (batch_first=True), expand what all rows share, and skip it for an empty batch.",
+                next="Give it the rows first (batch_first=True), and expand what all rows share.",
             )
         parameters = trainable(module)
         copies: list[Any] = [_Copies.apply(record, i, rows, parameter) for i, parameter in enumerate(parameters)]
@@ -449,17 +457,17 @@ class RowByRow(Rule):
         def one_row(own: list[Tensor], row: list[Tensor]) -> Any:
             values = iter(row)
             full = [next(values).unsqueeze(0) if is_row else leaf for leaf, is_row in zip(leaves, mapped, strict=True)]
-            a, k = torch.utils._pytree.tree_unflatten(full, shape)
+            a, k = pytree.tree_unflatten(full, shape)
             with _swapped(module, parameters, own):
                 result = plain_forward(module)(*a, **k)
-            return torch.utils._pytree.tree_map_only(Tensor, lambda y: _only_row(module, y), result)
+            return pytree.tree_map_only(Tensor, lambda y: _only_row(module, y), result)
 
         row_values = [leaf for leaf, is_row in zip(leaves, mapped, strict=True) if is_row]
         try:
             return torch.func.vmap(one_row, randomness="different")(copies, row_values)
         except (RuntimeError, ValueError):  # an operator without a batching rule, control flow, an in-place change
             results = [one_row([c[i] for c in copies], [v[i] for v in row_values]) for i in range(rows)]
-            return torch.utils._pytree.tree_map(lambda *ys: _stack(ys), *results)
+            return pytree.tree_map(lambda *ys: _stack(ys), *results)
 
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]:
         terms: list[Term] = []
@@ -533,7 +541,7 @@ def _one_input(
     x = given[0]
     if x.dim() < least:
         raise UnsupportedLayer(
-            f"{type(module).__name__} · got an input of shape {tuple(x.shape)}, expected at least {least} dimensions, rows first",
+            f"{type(module).__name__} · got an input of shape {tuple(x.shape)}; needs {least} dimensions, rows first",
             next="Keep the batch's rows as the leading dimension.",
         )
     return (x,)

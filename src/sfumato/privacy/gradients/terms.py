@@ -1,4 +1,4 @@
-"""What per-unit gradients are made of: their norms, and sums of them with one factor per unit, mostly without forming them.
+"""What per-unit gradients are made of: their norms, and sums of them with factors, mostly without forming them.
 
 Shapes: R rows, B units, n units with equally many rows, L positions inside a row, T = rows x positions of one unit,
 D inputs, O outputs, V words.
@@ -62,7 +62,9 @@ class Units:
         self._groups: list[Group] | None = None
 
     def to(self, device: torch.device) -> "Units":
-        return self if self.owner is None or self.owner.device == device else Units(self.owner.to(device), self.num_units)
+        if self.owner is None or self.owner.device == device:
+            return self
+        return Units(self.owner.to(device), self.num_units)
 
     def rows_of(self, unit: int) -> slice:
         return slice(self.starts[unit], self.ends[unit])
@@ -79,7 +81,7 @@ class Units:
         return out.index_add_(0, self.owner, per_row)
 
     def groups(self) -> list[Group]:
-        """The units by their number of rows. Where units come in this order (the engine's sampler), nothing is copied."""
+        """The units by their number of rows. In this order, as the engine's batches have it, nothing is copied."""
         if self._groups is None:
             self._groups = self._make_groups()
         return self._groups
@@ -330,7 +332,7 @@ class Convolution(Term):
         return convolution_backward(outputs, inputs, weight.to(inputs.dtype), self.geometry, (False, True))[1]
 
     def _row_gradients(self, rows: slice) -> Tensor:
-        """(rows, P): all rows side by side as the groups of one convolution (Rochette et al. 2019, arXiv:1912.06015)."""
+        """(rows, P): the rows side by side as groups of one convolution (Rochette et al. 2019, arXiv:1912.06015)."""
         weight, geometry = self.parameters[0], self.geometry
         inputs, outputs = self.inputs[rows], self.outputs[rows]
         count = inputs.shape[0]
