@@ -44,12 +44,12 @@ def test_a_norm_in_single_precision_is_never_below_the_true_one(positions, oppos
         computed, true = term.squared_norms(units), true_squares(term, units)
         if positions < 400:  # beyond, the gradient is formed, and its own norm counts
             assert (computed >= true).all()
-        if not opposite:
-            assert (computed <= true * (1 + 1e-3)).all()
+        if not opposite:  # the price of certainty, for positions that have nothing in common
+            assert (computed <= true * (1 + 1.3e-4 * 3 * positions)).all()
 
 
 def test_single_precision_sums_of_millions_of_squares_are_not_below():
-    """float32 vector_norm is: 1e-3 at 20 million elements; here 3 million, and equal squares, which is the worst case."""
+    """float32 vector_norm is (performance.md: 1e-3 at 20 million); equal squares are its worst case."""
     gradients = torch.full((1, 3_000_000), 0.1)
     term = PerRow(nn.Parameter(torch.zeros(3_000_000)), gradients)
     true = 3_000_000 * float(gradients[0, 0].double()) ** 2
