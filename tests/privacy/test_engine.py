@@ -175,13 +175,16 @@ def test_the_step_is_divided_by_the_expected_size_not_by_the_actual_one():
 
 
 def test_an_ordinary_dataset_with_unit_names_makes_one_gradient_of_a_units_items():
-    """The loss is a mean over rows; a unit's gradient is the mean over its own rows, whatever the others have."""
+    """The loss is a mean over rows; a unit's gradient is the mean over its own rows, whatever the others have.
+
+    The bound is 3, so that some units are clipped and others are not.
+    """
     x = torch.randn(60, 5, dtype=torch.float64)
     owners = [f"person {i % 17 % 9}" for i in range(60)]
     dataset = [{"x": row, "number": i} for i, row in enumerate(x)]
     model = make()
     plain, before = copy.deepcopy(model), vector(model)
-    engine, optimizer = private(model, noise_multiplier=0.0)
+    engine, optimizer = private(model, noise_multiplier=0.0, max_grad_norm=3.0)
     numbers: list[int] = []
     for batch in engine.batches(dataset, expected_batch_size=9, steps=1, unit=owners, records_per_unit=4):
         model.losses(batch["x"]).mean().backward()
@@ -190,7 +193,16 @@ def test_an_ordinary_dataset_with_unit_names_makes_one_gradient_of_a_units_items
     drawn = UnitTable({"x": x[numbers]}, [owners[i] for i in numbers])
     whole = drawn.batch(range(9), records_per_unit=100)
     assert max(np.bincount(whole.unit.numpy())) <= 4 < max(owners.count(name) for name in owners)
-    assert relative((before - vector(model)) * 9, one_unit_at_a_time(plain, losses, whole, 1.0)) <= 1e-6
+    expected = one_unit_at_a_time(plain, losses, whole, 3.0)
+    assert relative(expected, one_unit_at_a_time(plain, losses, whole, 1e9)) > 0.01
+    assert relative((before - vector(model)) * 9, expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, 1), (2, 2), (9, 4)])
+def test_no_unit_has_more_rows_in_a_batch_than_the_limit(limit, rows):
+    engine, _ = private(make())
+    for batch in engine.batches(table(30, rows=4), expected_batch_size=15, steps=3, records_per_unit=limit):
+        assert torch.bincount(batch.unit).tolist() == [rows] * batch.num_units
 
 
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
