@@ -78,7 +78,10 @@ def test_writes_are_synchronous(path):
     with Ledger.open(path, run="r", plan=PLAN) as ledger:
         (mode,) = ledger._connection.execute("PRAGMA journal_mode").fetchone()
         (level,) = ledger._connection.execute("PRAGMA synchronous").fetchone()
-    assert (mode, level) in [("wal", 2), ("delete", 3)]  # FULL syncs the log at every commit; EXTRA the journal's folder
+    assert (mode, level) in [
+        ("wal", 2),
+        ("delete", 3),
+    ]  # FULL syncs the log at every commit; EXTRA the journal's folder
 
 
 def test_what_was_reserved_and_never_committed_stays_spent(path):
@@ -388,7 +391,9 @@ def test_a_recomputed_chain_still_cannot_pass_the_plan(path):
         verify_chain(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"SQLite format 3\0", b"not a database, but long enough to be read as one" * 50])
+@pytest.mark.parametrize(
+    "content", [b"", b"SQLite format 3\0", b"not a database, but long enough to be read as one" * 50]
+)
 def test_a_file_that_is_no_ledger_is_refused(path, content):
     path.parent.mkdir()
     path.write_bytes(content)
@@ -698,7 +703,18 @@ def test_another_encoding_of_the_same_entries_is_refused(path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "\n", "{}\n", "null\n", "[]\n", '{"kind":"ledger"}\n', "[" * 100_000 + "\n", "9" * 10_000 + "\n", "\x00\n", "\ud800\n"],
+    [
+        "",
+        "\n",
+        "{}\n",
+        "null\n",
+        "[]\n",
+        '{"kind":"ledger"}\n',
+        "[" * 100_000 + "\n",
+        "9" * 10_000 + "\n",
+        "\x00\n",
+        "\ud800\n",
+    ],
 )
 def test_text_that_is_no_export_is_refused(text):
     with pytest.raises(VerificationFailed):

@@ -118,7 +118,12 @@ def test_the_automatic_delta_is_always_below_one_over_n(population):
 
 @pytest.mark.parametrize(
     ("noise", "steps", "expected"),
-    [(1.1, 50, ["epsilon_small"]), (0.7, 50, []), (0.29, 5, ["epsilon_large", "noise_small"]), (0.45, 500, ["epsilon_large"])],
+    [
+        (1.1, 50, ["epsilon_small"]),
+        (0.7, 50, []),
+        (0.29, 5, ["epsilon_large", "noise_small"]),
+        (0.45, 500, ["epsilon_large"]),
+    ],
 )
 def test_small_and_large_epsilons_are_warned_about(noise, steps, expected):
     plan = DpSgd(population=10_000, expected_batch_size=200, steps=steps, noise_multiplier=noise, delta=1e-5)
