@@ -141,9 +141,9 @@ def test_a_ledger_without_a_plan_counts_without_a_limit(path):
 
 
 def test_a_run_without_privacy_has_nothing_to_reserve(path):
-    with Ledger.open(path, run="r", plan=NotPrivate(population=10, expected_batch_size=2, steps=3)) as ledger:
-        with pytest.raises(LedgerError, match="nothing to reserve"):
-            ledger.reserve(EVENT, 0)
+    plan = NotPrivate(population=10, expected_batch_size=2, steps=3)
+    with Ledger.open(path, run="r", plan=plan) as ledger, pytest.raises(LedgerError, match="nothing to reserve"):
+        ledger.reserve(EVENT, 0)
     assert show(path)["epsilon"] is None
 
 
@@ -326,9 +326,9 @@ def test_a_checkpoint_newer_than_the_ledger_is_refused(path):
         with pytest.raises(LedgerError, match="hides spending"):
             ledger.require_at_least(ledger.sequence + 1)
     os.replace(path.with_name("old.db"), path)
-    with Ledger.open(path, run="r", plan=PLAN) as ledger:
-        with pytest.raises(LedgerError, match="older than the checkpoint"):
-            ledger.require_at_least(sequence)
+    refusal = pytest.raises(LedgerError, match="older than the checkpoint")
+    with Ledger.open(path, run="r", plan=PLAN) as ledger, refusal:
+        ledger.require_at_least(sequence)
 
 
 def test_the_entry_of_the_new_attempt_does_not_make_an_old_ledger_look_new(path):
