@@ -107,12 +107,14 @@ class UnitTable:
                     f"tensors[{name!r}].shape[0] = {tensor.shape[0]} · must equal the number of records, {len(units)}",
                     next="Give one row per record.",
                 )
-        names, codes = np.unique(np.asarray(units, dtype=str), return_inverse=True) if len(units) else (np.array([], str), np.array([], np.int64))
+        names, codes = (
+            np.unique(np.asarray(units, dtype=str), return_inverse=True)
+            if len(units)
+            else (np.array([], str), np.array([], np.int64))
+        )
         order = np.argsort(codes, kind="stable")
         self.tensors = dict(tensors)
-        self.present = {
-            name: (present or {}).get(name, torch.ones(len(units), dtype=torch.bool)) for name in tensors
-        }
+        self.present = {name: (present or {}).get(name, torch.ones(len(units), dtype=torch.bool)) for name in tensors}
         self.unit_names: list[str] = names.tolist()
         self._rows = torch.from_numpy(order.astype(np.int64))  # record numbers, unit after unit
         counts = np.bincount(codes, minlength=len(names))
@@ -146,7 +148,7 @@ class UnitTable:
         chosen = np.asarray(units, dtype=np.int64)
         if records_per_unit < 1:
             raise UsageError(f"records_per_unit = {records_per_unit} · must be at least 1", next="Give 1 or more.")
-        if len(chosen) and not (0 <= chosen.min() and chosen.max() < self.num_units):
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_units):
             raise UsageError(
                 f"units = {chosen.min()} .. {chosen.max()} · must be between 0 and {self.num_units - 1}",
                 next="Draw from num_units of this table.",
@@ -171,11 +173,11 @@ def _ranks(owner: np.ndarray, place: np.ndarray, rng: Random | None) -> np.ndarr
     """Each row's rank within its owner: by a random key, so that the first k are a uniform subset, or by place."""
     if rng is None:
         return place
-    keys = np.asarray(rng.uniform(len(owner)))
-    if keys.shape != owner.shape:  # numpy's Generator.uniform(n) means another thing
+    if isinstance(rng, np.random.Generator | np.random.RandomState):  # their uniform(n) means "from n to 1"
         raise UsageError(
-            f"rng = {type(rng).__name__} · uniform(n) must give n numbers", next="Give SecretRandom() or TestRandom(seed)."
+            f"rng = {type(rng).__name__} · must be one of ours", next="Give SecretRandom() or TestRandom(seed)."
         )
+    keys = rng.uniform(len(owner))
     ranks = np.empty_like(place)
     ranks[np.lexsort((keys, owner))] = place
     return ranks

@@ -12,7 +12,7 @@ reserved. Its transactions are short. A run takes events from it in blocks of ``
 and gives the rest of a block back when it closes; after a crash the rest stays charged until the run is resumed.
 
 **Durable**: write-ahead log with ``synchronous=FULL``, which syncs the log to disk at every COMMIT, before it returns.
-That is one sync, about 1 to 8 ms; a rollback journal needs three or four (17 ms and more where this was measured). If the
+That is one sync, about 1 to 8 ms; a rollback journal needs three or four (17 ms where this was measured). If the
 file system cannot do write-ahead logging, SQLite falls back to a journal, and we to ``synchronous=EXTRA``: slower, as
 durable. Commit marks are written together with the next reservation, because a lost one only makes us pessimistic.
 
@@ -21,6 +21,7 @@ epsilon at most the plan's; the check costs no accounting.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -79,27 +80,35 @@ class _History:
     def apply(self, body: str) -> None:
         entry = _decoded(body)
         match entry:
-            case {"kind": "open", "attempt": int(attempt), **rest} if not rest and attempt == self.attempt + 1:
+            case {"kind": "open", "attempt": int(attempt), **rest} if not rest and _next(attempt, self.attempt):
                 self.attempt = attempt
             case {"kind": "reserve", "attempt": int(attempt), "step": int(step), **values} if (
-                attempt == self.attempt >= 1 and step >= 0
+                _next(attempt, self.attempt - 1) and attempt >= 1 and type(step) is int and step >= 0
             ):
                 event = Event.from_dict(values)
                 _must_fit(event, self)
                 one = replace(event, count=1)
                 self.counts[one] = self.counts.get(one, 0) + event.count
                 self.uncommitted.add(self.sequence + 1)
-            case {"kind": "commit", "reserve": int(reserve), **rest} if not rest and reserve in self.uncommitted:
+            case {"kind": "commit", "reserve": int(reserve), **rest} if (
+                not rest and type(reserve) is int and reserve in self.uncommitted
+            ):
                 self.uncommitted.remove(reserve)
             case _:
                 raise LedgerError(
-                    f"entry {self.sequence + 1} = {body[:200]} · cannot follow what is before it", next=_RESTORE, code="ledger_torn"
+                    f"entry {self.sequence + 1} = {body[:200]} · cannot follow what is before it",
+                    next=_RESTORE,
+                    code="ledger_torn",
                 )
         self.sequence += 1
         self.head = _link(self.head, body)
 
 
 _RESTORE = "Restore the ledger from a copy that is whole; if there is none, count the plan's full epsilon as spent."
+
+
+def _next(number: int, before: int) -> bool:
+    return type(number) is int and number == before + 1  # True is an int to Python, not to us
 
 
 def _beginning(header_text: str) -> _History:
@@ -109,10 +118,11 @@ def _beginning(header_text: str) -> _History:
         raise LedgerError(f"header = {header_text[:200]} · is not one of ours", next=_RESTORE, code="ledger_torn")
     if header["format"] != LEDGER_FORMAT:
         raise LedgerError(
-            f"format = {header['format']!r} · must be {LEDGER_FORMAT}", next="Use the version of sfumato that wrote it.",
+            f"format = {header['format']!r} · must be {LEDGER_FORMAT}",
+            next="Use the version of sfumato that wrote it.",
             code="ledger_format",
-        )  # fmt: skip
-    texts = (header["ledger"], header["run"], header["account"] or "")
+        )
+    texts = (header["ledger"], header["run"], "" if header["account"] is None else header["account"])
     if not all(isinstance(text, str) for text in texts):
         raise LedgerError(f"header = {header_text[:200]} · names must be text", next=_RESTORE, code="ledger_torn")
     plan = None if header["plan"] is None else plan_from_dict(header["plan"])
@@ -126,7 +136,9 @@ def _must_fit(event: Event, history: _History) -> None:
         raise UsageError(f"count = {event.count} · a reservation is of at least one event", next="Reserve 1 or more.")
     if isinstance(plan, NotPrivate):
         raise LedgerError(
-            "plan = none · a run without privacy has nothing to reserve", next="Do not reserve.", code="ledger_not_private"
+            "plan = none · a run without privacy has nothing to reserve",
+            next="Do not reserve.",
+            code="ledger_not_private",
         )
     if isinstance(plan, DpSgd):
         if replace(event, count=1) != plan.event(1):
@@ -139,7 +151,7 @@ def _must_fit(event: Event, history: _History) -> None:
             raise BudgetExhausted(
                 f"steps = {history.total} spent + {event.count} · the plan ends at {plan.steps}, where epsilon is "
                 f"{plan.target_epsilon if plan.target_epsilon is not None else plan.epsilon():.4g}",
-                next="The run is done: what was learnt so far can be released. More steps need a new plan and more budget.",
+                next="The run is done: what was learnt so far can be released. More steps need a new plan.",
             )
 
 
@@ -155,7 +167,9 @@ def _decoded(text: Any) -> Any:
     except (TypeError, ValueError, RecursionError):
         same, value = False, None
     if not same:
-        raise LedgerError(f"entry = {str(text)[:200]!r} · is not in the form we write", next=_RESTORE, code="ledger_torn")
+        raise LedgerError(
+            f"entry = {str(text)[:200]!r} · is not in the form we write", next=_RESTORE, code="ledger_torn"
+        )
     return value
 
 
@@ -209,7 +223,7 @@ class Ledger:
 
         Args:
           run: the run's name; an existing ledger must bear it.
-          plan: the limit. It is written into a new ledger; an existing one must hold the same (None takes what it holds).
+          plan: the limit. It is written into a new ledger; an existing one must hold the same (None takes its own).
             A ledger without a plan has no limit: it only keeps count.
           account: the account of the data set, made at first use. A ledger that began with one continues with it.
           create: whether a missing ledger is made; give False when resuming, when a missing one is a loss.
@@ -306,8 +320,8 @@ class Ledger:
         """Raises LedgerError if a checkpoint that holds ``sequence`` is newer than this ledger."""
         if sequence > self._found and sequence not in self._handed:
             raise LedgerError(
-                f"sequence = {self._found} when the ledger was opened · the checkpoint was made at {sequence}: the ledger "
-                "is older than the checkpoint, so it hides spending",
+                f"sequence = {self._found} when the ledger was opened · the checkpoint was made at {sequence}: the "
+                "ledger is older than the checkpoint, so it hides spending",
                 next="Restore the ledger that belongs to the checkpoint, or resume from a checkpoint that is older.",
                 code="ledger_older_than_checkpoint",
             )
@@ -402,9 +416,10 @@ class Ledger:
     def _check_identity(self, run: str, plan: PrivacyPlan | None) -> None:
         if self.run != run:
             raise LedgerError(
-                f"run = {run!r} · the ledger {self.path} belongs to {self.run!r}", next="Give each run its own folder.",
+                f"run = {run!r} · the ledger {self.path} belongs to {self.run!r}",
+                next="Give each run its own folder.",
                 code="ledger_not_ours",
-            )  # fmt: skip
+            )
         if plan is not None and plan != self.plan:
             held = plan_to_dict(self.plan) if self.plan is not None else {}
             changed = [key for key, value in plan_to_dict(plan).items() if held.get(key, "nothing") != value]
@@ -416,7 +431,7 @@ class Ledger:
         identity = self._account.identity if self._account is not None else None
         if identity != self._history.header["account"]:
             raise LedgerError(
-                f"account = {identity} · the ledger {self.path} is kept with account {self._history.header['account']}",
+                f"account = {identity} · the ledger {self.path} is kept with {self._history.header['account']}",
                 next="Give the account that the run began with (privacy.account).",
                 code="ledger_account",
             )
@@ -427,6 +442,7 @@ class Ledger:
 
     def _release(self) -> None:
         for action in (
+            lambda: self._connection.execute("PRAGMA busy_timeout = 0"),
             lambda: self._connection.execute("PRAGMA journal_mode = DELETE"),  # one plain file, easy to copy
             self._connection.close,
             self._account.close if self._account is not None else lambda: None,
@@ -444,6 +460,8 @@ class _Account:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._session = secrets.token_hex(8)
+        self._covered: dict[Event, int] = {}  # what the account has charged this run for
         with _translated(path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -469,8 +487,8 @@ class _Account:
             if row is None:
                 if history.attempt:
                     raise self._older(f"does not know the run {history.header['run']!r}")
-                values = (name, history.header["run"], _canonical(history.header["plan"]), 0, "", 0, 0)
-                self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+                values = (name, history.header["run"], _canonical(history.header["plan"]), 0, "", 0, 0, self._session)
+                self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
                 return
             charged = sum(self._charged(name).values())
             if charged < history.total:
@@ -479,18 +497,17 @@ class _Account:
             ahead = charged - history.total > (0 if closed else block)
             if ahead or (closed and (sequence > history.sequence or hash_at(sequence) != head)):
                 raise LedgerError(
-                    f"ledger = {history.total} events · the account {self.path} has {charged} of this run: the ledger is "
-                    "an older copy",
+                    f"ledger = {history.total} events · the account {self.path} has {charged} of this run: the ledger "
+                    "is an older copy",
                     next=_RESTORE,
                     code="ledger_set_back",
                 )
-            self._connection.execute("UPDATE runs SET closed = 0 WHERE ledger = ?", (name,))
+            self._connection.execute("UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name))
+            self._covered = self._charged(name)
 
     def cover(self, history: _History, event: Event) -> None:
         """Makes sure that the account has charged the run for all it has spent, and ``event`` on top."""
         name, one = history.header["ledger"], replace(event, count=1)
-        if not hasattr(self, "_covered"):
-            self._covered = self._charged(name)
         needed = history.counts.get(one, 0) + event.count
         if self._covered.get(one, 0) >= needed:
             return
@@ -499,6 +516,7 @@ class _Account:
             block = max(event.count, min(BLOCK, history.plan.steps - history.total))
         upto = history.counts.get(one, 0) + block
         with _translated(self.path), _transaction(self._connection):
+            self._check_session(name)
             self._connection.execute(
                 "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (ledger, event) DO UPDATE SET count = excluded.count",
                 (name, _canonical(one.to_dict()), upto),
@@ -510,12 +528,22 @@ class _Account:
         """At a clean end: exactly what the ledger holds, and the ledger's head."""
         name = history.header["ledger"]
         with _translated(self.path), _transaction(self._connection):
+            self._check_session(name)
             self._connection.execute("DELETE FROM spent WHERE ledger = ?", (name,))
             rows = [(name, _canonical(event.to_dict()), count) for event, count in history.counts.items()]
             self._connection.executemany("INSERT INTO spent VALUES (?, ?, ?)", rows)
             self._connection.execute(
                 "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = 0 WHERE ledger = ?",
                 (history.sequence, history.head, name),
+            )
+
+    def _check_session(self, ledger: str) -> None:
+        row = self._connection.execute("SELECT session FROM runs WHERE ledger = ?", (ledger,)).fetchone()
+        if row is None or row[0] != self._session:
+            raise LedgerError(
+                f"account = {self.path} · another copy of this run's ledger has been opened since",
+                next="Stop one of the two; a run's folder must not be copied and continued twice.",
+                code="ledger_copied",
             )
 
     def runs(self) -> list[dict[str, Any]]:
@@ -538,7 +566,9 @@ def _account_identity(connection: sqlite3.Connection, path: Path) -> str:
     match header:
         case {"format": str(form), "account": str(identity)} if form == ACCOUNT_FORMAT and len(header) == 2:
             return identity
-    raise LedgerError(f"account = {path} · is not an account of ours", next="Check privacy.account.", code="account_torn")
+    raise LedgerError(
+        f"account = {path} · is not an account of ours", next="Check privacy.account.", code="account_torn"
+    )
 
 
 def _account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -634,10 +664,9 @@ def _shortened(bodies: list[str]) -> Iterator[dict[str, Any]]:
         if entry["kind"] == "reserve" and following == _commit_body(number + 1):
             number += 2
             line = {**entry, "kind": "steps", "repeat": 1}
-            if steps is not None and line == {**steps, "step": entry["step"], "repeat": 1}:
-                if entry["step"] == steps["step"] + steps["repeat"]:
-                    steps["repeat"] += 1
-                    continue
+            if steps is not None and line == {**steps, "step": steps["step"] + steps["repeat"], "repeat": 1}:
+                steps["repeat"] += 1
+                continue
         else:
             number += 1
             line = entry
@@ -666,36 +695,31 @@ def _read_jsonl(text: str) -> _History:
         if lines.pop() != "":
             raise LedgerError("last line · must end with a newline")
         match _decoded(lines[0] if lines else ""):
-            case {"kind": "ledger", "header": dict(header), "entries": int(entries), "head": str(head), **rest} if not rest:
+            case {"kind": "ledger", "header": dict(header), "entries": int(entries), "head": str(head), **rest} if (
+                not rest
+            ):
                 pass
             case other:
                 raise LedgerError(f"first line = {str(other)[:200]} · must be the header")
         if not 0 <= entries <= MOST_ENTRIES or isinstance(entries, bool):
             raise LedgerError(f"entries = {entries} · must be between 0 and {MOST_ENTRIES}")
         history = _beginning(_canonical(header))
+        bodies: list[str] = []
         for line in lines[1:]:
             for body in _expanded(_decoded(line), history, entries):
                 history.apply(body)
+                bodies.append(body)
         if (history.sequence, history.head) != (entries, head):
-            raise LedgerError(f"entries = {history.sequence}, head = {history.head} · the header says {entries}, {head}")
-        if text != "".join(_canonical(line) + "\n" for line in [_decoded(lines[0]), *_shortened(_all(lines[1:], header))]):
+            raise LedgerError(
+                f"entries = {history.sequence}, head = {history.head} · the header says {entries}, {head}"
+            )
+        if lines[1:] != [_canonical(line) for line in _shortened(bodies)]:
             raise LedgerError("lines · are not in the one form that an export has")
     except (LedgerError, UsageError, BudgetExhausted) as error:
         raise VerificationFailed(
             f"ledger.jsonl: {error.message}", next="The ledger was changed after its export; do not trust the bundle."
         ) from None
     return history
-
-
-def _all(lines: list[str], header: dict[str, Any]) -> list[str]:
-    """Every entry of the lines, which were read without complaint before."""
-    history = _beginning(_canonical(header))
-    bodies: list[str] = []
-    for line in lines:
-        for body in _expanded(json.loads(line), history, MOST_ENTRIES):
-            history.sequence += 1
-            bodies.append(body)
-    return bodies
 
 
 def _expanded(line: Any, history: _History, entries: int) -> Iterator[str]:
@@ -726,7 +750,7 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "account": _account_identity(connection, path),
         "runs": runs,
         "events": [event.to_dict() for event in accounting.merged(events)],
-        # Later runs are chosen after seeing earlier ones: RDP composes under adaptive choice of parameters, PLD need not.
+        # Later runs are chosen after seeing earlier ones: RDP allows that (Feldman & Zrnic 2021), PLD does not.
         "epsilon": accounting.epsilon(events, max(deltas), "rdp") if comparable else None,
         "delta": max(deltas) if comparable else None,
         "accountant": "rdp",
@@ -736,13 +760,13 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
 
 # ---- SQLite and the operating system ----
 
-_LEDGER_TABLES = (
-    "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)",
-)
+_LEDGER_TABLES = ("CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)",)
 _ACCOUNT_TABLES = (
     "CREATE TABLE runs (ledger TEXT PRIMARY KEY, run TEXT NOT NULL, plan TEXT NOT NULL, sequence INTEGER NOT NULL, "
-    "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL)",
-    "CREATE TABLE spent (ledger TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (ledger, event))",
+    "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL, "
+    "session TEXT NOT NULL)",
+    "CREATE TABLE spent (ledger TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL, "
+    "PRIMARY KEY (ledger, event))",
 )
 _LAST = "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
 
@@ -773,8 +797,14 @@ def _create(path: Path, tables: tuple[str, ...], header: str) -> None:
                     connection.execute(table)
         finally:
             connection.close()
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(fresh, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            os.replace(fresh, path)  # a file system without hard links
     finally:
         fresh.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -883,10 +913,12 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 def _outside(path: Path, error: Exception) -> OutsideError:
-    full = "full" in str(error) or getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
+    full = "full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return OutsideError(
         f"ledger = {path} · could not be written ({error}); the data was not touched for this event",
-        next="Free some space on the disk and resume." if full else "Check the disk and the rights on the folder, and resume.",
+        next="Free some space on the disk and resume."
+        if full
+        else "Check the disk and the rights on the folder, and resume.",
         code="disk_full" if full else "disk",
     )
 
@@ -903,7 +935,9 @@ class _Lock:
         try:
             import fcntl
         except ImportError:
-            raise OutsideError("fcntl · is missing on this system", next="Use Linux or macOS.", code="no_locks") from None
+            raise OutsideError(
+                "fcntl · is missing on this system", next="Use Linux or macOS.", code="no_locks"
+            ) from None
         path = ledger.with_name(ledger.name + ".lock")
         self.holder = f"run {run!r}, process {os.getpid()} on {socket.gethostname()}"
         with _HELD_GUARD:
