@@ -4,6 +4,7 @@ A recipe is YAML with the sections below; a key that is not known is refused by 
 """
 
 import difflib
+import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that cannot be one
         raise UsageError(f"recipe = {path} · a readable YAML file ({error})", next="Check the path, or use a named recipe.") from None
     try:
         values = yaml.safe_load(text)
@@ -102,7 +103,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                 raise UsageError(f"--set {assignment} · {key} is a value, not a section", next="Check the path.")
         try:
             target[keys[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--set {assignment} · the value must be YAML ({error})", next="Quote it.") from None
     return values
 
@@ -149,5 +150,5 @@ def _as_usage_error(error: Any) -> UsageError:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return UsageError(f"{path} · is not a key of the recipe{more}", next="Remove or correct it.", code="unknown_key")
-    given = str(first.get("input"))[:80]
+    given = reprlib.repr(first.get("input"))  # bounded: an alias bomb stays small
     return UsageError(f"{path} = {given} · {first['msg']}{more}", next="Correct the recipe.")
