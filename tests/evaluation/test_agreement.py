@@ -46,6 +46,16 @@ def test_a_fact_that_is_unknown_is_left_out():
     assert set(result) == {"side"}
 
 
+def test_the_mean_of_kappas_is_the_mean_of_the_facts_kappas():
+    rng = np.random.default_rng(0)
+    asked = {name: rng.choice(["a", "b", "c"], 300).tolist() for name in ("side", "zone")}
+    asked["zone"][:100] = [None] * 100
+    read = {"side": asked["side"], "zone": rng.choice(["a", "b", "c"], 300).tolist()}
+    value, low, high = agreement.mean_kappa(asked, read)
+    assert value == pytest.approx(np.mean([v for v, _, _ in agreement.facts(asked, read).values()]), abs=1e-12)
+    assert low < value < high
+
+
 def test_accuracy_is_the_share_of_equal_readings():
     value, low, high = agreement.accuracy(["1", "2", "3", "4"] * 25, ["1", "2", "3", "0"] * 25)
     assert value == 0.75 and 0.6 < low < 0.75 < high < 0.9

@@ -54,10 +54,19 @@ def test_the_interval_holds_the_true_distance():
     hits = 0
     for repetition in range(60):
         a, b = rng.normal(size=(400, 2)), rng.normal(size=(400, 2)) + [2, 0]
-        value, low, high = image.frechet_interval(a, b, resamples=60, seed=repetition)
+        halves = ((a[:200], b[200:]), (a[200:], b[:200]))
+        value, low, high = image.crossed_distance(*halves, resamples=40, seed=repetition)
         assert low <= value <= high
         hits += low <= 4 <= high
     assert hits >= 48
+
+
+def test_few_rows_of_many_columns_give_the_same_distance_by_the_shorter_way():
+    """Oracle: the covariances in full."""
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(9, 30)), rng.normal(1, 2, size=(12, 30))
+    full = image.gaussian_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    assert image.frechet_distance(a, b) == pytest.approx(full, rel=1e-6)
 
 
 def test_one_picture_or_a_broken_feature_is_refused():

@@ -51,6 +51,36 @@ def facts(
     return result
 
 
+def mean_kappa(
+    asked: Mapping[str, Sequence[str | None]], read: Mapping[str, Sequence[str]], *, resamples: int = 300, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean of all facts' kappas, with a 95 % interval that resamples whole pictures: (value, low, high)."""
+    tables, sizes = [], []
+    for fact, values in asked.items():
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        code = {value: index for index, value in enumerate(sorted(set(known) | set(read[fact])))}
+        size = len(code)
+        tables.append(
+            np.array([-1 if v is None else code[v] * size + code[r] for v, r in zip(values, read[fact], strict=True)])
+        )
+        sizes.append(size)
+    if not tables:
+        raise UsageError("asked = {} · no fact is known of any picture", next="Use retrieval instead.")
+    cells = np.stack(tables)  # (facts, N): which cell of its fact's table a picture is in
+
+    def mean_of(index: np.ndarray) -> float:
+        counts = (np.bincount(row[row >= 0], minlength=size**2) for row, size in zip(cells[:, index], sizes, strict=True))
+        kappas = [_kappa_of_tables(c[None], size)[0] for c, size in zip(counts, sizes, strict=True) if c.sum()]
+        return float(np.mean(kappas)) if kappas else 0.0
+
+    count = cells.shape[1]
+    rng = np.random.default_rng(seed)
+    low, high = np.quantile([mean_of(rng.integers(0, count, count)) for _ in range(resamples)], INTERVAL)
+    return mean_of(np.arange(count)), float(low), float(high)
+
+
 def recall_at(
     queries: np.ndarray, gallery: np.ndarray, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[int, np.ndarray]:

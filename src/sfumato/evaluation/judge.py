@@ -139,7 +139,15 @@ def train(images: np.ndarray, facts: Mapping[str, Sequence[str | None]], *, seco
     )
 
 
-def fit(network: "nn.Module", loss_of: Callable[["Tensor"], "Tensor"], count: int, *, seconds: float, generator: "torch.Generator") -> tuple[int, int]:
+def fit(
+    network: "nn.Module",
+    loss_of: Callable[["Tensor"], "Tensor"],
+    count: int,
+    *,
+    seconds: float,
+    generator: "torch.Generator",
+    batch: int = BATCH,
+) -> tuple[int, int]:
     """Adam with a one-cycle rate, on at most ``MAX_EPOCHS`` passes, within ``seconds``; ends in evaluation mode.
 
     The first steps are timed; if the whole schedule would not fit, it is shortened before it begins to fall.
@@ -148,7 +156,7 @@ def fit(network: "nn.Module", loss_of: Callable[["Tensor"], "Tensor"], count: in
     """
     import torch
 
-    batch = min(BATCH, count)
+    batch = min(batch, count)
     wanted = max(CALIBRATION_STEPS + 1, min(MAX_EPOCHS * count, MAX_PICTURES_SEEN) // batch)
     planned, step, order = wanted, 0, torch.zeros(0, dtype=torch.long)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
