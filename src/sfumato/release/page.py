@@ -17,7 +17,7 @@ from sfumato.release.settings import ReleaseSettings
 
 MAX_PICTURE = 8 * 2**20  # bytes of one PNG that is put into the page
 STRIP = 6  # pictures over time
-POINTS = 16  # of the trajectory when it is computed from the plan
+POINTS = 10  # of the trajectory when it is computed from the plan
 
 MISSING = {
     "privacy": "What this run guarantees was not written yet: finish the training with `sfumato train --resume`.",
@@ -109,7 +109,7 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
     if logged or guarantee is None:
         return logged
     mechanism = guarantee.get("mechanism") or {}
-    steps, delta = mechanism.get("steps"), guarantee.get("delta")
+    steps, delta = mechanism.get("steps_spent"), guarantee.get("delta")
     rate, noise = mechanism.get("sampling_rate"), mechanism.get("noise_multiplier")
     if rate is None and mechanism.get("expected_batch_size") and guarantee.get("population"):
         rate = mechanism["expected_batch_size"] / guarantee["population"]
@@ -201,7 +201,7 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
     target = mechanism.get("target_epsilon")
     if values["trajectory"]:
         drawn["trajectory"] = charts.trajectory(
-            values["trajectory"], budget=target if isinstance(target, (int, float)) else None, planned_steps=mechanism.get("steps")
+            values["trajectory"], budget=target if isinstance(target, (int, float)) else None, planned_steps=mechanism.get("steps_planned")
         )
     curve = [point for point in guarantee.get("curve") or [] if point[1] is not None and math.isfinite(point[1])]
     if len(curve) > 1 and values["private"]:

@@ -243,17 +243,19 @@ class _Bundle:
         for event in events:
             for key in ("sampling_rate", "noise_multiplier"):
                 planned = mechanism.get(key)
-                if planned is not None and planned != getattr(event, key):
+                if planned != getattr(event, key):
                     raise _failed(f"{key}: the ledger says {getattr(event, key)}, the plan {str(planned)[:40]}")
         batch, population = mechanism.get("expected_batch_size"), privacy.get("population")
         if batch is not None and population is not None:
             if not _number(batch) or any(abs(event.sampling_rate * population - batch) > 1e-6 * batch for event in events):
                 raise _failed(f"sampling rate: the ledger's is not {str(batch)[:40]} of {population} units")
         steps = sum(event.count for event in events)
-        trained, planned = self.json["cost.json"].get("steps"), mechanism.get("steps")
+        trained, planned = self.json["cost.json"].get("steps"), mechanism.get("steps_planned")
+        if mechanism.get("steps_spent") != steps:
+            raise _failed(f"the claim is for {str(mechanism.get('steps_spent'))[:40]} steps, the ledger charges {steps}")
         if type(trained) is not int or trained > steps:
             raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {steps}")
-        if planned is not None and not (type(planned) is int and steps <= planned):
+        if type(planned) is not int or steps > planned:
             raise _failed(f"the ledger charges {steps} steps, the plan allows {str(planned)[:40]}")
         try:
             recomputed = accounting.epsilon(events, delta)

@@ -21,6 +21,20 @@ def bound(value: Any) -> str:
     return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(value))):.4g}"
 
 
+def small(value: Any) -> str:
+    """As ``bound``, with a power of ten written out where there is one: 3.2 × 10⁻⁶."""
+    text = bound(value)
+    mantissa, mark, exponent = text.partition("e")
+    if not mark:
+        return text
+    return f"{mantissa} × 10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def figure(value: Any) -> str:
+    """A measured figure in a column: three decimals for what lies between -1 and 1, else four digits."""
+    return f"{value:.3f}" if isinstance(value, float) and -1 <= value <= 1 else number(value)
+
+
 def count(value: Any) -> str:
     """A whole number with thin spaces between thousands, as tables have it."""
     return number(value) if not isinstance(value, int) or isinstance(value, bool) else f"{value:,}".replace(",", "\u202f")
@@ -31,8 +45,11 @@ def duration(seconds: Any) -> str:
         return "unknown"
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {round(seconds % 60):02d} s" if minutes < 10 and seconds % 60 < 59.5 else f"{minutes} min"
+    return f"{hours} h {minutes:02d} min"
 
 
 def size(value: Any) -> str:

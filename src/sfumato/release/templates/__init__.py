@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def fill(name: str, **values: Any) -> str:
+def fill(name: str, /, **values: Any) -> str:
     """The template ``name`` with its values. A value that the template names and nobody gave is our mistake, and raises."""
     return _environment().get_template(f"{name}.jinja").render(**values)
 
