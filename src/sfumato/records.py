@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfumato.errors import DataError, UsageError
+from sfumato.randomness import Random
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,25 +134,48 @@ class UnitTable:
         """Record numbers of one unit."""
         return self._rows[self._start[unit] : self._start[unit + 1]].numpy()
 
-    def batch(self, units: Sequence[int] | np.ndarray, *, records_per_unit: int, rng: np.random.Generator | None = None) -> Batch:
-        """The chosen units' rows, at most ``records_per_unit`` each.
+    def batch(self, units: Sequence[int] | np.ndarray, *, records_per_unit: int, rng: Random | None = None) -> Batch:
+        """The chosen units' rows, at most ``records_per_unit`` each, unit after unit.
 
-        A unit with more records contributes a uniformly drawn subset if ``rng`` is given, else its first ones.
+        Guarantee: no unit contributes more than ``records_per_unit`` rows, whatever the table holds.
+        A unit with more records contributes a uniformly drawn subset of that size if ``rng`` (SecretRandom or
+        TestRandom) is given, else its first ones.
         """
         import torch
 
-        chosen: list[np.ndarray] = []
-        owner: list[np.ndarray] = []
-        for position, unit in enumerate(np.asarray(units, dtype=np.int64)):
-            rows = self._rows[self._start[unit] : self._start[unit + 1]].numpy()
-            if len(rows) > records_per_unit:
-                rows = rng.choice(rows, records_per_unit, replace=False) if rng is not None else rows[:records_per_unit]
-            chosen.append(rows)
-            owner.append(np.full(len(rows), position, dtype=np.int64))
-        index = torch.from_numpy(np.concatenate(chosen) if chosen else np.zeros(0, np.int64))
+        chosen = np.asarray(units, dtype=np.int64)
+        if records_per_unit < 1:
+            raise UsageError(f"records_per_unit = {records_per_unit} · must be at least 1", next="Give 1 or more.")
+        if len(chosen) and not (0 <= chosen.min() and chosen.max() < self.num_units):
+            raise UsageError(
+                f"units = {chosen.min()} .. {chosen.max()} · must be between 0 and {self.num_units - 1}",
+                next="Draw from num_units of this table.",
+            )
+        counts = self._start[chosen + 1] - self._start[chosen]
+        owner = np.repeat(np.arange(len(chosen)), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, .. within each unit
+        rows = self._start[chosen][owner] + place
+        if len(rows) and counts.max() > records_per_unit:
+            keep = _ranks(owner, place, rng) < records_per_unit
+            rows, owner = rows[keep], owner[keep]
+        index = self._rows[torch.from_numpy(rows)]
         return Batch(
             tensors={name: tensor[index] for name, tensor in self.tensors.items()},
             present={name: tensor[index] for name, tensor in self.present.items()},
-            unit=torch.from_numpy(np.concatenate(owner) if owner else np.zeros(0, np.int64)),
+            unit=torch.from_numpy(owner.astype(np.int64)),
             num_units=len(chosen),
         )
+
+
+def _ranks(owner: np.ndarray, place: np.ndarray, rng: Random | None) -> np.ndarray:
+    """Each row's rank within its owner: by a random key, so that the first k are a uniform subset, or by place."""
+    if rng is None:
+        return place
+    keys = np.asarray(rng.uniform(len(owner)))
+    if keys.shape != owner.shape:  # numpy's Generator.uniform(n) means another thing
+        raise UsageError(
+            f"rng = {type(rng).__name__} · uniform(n) must give n numbers", next="Give SecretRandom() or TestRandom(seed)."
+        )
+    ranks = np.empty_like(place)
+    ranks[np.lexsort((keys, owner))] = place
+    return ranks

@@ -1,0 +1,255 @@
+"""From events to epsilon, and from a target epsilon to noise. The arithmetic is that of dp_accounting.
+
+An event says what happened to the data, and nothing else does: the plan, the ledger, the report and the verifier all
+compute epsilon from the same ``Event`` values.
+
+PLD (privacy-loss distributions, Koskela et al. 2020; Doroshenko et al. 2022, "connect the dots", always an upper bound)
+decides, on a grid of 1e-4. RDP (Mironov 2017; Wang et al. 2019) is computed beside it: PLD above RDP would mean that
+one of the two is wrong, so that stops. zCDP (Bun & Steinke 2016) has no useful form for Poisson sampling and is given
+for unsampled Gaussians only. Adjacency is add-or-remove throughout; under replace-one the two accountants of
+dp_accounting disagree about who doubles the sensitivity (docs/pitfalls.md).
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from sfumato import checks
+from sfumato.errors import PrivacyRefused, SfumatoError, UsageError
+
+Mechanism = Literal["poisson_gaussian", "gaussian"]
+Accountant = Literal["pld", "rdp", "zcdp"]
+
+GRID = 1e-4  # PLD value discretisation wherever a budget is decided
+FINE_UP_TO = 64.0  # above this epsilon the grid grows in proportion, to bound the memory (640,000 cells and a few)
+PLD_UP_TO = 1e4  # above this the RDP bound is given: both are valid, and neither says anything
+LARGEST_NOISE_MULTIPLIER = 1e5
+SMALLEST_NOISE_MULTIPLIER = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """``count`` times the same mechanism on the same data.
+
+    Attributes:
+      mechanism: poisson_gaussian: every unit joins with ``sampling_rate``, the contributions, each of L2 norm at most
+        C, are summed, and N(0, (noise_multiplier C)^2) is added to every coordinate; gaussian: the same with all units.
+      sampling_rate: in (0, 1]; 1 for gaussian.
+      noise_multiplier: standard deviation / C; 0 is no noise, and no guarantee.
+      count: how many times.
+    """
+
+    mechanism: Mechanism = "poisson_gaussian"
+    sampling_rate: float
+    noise_multiplier: float
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        checks.one_of(("poisson_gaussian", "gaussian"), mechanism=self.mechanism)
+        checks.probability(sampling_rate=self.sampling_rate)
+        checks.positive(sampling_rate=self.sampling_rate)
+        checks.non_negative(noise_multiplier=self.noise_multiplier)
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
+            raise UsageError(f"count = {self.count!r} · must be a whole number >= 0", next="Give the number of steps.")
+        if self.mechanism == "gaussian" and self.sampling_rate != 1.0:
+            raise UsageError(
+                f"sampling_rate = {self.sampling_rate} · must be 1 for mechanism gaussian",
+                next="Use poisson_gaussian, which is what Poisson sampling makes of it.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Event":
+        """Reads what ``to_dict`` wrote. Raises UsageError for any other key, type or value."""
+        expected = {"mechanism": str, "sampling_rate": float, "noise_multiplier": float, "count": int}
+        if not isinstance(values, dict) or set(values) != set(expected):
+            given = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+            raise UsageError(
+                f"event = {given} · must have exactly {', '.join(sorted(expected))}",
+                next="The event was written by something else, or changed.",
+            )
+        for key, kind in expected.items():
+            if type(values[key]) is not kind:
+                raise UsageError(f"event.{key} = {values[key]!r} · must be of type {kind.__name__}", next="Correct it.")
+        return cls(**values)
+
+    def to_dp_event(self) -> Any:
+        """The same as a dp_accounting.DpEvent."""
+        import dp_accounting as dpa
+
+        event = dpa.GaussianDpEvent(self.noise_multiplier)
+        if self.sampling_rate < 1.0:  # with rate 1 both mechanisms are the Gaussian one
+            event = dpa.PoissonSampledDpEvent(self.sampling_rate, event)
+        return dpa.SelfComposedDpEvent(event, self.count)
+
+
+def merged(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Equal events as one with the sum of their counts, in order of first appearance; composition is commutative."""
+    counts: dict[Event, int] = {}
+    for event in events:
+        key = replace(event, count=1)
+        counts[key] = counts.get(key, 0) + event.count
+    return tuple(replace(event, count=count) for event, count in counts.items() if count)
+
+
+def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld") -> float | None:
+    """The smallest epsilon that the accountant can prove for all events together, at ``delta``.
+
+    Guarantee: an upper bound, for parameters that were fixed before the first event. No events give 0, an event without
+    noise gives infinity. None: zCDP does not apply (an event is sampled).
+    """
+    checks.one_of(("pld", "rdp", "zcdp"), accountant=accountant)
+    _check_delta(delta)
+    events = merged(events)
+    if not events:
+        return 0.0
+    if accountant == "zcdp" and any(event.sampling_rate < 1 for event in events):
+        return None
+    if any(event.noise_multiplier == 0 for event in events):
+        return math.inf
+    match accountant:
+        case "pld":
+            return _pld_epsilon(events, delta)
+        case "rdp":
+            return _rdp_epsilon(events, delta)
+        case _:
+            return _zcdp_epsilon(events, delta)
+
+
+def accountants(events: Sequence[Event], delta: float) -> dict[str, float | None]:
+    """Epsilon by each accountant; null where one does not apply. ``pld`` is the one that decides."""
+    return {name: epsilon(events, delta, name) for name in ("pld", "rdp", "zcdp")}
+
+
+def curve(events: Sequence[Event], deltas: Sequence[float] = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)) -> list[list[float]]:
+    """[[delta, epsilon], ...] by PLD: a guarantee holds for every delta at once."""
+    points = [(delta, epsilon(events, delta)) for delta in deltas]
+    return [[delta, value] for delta, value in points if value is not None]
+
+
+@lru_cache(maxsize=256)
+def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The least noise multiplier, to 5 digits rounded up, whose PLD epsilon on the fine grid is at most ``epsilon``.
+
+    RDP, which is cheap and never below PLD, gives the upper end of the search; the search itself is on the 1e-4 grid.
+    """
+    checks.positive(epsilon=epsilon, steps=steps)
+    _check_delta(delta)
+
+    def spent(noise_multiplier: float, bound: Any) -> float:
+        event = Event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, count=steps)
+        return bound((event,), delta)
+
+    if spent(SMALLEST_NOISE_MULTIPLIER, _rdp_epsilon) <= epsilon:
+        raise PrivacyRefused(
+            f"epsilon = {epsilon:g} · even a noise multiplier of {SMALLEST_NOISE_MULTIPLIER:g} would spend less",
+            next="Ask for an epsilon of 100 or less, or set privacy.mechanism: none.",
+            code="epsilon_too_large",
+        )
+    if spent(LARGEST_NOISE_MULTIPLIER, _pld_epsilon) > epsilon:
+        raise PrivacyRefused(
+            f"epsilon = {epsilon:g} · not reachable with a noise multiplier up to {LARGEST_NOISE_MULTIPLIER:g}",
+            next="Ask for a larger epsilon, or take fewer steps or smaller batches.",
+            code="epsilon_unreachable",
+        )
+    low, high = _bracket(lambda noise: spent(noise, _rdp_epsilon) <= epsilon)
+    low *= 0.5  # PLD needs less noise than RDP, by 5 to 8 percent as a rule
+    while spent(low, _pld_epsilon) <= epsilon:
+        low, high = low * 0.5, low
+    if spent(high, _pld_epsilon) > epsilon:  # possible only where the grid is coarser than the whole loss
+        high = LARGEST_NOISE_MULTIPLIER
+    while high / low > 1 + 1e-5:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle, _pld_epsilon) <= epsilon else (middle, high)
+    digit = 10.0 ** (math.floor(math.log10(high)) - 4)
+    noise_multiplier = float(f"{math.ceil(high / digit) * digit:.5g}")
+    while spent(noise_multiplier, _pld_epsilon) > epsilon:  # the printed value itself must keep the promise
+        noise_multiplier = float(f"{noise_multiplier + digit:.5g}")
+    return noise_multiplier
+
+
+def _bracket(enough: Any) -> tuple[float, float]:
+    """(too little, enough) noise, within 1 %, for a bound that falls with the noise."""
+    low, high = SMALLEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER * 2
+    while not enough(high) and high < LARGEST_NOISE_MULTIPLIER:
+        low, high = high, high * 2
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return low, min(high, LARGEST_NOISE_MULTIPLIER)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise UsageError(f"delta = {delta} · must be between 0 and 1, both excluded", next="Give about 1/(N ln N).")
+
+
+@lru_cache(maxsize=4096)
+def _pld_epsilon(events: tuple[Event, ...], delta: float) -> float:
+    rdp = _rdp_epsilon(events, delta)
+    if not rdp < PLD_UP_TO:
+        return rdp
+    grid = GRID * max(1.0, rdp / FINE_UP_TO)
+    pld = float(_distribution(events, grid).get_epsilon(delta))
+    if pld > rdp * (1 + 1e-3) + 1e-3:
+        raise SfumatoError(
+            f"epsilon = {pld:.6g} by PLD, {rdp:.6g} by RDP at delta = {delta:g} · PLD must not be above RDP",
+            next="Do not use this figure; please report the events: " + str([event.to_dict() for event in events]),
+            code="accountants_disagree",
+        )
+    return min(pld, rdp)
+
+
+@lru_cache(maxsize=4)
+def _distribution(events: tuple[Event, ...], grid: float) -> Any:
+    """A PLDAccountant that has composed all events; kept, because a curve asks it for several deltas."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
+    for event in events:
+        accountant.compose(event.to_dp_event())
+    return accountant
+
+
+@lru_cache(maxsize=4096)
+def _rdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    with _without_order_warnings():
+        for event in events:
+            accountant.compose(event.to_dp_event())
+        return float(accountant.get_epsilon(delta))
+
+
+def _zcdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
+    """Canonne, Kamath, Steinke 2020 (arXiv:2004.00010), Corollary 13, for rho = sum of count / (2 sigma^2)."""
+    rho = sum(event.count / (2 * event.noise_multiplier**2) for event in events)
+
+    def at(log_order: float) -> float:  # alpha - 1 = exp(log_order)
+        excess = math.exp(log_order)
+        alpha = 1 + excess
+        return alpha * rho + (math.log(1 / delta) - math.log(alpha)) / excess + math.log1p(-1 / alpha)
+
+    orders = [at(-7 + 25 * i / 20_000) for i in range(20_001)]  # any order is valid, so a grid loses a little, never lies
+    return max(0.0, min(orders))
+
+
+@contextlib.contextmanager
+def _without_order_warnings() -> Iterator[None]:
+    """dp_accounting warns of every RDP order that did not converge and leaves it out, which keeps the bound valid."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,141 @@
+"""What a run may claim, as a value and in words. Everything is computed from the events that the ledger holds."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sfumato.errors import UsageError
+from sfumato.privacy import accounting
+from sfumato.privacy.accounting import Event
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.reports import Guarantee
+
+NOT_PROMISED = (
+    "That nothing about a group can be learnt: facts true of the population are what a generator is for.",
+    "That what one unit tells about another is hidden, such as the records of relatives, unless they are one unit.",
+    "That the output is true, fair, or fit for any decision about a person.",
+    "Anything about data outside the boundary, such as public pretraining, choices made by people who saw the data, "
+    "or settings tuned on it without a charge.",
+    "Protection from whoever can read the machine while it trains: the trust model is central.",
+    "A chance of failure below delta.",
+)
+
+
+def guarantee(
+    plan: PrivacyPlan,
+    events_spent: Sequence[Event],
+    *,
+    boundary: list[str],
+    not_for_release: str = "",
+    composed_with: Sequence[dict[str, Any]] = (),
+) -> Guarantee:
+    """The claim after ``events_spent``: the plan says of what kind it is, the events alone say how large.
+
+    Args:
+      boundary: sentences on which data and steps are inside, and what is declared public.
+      composed_with: earlier releases on the same account, each with its own figures (they are not added up here).
+    """
+    inside = [*boundary, _population_sentence(plan)]
+    if isinstance(plan, NotPrivate):
+        if events_spent:
+            raise UsageError(
+                f"events_spent = {len(events_spent)} · a plan without privacy has none", next="Give the plan of the ledger."
+            )
+        return Guarantee(
+            definition="none",
+            epsilon=None,
+            delta=None,
+            unit=plan.unit,
+            records_per_unit=plan.records_per_unit,
+            adjacency="add_or_remove",
+            population=plan.population,
+            boundary=inside,
+            mechanism={"name": "none"},
+            composed_with=list(composed_with),
+            not_promised=["Anything: this run was trained without privacy.", *NOT_PROMISED],
+            not_for_release=not_for_release or "trained without privacy",
+        )
+    _check_events(plan, events_spent)
+    figures = accounting.accountants(events_spent, plan.delta)
+    epsilon = figures["pld"]
+    assert epsilon is not None  # PLD always applies
+    finite = math.isfinite(epsilon)
+    return Guarantee(
+        definition="(epsilon, delta)-DP" if finite else "none",
+        epsilon=epsilon if finite else None,
+        delta=plan.delta,
+        unit=plan.unit,
+        records_per_unit=plan.records_per_unit,
+        adjacency=plan.adjacency,
+        population=plan.population,
+        accountants={name: value if value is None or math.isfinite(value) else None for name, value in figures.items()},
+        curve=accounting.curve(events_spent) if finite else [],
+        boundary=inside,
+        mechanism={
+            "name": "dp_sgd",
+            "sampling": "poisson",
+            "sampling_rate": plan.sampling_rate,
+            "expected_batch_size": plan.expected_batch_size,
+            "noise_multiplier": plan.noise_multiplier,
+            "max_grad_norm": plan.max_grad_norm,
+            "steps_planned": plan.steps,
+            "steps_spent": sum(event.count for event in events_spent),
+            "target_epsilon": plan.target_epsilon,
+            "accountant": "pld",
+            "grid": accounting.GRID,
+        },
+        composed_with=list(composed_with),
+        not_promised=list(NOT_PROMISED),
+        not_for_release=not_for_release or ("" if finite else "trained without noise"),
+    )
+
+
+def in_words(claim: Guarantee) -> str:
+    """One paragraph for a reader who wants to know what is protected."""
+    if claim.epsilon is None or claim.delta is None:
+        return "This model was trained without differential privacy. It may repeat what it was trained on, and must not be released."
+    whose = {
+        "record": "one record",
+        "person": f"all records of one person (at most {claim.records_per_unit} in a step)",
+        "site": "all records of one site",
+    }[claim.unit]
+    words = (
+        f"Whoever sees everything that this run releases can hardly tell whether {whose} took part: the run is "
+        f"({claim.epsilon:.4g}, {claim.delta:.2g})-differentially private for adding or removing {whose}. "
+        f"Any guess about it that was right with odds of 1 to 1 before is right with odds of at most "
+        f"{_odds(claim.epsilon)} to 1 after, but for a chance of about {claim.delta:.2g}."
+    )
+    if claim.composed_with:
+        words += f" {len(claim.composed_with)} other run(s) used the same data; the protection of all together is weaker."
+    if claim.not_for_release:
+        words += f" NOT FOR RELEASE: {claim.not_for_release}."
+    return words
+
+
+def _odds(epsilon: float) -> str:
+    odds = math.exp(min(epsilon, 700.0))
+    return f"{odds:,.2f}" if odds < 10 else f"{odds:,.0f}" if odds < 1e6 else f"{odds:.1e}"
+
+
+def _population_sentence(plan: PrivacyPlan) -> str:
+    if plan.population_from_data:
+        return (
+            f"The number of {plan.unit}s, N = {plan.population}, was counted in the data and is declared public: the "
+            "guarantee does not hide it, and does not hold for somebody to whom N itself would be a secret."
+        )
+    return f"The number of {plan.unit}s, N = {plan.population}, was given as a public constant."
+
+
+def _check_events(plan: DpSgd, events: Sequence[Event]) -> None:
+    """Every event must be one of the plan: a claim cannot name one mechanism and have spent on another."""
+    expected = plan.event(1)
+    for event in events:
+        if (event.mechanism, event.sampling_rate, event.noise_multiplier) != (
+            expected.mechanism,
+            expected.sampling_rate,
+            expected.noise_multiplier,
+        ):
+            raise UsageError(
+                f"event = {event.to_dict()} · is not an event of the plan {expected.to_dict()}",
+                next="Give the plan that the ledger was opened with.",
+            )
