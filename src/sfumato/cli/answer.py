@@ -83,45 +83,61 @@ def failure_of(error: BaseException, arguments: Sequence[str]) -> Failure:
     match error:
         case PrivacyRefused():
             # `release` calls them reasons, everything else refusals: the same list, so that both readers find it
-            return Failure(3, error.code, error.message, error.next, {"refusals": error.refusals, "reasons": error.refusals})
+            return Failure(
+                3, error.code, error.message, error.next, {"refusals": error.refusals, "reasons": error.refusals}
+            )
         case SfumatoError():
             return Failure(error.exit_code, error.code, error.message, error.next)
         case KeyboardInterrupt() | click.Abort():
             return Failure(
-                INTERRUPTED, "interrupted", "interrupted · what was spent is in the ledger",
+                INTERRUPTED,
+                "interrupted",
+                "interrupted · what was spent is in the ledger",
                 "For a training: the same command with --resume.",
             )
         case click.ClickException():
             context = getattr(error, "ctx", None)
             given = " ".join(arguments)[:200]
             return Failure(
-                2, "usage", f"arguments = {given} · {error.format_message().rstrip('.')}",
+                2,
+                "usage",
+                f"arguments = {given} · {error.format_message().rstrip('.')}",
                 f"See `{context.command_path if context else 'sfumato'} --help`.",
             )
         case ModuleNotFoundError() if (error.name or "").partition(".")[0] != "sfumato":
             return Failure(
-                5, "missing_dependency", f"{error.name} = not installed · this verb needs it",
+                5,
+                "missing_dependency",
+                f"{error.name} = not installed · this verb needs it",
                 "`sfumato doctor` says what is missing and how to get it.",
             )
         case MemoryError():
             return Failure(
-                5, "memory", f"memory = {error} · not enough for this run",
+                5,
+                "memory",
+                f"memory = {error} · not enough for this run",
                 "Set performance.max_physical_batch_size to a smaller number, or use a machine with more memory.",
             )
         case OSError() if error.errno in _DISK:
             return Failure(
-                5, "disk", f"{error.filename or 'disk'} = {_DISK[error.errno]} · room to write is needed",
+                5,
+                "disk",
+                f"{error.filename or 'disk'} = {_DISK[error.errno]} · room to write is needed",
                 "Free some space, or give another folder; then run the same command with --resume.",
             )
         case PermissionError():
             return Failure(
-                5, "permission", f"{error.filename} = {error.strerror} · must be accessible to this user",
+                5,
+                "permission",
+                f"{error.filename} = {error.strerror} · must be accessible to this user",
                 "Change the permissions, or give another folder.",
             )
     if "No space left on device" in str(error):  # libraries that wrap the system's error in one of their own
         return Failure(5, "disk", "disk = full · room to write is needed", "Free some space; then --resume.")
     return Failure(
-        1, "internal", f"{type(error).__name__}: {error} · this is a mistake of ours",
+        1,
+        "internal",
+        f"{type(error).__name__}: {error} · this is a mistake of ours",
         f"Please send us {_write_report(error, arguments)} (read it first: it holds the command line and this message).",
     )
 
@@ -178,4 +194,3 @@ def _write_report(error: BaseException, arguments: Sequence[str]) -> str:
     except OSError:  # nowhere to write it: then the reader gets it at once
         print("\n".join(lines), file=sys.stderr)
         return "the lines above"
-

@@ -1,5 +1,6 @@
 """``sfumato data``: fetch the built-in sets, and look at any set before training on it."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,13 +9,21 @@ from sfumato.cli import words
 from sfumato.cli.answer import Answer, Verb
 
 app = typer.Typer(rich_markup_mode=None, help="Fetch the built-in sets; check and describe any set.")
-Where = Annotated[str, typer.Argument(metavar="PATH", help="A folder with metadata.jsonl, a Parquet file, or a built-in set.")]
+Where = Annotated[
+    str, typer.Argument(metavar="PATH", help="A folder with metadata.jsonl, a Parquet file, or a built-in set.")
+]
 UnitColumn = Annotated[str | None, typer.Option(metavar="NAME", help="The column that names the person.")]
 SHOWN = 20  # problems told to a person; --json has all
 
 
 @app.command(cls=Verb)
-def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="clinic, emoji, mnist or fashion-mnist.")]) -> Answer:
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="clinic, emoji, mnist or fashion-mnist.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="Where the archives lie already; no client is needed."),
+    ] = None,
+) -> Answer:
     """Brings a built-in set into the cache, and checks its sums.
 
     \b
@@ -23,8 +32,9 @@ def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="clinic, emoj
     """
     from sfumato.data import examples
 
-    result = examples.fetch(name)
-    return Answer(result, words.pairs(result.items()))
+    result = examples.fetch(name, folder=folder)
+    shown = [(key, value) for key, value in result.items() if not isinstance(value, list | dict)]
+    return Answer(result, words.pairs(shown))
 
 
 @app.command(cls=Verb)
@@ -58,7 +68,7 @@ def stats(path: Where, unit_column: UnitColumn = None) -> Answer:
 def _words(result: dict[str, Any]) -> str:
     simple = [(key, value) for key, value in result.items() if not isinstance(value, dict | list)]
     parts = [words.pairs([*simple, ("modalities", ", ".join(result["modalities"]))])]
-    problems = result["problems"]
+    problems = result.get("problems", [])
     if problems:
         parts.append(words.table(("record", "problem"), [(p["record"], p["problem"]) for p in problems[:SHOWN]]))
         if len(problems) > SHOWN:

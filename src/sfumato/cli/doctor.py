@@ -77,7 +77,9 @@ def _check(name: str, ok: bool, detail: str, next: str, *, required: bool = Fals
 def _package(module: str, package: str, *, required: bool, why: str = "") -> dict[str, Any]:
     found = importlib.util.find_spec(module) is not None
     detail = _or("unknown version", lambda: metadata.version(package)) if found else "not installed"
-    return _check(package, found, detail, f"pip install {package}" + (f" (for {why})" if why else ""), required=required)
+    return _check(
+        package, found, detail, f"pip install {package}" + (f" (for {why})" if why else ""), required=required
+    )
 
 
 def _torch() -> dict[str, Any]:
@@ -86,7 +88,11 @@ def _torch() -> dict[str, Any]:
         import torch
     except (ImportError, OSError) as error:
         return _check("torch", False, f"does not load ({error})", "pip install 'torch>=2.6'", required=True)
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU; every recipe that is named runs without"
+    gpu = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else "no GPU; every recipe that is named runs without"
+    )
     return _check("torch", True, f"{torch.__version__}, {gpu}", "", required=True)
 
 
@@ -100,7 +106,9 @@ def _memory() -> dict[str, Any]:
 
 def _disk() -> dict[str, Any]:
     free = shutil.disk_usage(".").free
-    return _check("disk", free >= 2 * GIB, f"{free / GIB:.1f} GiB free here", "2 GiB are recommended: free some, or --out.")
+    return _check(
+        "disk", free >= 2 * GIB, f"{free / GIB:.1f} GiB free here", "2 GiB are recommended: free some, or --out."
+    )
 
 
 def _writable() -> dict[str, Any]:
@@ -116,7 +124,9 @@ def _key() -> dict[str, Any]:
     from sfumato.release import keys
 
     path = keys.config_dir() / "signing-key.pem"
-    return _check("signing key", path.exists(), str(path) if path.exists() else "none yet", "Made at the first release.")
+    return _check(
+        "signing key", path.exists(), str(path) if path.exists() else "none yet", "Made at the first release."
+    )
 
 
 def _or(default: Any, ask: Callable[[], Any]) -> Any:

@@ -35,7 +35,13 @@ def federate(
     from sfumato import workflow
 
     result = workflow.federate(
-        recipe, assignments=assignments or [], out=out, sites=sites, rounds=rounds, engine=engine.value, progress=to_stderr
+        recipe,
+        assignments=assignments or [],
+        out=out,
+        sites=sites,
+        rounds=rounds,
+        engine=engine.value,
+        progress=to_stderr,
     )
     interrupted = result.get("stopped") == "interrupted"
     return Answer(result, _words(result), exit_code=INTERRUPTED if interrupted else 0)

@@ -25,4 +25,6 @@ def generate(
     from sfumato import workflow
 
     result = workflow.generate(run_or_bundle, texts=text, count=count, out=out, seed=seed)
-    return Answer(result, "\n".join(str(file) for file in result["files"]) + "\n" + words.pairs([("model", result["model"])]))
+    return Answer(
+        result, "\n".join(str(file) for file in result["files"]) + "\n" + words.pairs([("model", result["model"])])
+    )

@@ -48,18 +48,27 @@ def init(
                 "unit_column": seen.unit_column,
                 "public_units": min(6_000, max(1, seen.units // 10)),
             },
-            "privacy": {"unit": "person" if seen.unit_column else "record", "records_per_unit": 4 if seen.unit_column else 1},
+            "privacy": {
+                "unit": "person" if seen.unit_column else "record",
+                "records_per_unit": 4 if seen.unit_column else 1,
+            },
             "training": {"expected_batch_size": batch},
         }
     )
     target.write_text(to_commented_yaml(recipe, _heading(folder, seen, target)), encoding="utf-8")
     result = {
-        "recipe": str(target), "records": seen.records, "units": seen.units, "columns": list(seen.columns),
-        "unit_column": seen.unit_column, "notes": list(seen.notes),
+        "recipe": str(target),
+        "records": seen.records,
+        "units": seen.units,
+        "columns": list(seen.columns),
+        "unit_column": seen.unit_column,
+        "notes": list(seen.notes),
     }
     text = words.pairs([("recipe", target), ("unit column", seen.unit_column or "none: each record by itself")])
     notes = "".join(f"\n- {note}" for note in seen.notes)
-    return Answer(result, f"{text}{notes}\nnext: read it, then `sfumato data check {folder}` and `sfumato plan {target}`.")
+    return Answer(
+        result, f"{text}{notes}\nnext: read it, then `sfumato data check {folder}` and `sfumato plan {target}`."
+    )
 
 
 def batch_size_for(units: int) -> int:

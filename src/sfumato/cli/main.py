@@ -75,15 +75,18 @@ app.command("runs", cls=Verb)(runs.runs)
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line. Returns the exit code; every exception has become one."""
+    arguments = list(arguments) or ["--help"]
     as_json = wants_json(arguments)
     try:
         command = typer.main.get_command(app)
         # not command.main(): it would print and exit in its own way
-        with command.make_context("sfumato", list(arguments) or ["--help"]) as context:
+        with command.make_context("sfumato", list(arguments)) as context:
             answer = command.invoke(context)
     except click.exceptions.Exit as done:  # --help, --version
         return done.exit_code
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and {"--help", "--version"} & set(arguments):
+            raise  # a pipe that breaks inside a verb is another matter: its work was not done
         failure = failure_of(error, arguments)
         print_failure(failure, as_json=as_json)
         return failure.exit_code

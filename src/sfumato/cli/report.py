@@ -11,7 +11,9 @@ from sfumato.cli.arguments import Run
 
 def report(
     run: Run,
-    public: Annotated[bool, typer.Option("--public", help="Only what may leave: no attacks, losses or counts.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Only what may leave: no attacks, losses or counts.")
+    ] = False,
 ) -> Answer:
     """Writes one HTML page, and the same as JSON.
 

@@ -28,4 +28,6 @@ def verify(
     result = check(bundle, key_file=key)
     rows = [("ok" if item["ok"] else "FAILED", item["name"], item["detail"]) for item in result["checks"]]
     verdict = f"valid · ({result['epsilon']:.4g}, {result['delta']:.3g})-DP" if result["valid"] else "NOT VALID"
-    return Answer(result, words.table(("", "check", "detail"), rows) + f"\n\n{verdict}", exit_code=0 if result["valid"] else 4)
+    return Answer(
+        result, words.table(("", "check", "detail"), rows) + f"\n\n{verdict}", exit_code=0 if result["valid"] else 4
+    )

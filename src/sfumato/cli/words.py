@@ -15,7 +15,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns, aligned."""
     cells = [list(head), *[["-" if cell is None else number(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
 
 
 def number(value: Any) -> str:
