@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DifferentialPrivacyEngine": "sfumato.privacy.engine",
+    "NotPrivateEngine": "sfumato.privacy.engine",
+    "make_engine": "sfumato.privacy.engine",
     "DpSgd": "sfumato.privacy.plan",
     "NotPrivate": "sfumato.privacy.plan",
     "Ledger": "sfumato.privacy.ledger",
@@ -22,13 +24,19 @@ _HOME = {
     "Batch": "sfumato.records",
     "UnitTable": "sfumato.records",
     "SfumatoError": "sfumato.errors",
+    "PrivacyRefused": "sfumato.errors",
+    "UnsupportedLayer": "sfumato.errors",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from sfumato.errors import PrivacyRefused as PrivacyRefused
     from sfumato.errors import SfumatoError as SfumatoError
+    from sfumato.errors import UnsupportedLayer as UnsupportedLayer
     from sfumato.privacy.engine import DifferentialPrivacyEngine as DifferentialPrivacyEngine
+    from sfumato.privacy.engine import NotPrivateEngine as NotPrivateEngine
+    from sfumato.privacy.engine import make_engine as make_engine
     from sfumato.privacy.ledger import Ledger as Ledger
     from sfumato.privacy.plan import DpSgd as DpSgd
     from sfumato.privacy.plan import NotPrivate as NotPrivate
