@@ -6,8 +6,10 @@ matter nothing (smoking, allergies, work) never use the words of the facts, so t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-SLOTS = 12
+T = TypeVar("T")
+SLOTS = 12  # of the numbers that choose the phrasing
 Options = tuple[str, ...]
 
 
@@ -250,7 +252,7 @@ def _finding(phrases: Phrases, language: str, facts: dict[str, str], size_mm: in
     return phrases.findings[template].format_map(fill)
 
 
-def _choose(options, u: float):  # noqa: ANN001, ANN202
+def _choose(options: tuple[T, ...], u: float) -> T:
     return options[int(u * len(options))]
 
 
