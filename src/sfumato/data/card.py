@@ -15,8 +15,8 @@ from sfumato.data.sources import open_source, settings_for
 from sfumato.records import Record
 
 WHAT = {
-    "clinic": "A PHANTOM: generated case histories, chest phantoms and facts. No patient in it exists; it is no medical data, "
-    "and what is learnt on it says nothing about medicine.",
+    "clinic": "A PHANTOM: generated case histories, chest phantoms and facts. No patient in it exists; "
+    "it is no medical data, and what is learnt on it says nothing about medicine.",
     "emoji": "Pictures of emoji in three styles, with their names and tags as captions.",
     "mnist": "Handwritten digits, 28 x 28 grey, with captions written by a few patterns.",
     "fashion-mnist": "Articles of clothing, 28 x 28 grey, with captions written by a few patterns.",
@@ -46,9 +46,11 @@ INTERNAL = (
 )
 _IDENTIFIERS = {
     "e-mail addresses": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
-    "telephone numbers": re.compile(r"(?<![\w.])(?:\+\d{1,3}[\s.-]?)?(?:\(\d{2,5}\)[\s.-]?|\d{2,4}[\s.-])\d{2,4}[\s.-]\d{2,4}(?:[\s.-]\d{2,4})?(?![\w])"),
+    "telephone numbers": re.compile(
+        r"(?<![\w.])(?:\+\d{1,3}[\s.-]?)?(?:\(\d{2,5}\)[\s.-]?|\d{2,4}[\s.-])\d{2,4}[\s.-]\d{2,4}(?:[\s.-]\d{2,4})?(?!\w)"
+    ),
     "long digit strings": re.compile(r"(?<!\d)\d{8,}(?!\d)"),
-}  # fmt: skip
+}
 
 
 def card(
@@ -104,7 +106,8 @@ def card(
         made["pixels_are_the_published_ones"] = published
     if data.source == "emoji":
         made["note"] = (
-            "Split by concept: the styles of one concept are never on both sides. Variants by gender are near-duplicates."
+            "Split by concept: the styles of one concept are never on both sides. "
+            "Variants by gender are near-duplicates."
         )
     return made
 
@@ -123,7 +126,7 @@ def _how_public(data: DataSettings) -> str:
         return "units of the official test set, chosen by a hash of their name; declared public"
     if data.source == "emoji":
         return "concepts chosen by a hash of their name; declared public"
-    return "units chosen by a hash of their name (among the held-out ones where splits are declared); declared public by the recipe"
+    return "units chosen by a hash of their name (of the held-out ones where splits are declared); declared public"
 
 
 def modalities(records: Iterable[Record]) -> dict[str, int]:
@@ -140,7 +143,7 @@ def histogram(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def rights(records: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """The values of the columns that speak of rights, consent and origin, counted; a column with many values only by their number."""
+    """The values of the columns that speak of rights, consent and origin, counted; above 20 only their number."""
     values: dict[str, Counter[str]] = {}
     for record in records:
         for key, value in record.metadata.items():

@@ -1,4 +1,4 @@
-"""``data check``: every problem of a data set, with the record and the next step. It changes nothing and drops nothing."""
+"""``data check``: every problem of a data set, with the record and the next step. It changes and drops nothing."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -15,10 +15,11 @@ from sfumato.errors import DataError
 from sfumato.records import Record
 
 NEAR_BITS = 3  # of 64, that may differ between two difference hashes
-NEAR_SHARE = (
-    0.1  # root mean square difference of the 16x16 thumbnails, as a share of their standard deviation: correlation .995
+NEAR_SHARE = 0.1  # root mean square difference of the 16x16 thumbnails / their standard deviation: correlation .995
+HOW_NEAR = (
+    f"64-bit difference hashes within {NEAR_BITS} bits, "
+    f"and 16x16 grey thumbnails within {NEAR_SHARE:.0%} of their contrast"
 )
-HOW_NEAR = f"64-bit difference hashes within {NEAR_BITS} bits, and 16x16 grey thumbnails within {NEAR_SHARE:.0%} of their contrast"
 _MAX_PAIRS = 100_000_000
 
 Problem = dict[str, str]  # record, problem, next, code, level: "error" (load refuses) or "warning"
@@ -80,7 +81,7 @@ def split_of(metadata: Any) -> str | None:
 
 
 def leaks(splits_of: dict[str, dict[str, str]]) -> Iterator[tuple[str, DataError]]:
-    """Units that occur in more than one declared split, each with one of their records. Args: unit -> split -> a record."""
+    """Units in more than one declared split, each with one of its records. Args: unit -> split -> a record."""
     for unit, splits in splits_of.items():
         if len(splits) > 1:
             *_, record = splits.values()
@@ -145,7 +146,7 @@ class _Look:
         if first != record.id:
             error = DataError(
                 f"{record.id} · is an exact copy of {first}",
-                next="Remove one, unless they are two events; two persons behind one picture weaken what the guarantee means.",
+                next="Remove one, unless they are two events; a copy under another unit weakens the guarantee.",
                 code="duplicate",
             )
             self.problems.append(problem(record.id, error, "warning"))
@@ -220,7 +221,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(hashes: np.ndarray, thumbnails: list[np.ndarray]) -> tuple[list[tuple[int, int]], bool]:
-    """For every picture that is like an earlier one, the pair (later, the earliest found); and whether all were compared.
+    """For every picture like an earlier one, the pair (later, the earliest found); and whether all were compared.
 
     Two hashes within 3 bits agree on one of their four 16-bit bands, so only pictures that share a band are compared.
     """

@@ -1,7 +1,8 @@
 """The built-in clinic: generated patients, deterministic from a seed. A phantom; nobody in it exists.
 
-A patient (the privacy unit) has 1 to 4 records. A record is a case history in plain language, a chest phantom (``phantom.py``)
-and, when asked, one second of auscultation. The facts that the picture shows are in ``metadata["facts"]``; each site has its own mix.
+A patient (the privacy unit) has 1 to 4 records. A record is a case history in plain language (``histories.py``), a
+chest phantom (``phantom.py``) and, when asked, one second of auscultation. The facts that the picture shows are in
+``metadata["facts"]``; each site has its own mix of them.
 Patient number i is the same whatever the number of patients; the public ones are drawn from a stream of their own.
 """
 
@@ -248,9 +249,15 @@ class Clinic:
                 language, age=age, female=female, facts=facts, size_mm=size_mm, sound=sound, words=words
             )
             metadata: dict[str, Any] = {
-                "facts": facts, "size_mm": size_mm, "site": SITES[site].name, "age": age, "sex": "female" if female else "male",
-                "visit": visit, "language": language, "phantom": True,
-            }  # fmt: skip
+                "facts": facts,
+                "size_mm": size_mm,
+                "site": SITES[site].name,
+                "age": age,
+                "sex": "female" if female else "male",
+                "visit": visit,
+                "language": language,
+                "phantom": True,
+            }
             if sound is not None:
                 metadata |= {"heart_rate": rate, "murmur": murmur, "wheeze": wheeze}
             unit = f"{stem}-{patient:06d}"

@@ -111,7 +111,7 @@ def located(settings: DataSettings) -> Path:
     if lacking:
         raise DataError(
             f"path = {folder} · lacks {', '.join(lacking)}",
-            next=f"Put them there, or the archives {', '.join(p.archive for p in example.packages)}, or leave data.path out to fetch them.",
+            next=f"Put them there, or {', '.join(p.archive for p in example.packages)}; or leave data.path out.",
             code="missing_file",
         )
     return folder
@@ -195,8 +195,9 @@ STYLES = {
 
 
 class Emoji(Entries):
-    """Pictures of emoji in three styles with a caption: label, some tags, the style word. A record is its own unit, but sets are
-    split by ``metadata["concept"]``, because the three styles of one concept, and its caption, say nearly the same."""
+    """Pictures of emoji in three styles with a caption: label, some tags, the style word. A record is its own unit, but
+    sets are split by ``metadata["concept"]``, because the styles of one concept, and its captions, say nearly the same.
+    """
 
     name = "emoji"
     facts: Mapping[str, tuple[str, ...]] = {}

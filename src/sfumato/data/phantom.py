@@ -1,8 +1,8 @@
 """Chest phantoms and auscultation sounds: drawn from numbers, many at a time. Not medical images.
 
-Coordinates: x to the viewer's right, y down, both in [-1, 1] over the picture. As on films, the patient's left is on the
-viewer's right of a frontal view. A lateral view is taken with the affected side at the detector: for a left finding the
-spine is on the viewer's right, for a right finding on the left.
+Coordinates: x to the viewer's right, y down, both in [-1, 1] over the picture. As on films, the patient's left is on
+the viewer's right of a frontal view. A lateral view is taken with the affected side at the detector: for a left finding
+the spine is on the viewer's right, for a right finding on the left.
 """
 
 from dataclasses import dataclass

@@ -43,9 +43,9 @@ class Prepared:
 def load(
     data: DataSettings, *, unit: Literal["record", "person"], need: tuple[str, ...] = ("text", "image")
 ) -> Prepared:
-    """The records of ``data``, ready for a codec: square pictures of ``image_size`` with ``channels`` channels, in one array.
+    """The records of ``data``, ready for a codec: square pictures of ``image_size``, views into one array.
 
-    Public units are those with the smallest hash of (seed, name): taking a private unit away changes no one else's side.
+    Public units are those with the smallest hash of (seed, name): taking a private unit away moves nobody else.
     Where the records declare splits, only ``train`` is trained on, and public units come from the others.
 
     Args:
@@ -193,7 +193,7 @@ def _split(records: list[Record], data: DataSettings) -> tuple[list[Record], lis
     if data.public_units > len(candidates) or trainable < 1:
         what = "concepts" if emoji else "held-out units" if held_out else "units"
         raise UsageError(
-            f"data.public_units = {data.public_units} · there are {len(candidates)} {what}, and some must be left to train on",
+            f"data.public_units = {data.public_units} · there are {len(candidates)} {what}; some must be left to train",
             next=f"Set data.public_units, for example to {max(1, len(candidates) // 10)}.",
         )
     chosen = set(_first_by_hash(candidates, data.public_units, data.seed))

@@ -1,7 +1,7 @@
 """Where records come from: a folder, a Parquet file, a built-in set. Each yields entries, which are read into records.
 
-An entry is a record that has not been decoded; reading it may fail, with a reason. So a check can look at all of them and
-report every problem, and a load can stop at the first bad ones; neither drops a record silently.
+An entry is a record that has not been decoded; reading it may fail, with a reason. So a check can look at all of them
+and report every problem, and a load can stop at the first bad ones; neither drops a record silently.
 """
 
 import csv
@@ -17,7 +17,12 @@ from sfumato.errors import DataError, MissingDependency, UsageError
 from sfumato.records import Record
 
 TEXT_COLUMNS = ("text", "caption")
-SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+SPLITS = {spelling: split for split, spellings in _SPELLINGS.items() for spelling in spellings}
 
 
 class Source(Protocol):
@@ -102,8 +107,8 @@ class Entries:
 class Folder(Entries):
     """A folder in one of these layouts, also once for each of ``train``, ``validation``, ``test`` inside it:
 
-    - ``metadata.jsonl`` (or ``.csv``): one row a record, with ``file_name`` (or ``image``, ``audio``), ``text`` (or ``caption``),
-      the unit column, and any metadata;
+    - ``metadata.jsonl`` (or ``.csv``): one row a record, with ``file_name`` (or ``image``, ``audio``), ``text`` (or
+      ``caption``), the unit column, and any metadata;
     - one folder per class (the imagefolder and audiofolder layouts of ``datasets``): the folder's name is the caption.
     """
 
@@ -173,7 +178,7 @@ class Folder(Entries):
 
 
 class Parquet(Entries):
-    """A Parquet file, or a folder of them. ``image`` and ``audio`` are bytes, {bytes, path} structs, or paths beside the file."""
+    """A Parquet file, or a folder of them. ``image`` and ``audio``: bytes, {bytes, path}, or paths beside the file."""
 
     def __init__(self, path: Path | str, *, unit_column: str | None = None) -> None:
         self.path, self.unit_column = Path(path), unit_column
@@ -249,7 +254,7 @@ def open_source(settings: DataSettings) -> Source:
 
 
 def settings_for(target: str | Path, *, unit_column: str | None = None) -> DataSettings:
-    """What ``data check PATH`` means: the name of a built-in set, a folder, a Parquet file or a folder of Parquet files."""
+    """What ``data check PATH`` means: a built-in set, a folder, a Parquet file or a folder of them."""
     if str(target) in ("clinic", "emoji", "mnist", "fashion-mnist"):
         return DataSettings(source=str(target), unit_column=unit_column)  # type: ignore[arg-type]
     path = Path(target)
@@ -381,9 +386,9 @@ def _entry(
             if column in columns:
                 found.update(_media(row.get(column), column, name, root))
         values.update(found)
-        if "image" in columns and "image" not in found or "audio" in columns and "audio" not in found:
-            lacking = "image" if "image" in columns and "image" not in found else "audio"
-            raise _no_media(lacking, name)
+        for column in ("image", "audio"):
+            if column in columns and column not in found:
+                raise _no_media(column, name)
         if "file_name" in columns and not found:
             raise _no_media("file_name", name)
     except DataError as problem:
