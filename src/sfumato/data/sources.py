@@ -130,8 +130,13 @@ class Folder(Entries):
                 next="Add it.",
                 code="missing_file",
             )
+        self.columns: list[set[str]] = []
         if all(self.tables):
-            self.facts = {}
+            for table in (table for table in self.tables if table is not None):
+                label = table.relative_to(self.path).as_posix()
+                self.columns.append(_columns_of(table, label))
+                if unit_column is not None and unit_column not in self.columns[-1]:
+                    raise missing_column(unit_column, self.columns[-1], label)
         else:
             classes = sorted({p.name for root, _ in self.roots for p in _visible(root) if p.is_dir()})
             if not classes:
@@ -149,8 +154,11 @@ class Folder(Entries):
             self.facts = {"label": tuple(dict.fromkeys(_caption(name) for name in classes))}
 
     def entries(self) -> Iterator[Entry]:
-        for (root, split), table in zip(self.roots, self.tables, strict=True):
-            yield from self._class_folders(root, split) if table is None else self._rows(root, split, table)
+        for number, ((root, split), table) in enumerate(zip(self.roots, self.tables, strict=True)):
+            if table is None:
+                yield from self._class_folders(root, split)
+            else:
+                yield from self._rows(root, split, table, self.columns[number])
 
     def _class_folders(self, root: Path, split: str | None) -> Iterator[Entry]:
         for folder in (p for p in _visible(root) if p.is_dir()):
@@ -163,12 +171,9 @@ class Folder(Entries):
                 media_of = {"image": file} if kind == "image" else {"audio": file} if kind == "audio" else {}
                 yield Entry(id=name, unit=None, text=caption, metadata=metadata, problem=problem, **media_of)
 
-    def _rows(self, root: Path, split: str | None, table: Path) -> Iterator[Entry]:
-        """Two passes: the columns first, because a column that some rows lack is a problem of those rows."""
+    def _rows(self, root: Path, split: str | None, table: Path, columns: set[str]) -> Iterator[Entry]:
+        """``columns``: those that any row has; a column that some rows lack is a problem of those rows."""
         label = table.relative_to(self.path).as_posix()
-        columns = _columns_of(table, label)
-        if self.unit_column is not None and self.unit_column not in columns:
-            raise missing_column(self.unit_column, columns, label)
         for number, row in _read_table(table, label):
             name = f"{label}:{number}"
             if isinstance(row, DataError):
