@@ -13,7 +13,7 @@ dp_accounting disagree about who doubles the sensitivity (docs/pitfalls.md).
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -142,7 +142,7 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int)
     checks.positive(epsilon=epsilon, steps=steps)
     _check_delta(delta)
 
-    def spent(noise_multiplier: float, bound: Any) -> float:
+    def spent(noise_multiplier: float, bound: Callable[..., float]) -> float:
         event = Event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, count=steps)
         return bound((event,), delta)
 
@@ -158,15 +158,10 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int)
             next="Ask for a larger epsilon, or take fewer steps or smaller batches.",
             code="epsilon_unreachable",
         )
-    low, high = _bracket(lambda noise: spent(noise, _rdp_epsilon) <= epsilon)
-    low *= 0.5  # PLD needs less noise than RDP, by 5 to 8 percent as a rule
-    while spent(low, _pld_epsilon) <= epsilon:
-        low, high = low * 0.5, low
+    high = _enough_by_rdp(lambda noise: spent(noise, _rdp_epsilon) <= epsilon)
     if spent(high, _pld_epsilon) > epsilon:  # possible only where the grid is coarser than the whole loss
         high = LARGEST_NOISE_MULTIPLIER
-    while high / low > 1 + 1e-5:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle, _pld_epsilon) <= epsilon else (middle, high)
+    high = _least_noise(lambda noise: spent(noise, _pld_epsilon), high, epsilon)
     digit = 10.0 ** (math.floor(math.log10(high)) - 4)
     noise_multiplier = float(f"{math.ceil(high / digit) * digit:.5g}")
     while spent(noise_multiplier, _pld_epsilon) > epsilon:  # the printed value itself must keep the promise
@@ -174,15 +169,40 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int)
     return noise_multiplier
 
 
-def _bracket(enough: Any) -> tuple[float, float]:
-    """(too little, enough) noise, within 1 %, for a bound that falls with the noise."""
+def _enough_by_rdp(enough: Callable[[float], bool]) -> float:
+    """A noise multiplier that is enough, and at most 1 % too large."""
     low, high = SMALLEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER * 2
     while not enough(high) and high < LARGEST_NOISE_MULTIPLIER:
         low, high = high, high * 2
     while high / low > 1.01:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return low, min(high, LARGEST_NOISE_MULTIPLIER)
+    return min(high, LARGEST_NOISE_MULTIPLIER)
+
+
+def _least_noise(spent: Callable[[float], float], high: float, target: float) -> float:
+    """From ``high``, which is enough, down to within 1e-5 of the least that is; log epsilon is nearly linear in log noise.
+
+    Regula falsi (Illinois) with every fourth step a bisection, so that it ends whatever the curve looks like.
+    """
+    low = high
+    while (at_low := spent(low)) <= target:  # PLD needs less noise than RDP, by 5 to 8 percent as a rule
+        high, low = low, low * 0.93
+    at_high = spent(high)
+    weight_low = weight_high = 1.0
+    round_ = 0
+    while high / low > 1 + 1e-5:
+        round_ += 1
+        up, down = weight_low * math.log(at_low / target), weight_high * math.log(max(at_high, 1e-300) / target)
+        share = 0.5 if round_ % 4 == 0 or up == down else min(max(up / (up - down), 0.0), 1.0)
+        middle = low * (high / low) ** share
+        middle = min(max(middle, low * (1 + 4e-6)), high / (1 + 4e-6))  # so that an end moves, and then the other
+        at_middle = spent(middle)
+        if at_middle <= target:
+            high, at_high, weight_high, weight_low = middle, at_middle, 1.0, weight_low / 2
+        else:
+            low, at_low, weight_low, weight_high = middle, at_middle, 1.0, weight_high / 2
+    return high
 
 
 def _check_delta(delta: float) -> None:
