@@ -75,9 +75,9 @@ pip)
     fi
   fi
   if .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    install() { .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
   elif "$PYTHON" -m pip --python .venv/bin/python --version >/dev/null 2>&1; then
-    install() { "$PYTHON" -m pip --python .venv/bin/python install --quiet --disable-pip-version-check "$@"; }
+    install() { "$PYTHON" -m pip --python .venv/bin/python install -qq --disable-pip-version-check "$@"; }
   else
     fail ".venv has no pip, and $PYTHON has none that can serve it" "apt-get install python3-venv; rm -rf .venv; run make again"
   fi
