@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import save_file
@@ -14,13 +17,52 @@ from sfumato import recipe, reports
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate
-from sfumato.release import provenance
+from sfumato.release import bundle, keys, provenance
 
 FACTS = ("side", "zone", "heart", "effusion", "view", "kind")
 PLAN = DpSgd(
     population=30_000, expected_batch_size=2_048.0, steps=800, noise_multiplier=1.4268, delta=3.2e-6, unit="person",
     records_per_unit=4, target_epsilon=8.0,
 )
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """make(folder, plan=, twin=, federation=): writes a run's folder."""
+    return make
+
+
+@pytest.fixture(scope="session")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration folder of somebody who signs."""
+    folder = tmp_path_factory.mktemp("signer")
+    keys.own(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory: pytest.TempPathFactory, signer: Path) -> Path:
+    folder = make(tmp_path_factory.mktemp("runs") / "clinic" / "v1")
+    bundle.write(folder, folder / "bundle", keys.own(signer))
+    return folder
+
+
+@pytest.fixture
+def run(_finished: Path, tmp_path: Path) -> Path:
+    """A finished run, to be changed at will."""
+    shutil.copytree(_finished, tmp_path / "clinic" / "v1", ignore=shutil.ignore_patterns("bundle"))
+    return tmp_path / "clinic" / "v1"
+
+
+@pytest.fixture
+def released(_finished: Path, tmp_path: Path) -> Path:
+    """A signed bundle, to be changed at will."""
+    return Path(shutil.copytree(_finished / "bundle", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def public_key(signer: Path) -> Path:
+    return signer / "signing-key.pub.pem"
 
 
 def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, federation: bool = False) -> Path:
