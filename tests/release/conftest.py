@@ -1,4 +1,4 @@
-"""A finished run's folder, made without training: small, complete, and with internal figures in every place they occur."""
+"""A finished run's folder, made without training: small, complete, internal figures in every place where they occur."""
 
 import json
 import math
@@ -21,8 +21,14 @@ from sfumato.release import bundle, keys, provenance
 
 FACTS = ("side", "zone", "heart", "effusion", "view", "kind")
 PLAN = DpSgd(
-    population=30_000, expected_batch_size=2_048.0, steps=800, noise_multiplier=1.4268, delta=3.2e-6, unit="person",
-    records_per_unit=4, target_epsilon=8.0,
+    population=30_000,
+    expected_batch_size=2_048.0,
+    steps=800,
+    noise_multiplier=1.4268,
+    delta=3.2e-6,
+    unit="person",
+    records_per_unit=4,
+    target_epsilon=8.0,
 )
 
 
@@ -72,7 +78,12 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
     private = isinstance(plan, DpSgd)
     settings = {
         "name": "clinic",
-        "privacy": {"mechanism": "dp_sgd" if private else "none", "unit": "person", "records_per_unit": 4, "account": "/srv/account.db"},
+        "privacy": {
+            "mechanism": "dp_sgd" if private else "none",
+            "unit": "person",
+            "records_per_unit": 4,
+            "account": "/srv/account.db",
+        },
         "audit": {"members": 1000},
     }
     resolved = recipe.to_mapping(recipe.from_mapping(settings))
@@ -83,10 +94,11 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
             ledger.commit(ledger.reserve(plan.event(plan.steps), step=plan.steps))
         events = ledger.spent()
     claim = guarantee(
-        plan, events,
+        plan,
+        events,
         boundary=[
-            "Inside: every training step on the records of the 30,000 private patients, and the choice of the last weights.",
-            "Declared public: the architecture, the text encoder's hashing, the 6,000 held-out patients, and all settings.",
+            "Inside: every training step on the records of the 30,000 private patients, and which weights are the last.",
+            "Declared public: the architecture, the text encoder's hashing, 6,000 held-out patients, all settings.",
         ],
     )
     _write(folder / "reports/privacy.json", reports.to_dict(claim))
@@ -96,8 +108,13 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
         folder / "reports/cost.json",
         reports.to_dict(
             reports.CostReport(
-                seconds=231.71828, processor_seconds=449.3, peak_bytes=1_234_567_890, steps=800, units_per_second=7071.0678,
-                parameters=489_216, machine="2 cores",
+                seconds=231.71828,
+                processor_seconds=449.3,
+                peak_bytes=1_234_567_890,
+                steps=800,
+                units_per_second=7071.0678,
+                parameters=489_216,
+                machine="2 cores",
             )
         ),
     )
@@ -106,17 +123,29 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
     _write(
         folder / "data_card.json",
         {
-            "name": "clinic", "source": "clinic", "synthetic": True, "warning": "A phantom: generated pictures of no patient.",
-            "modalities": ["text", "image"], "image_size": 32, "license": "CC0-1.0", "facts": {"side": ["left", "right"]},
-            "records": 74_913, "duplicates": {"exact": 3, "near": 41},
+            "name": "clinic",
+            "source": "clinic",
+            "synthetic": True,
+            "warning": "A phantom: generated pictures of no patient.",
+            "modalities": ["text", "image"],
+            "image_size": 32,
+            "license": "CC0-1.0",
+            "facts": {"side": ["left", "right"]},
+            "records": 74_913,
+            "duplicates": {"exact": 3, "near": 41},
         },
     )
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(10, 801, 10):
             epsilon = 8 * (0.09 + 0.91 * math.sqrt(step / 800)) if private else None
-            file.write(json.dumps({"step": step, "loss": 0.4 + 1 / step, "epsilon": epsilon, "seconds": 0.29 * step}) + "\n")
+            file.write(
+                json.dumps({"step": step, "loss": 0.4 + 1 / step, "epsilon": epsilon, "seconds": 0.29 * step}) + "\n"
+            )
     _samples(folder / "samples")
-    weights = {"down.weight": np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12), "down.bias": np.zeros(8, np.float32)}
+    weights = {
+        "down.weight": np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12),
+        "down.bias": np.zeros(8, np.float32),
+    }
     save_file(weights, folder / "model/unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     save_file({"buckets": np.arange(16, dtype=np.int64)}, folder / "model/text.safetensors")
     _write(folder / "model/model_index.json", {"_class_name": "TextToImage"})
@@ -135,37 +164,71 @@ def quality(twin: bool) -> reports.QualityReport:
             baseline["non-private twin"] = 0.9314159 - 0.03 * index
         figures.append(
             reports.Figure(
-                name=f"agreement: {fact}", value=value, low=value - 0.025, high=value + 0.024, baseline=baseline,
-                extractor="judge-cnn sha256:4f1c9a", samples=2000, note="Cohen's kappa" if index == 0 else "",
+                name=f"agreement: {fact}",
+                value=value,
+                low=value - 0.025,
+                high=value + 0.024,
+                baseline=baseline,
+                extractor="judge-cnn sha256:4f1c9a",
+                samples=2000,
+                note="Cohen's kappa" if index == 0 else "",
             )
         )
     figures.append(
         reports.Figure(
-            name="Fréchet distance", value=61.27, low=57.9, high=64.8, better="lower", extractor="judge-cnn sha256:4f1c9a",
-            baseline={"real held-out": 3.1, "shuffled captions": 3.4}, samples=2000,
+            name="Fréchet distance",
+            value=61.27,
+            low=57.9,
+            high=64.8,
+            better="lower",
+            extractor="judge-cnn sha256:4f1c9a",
+            baseline={"real held-out": 3.1, "shuffled captions": 3.4},
+            samples=2000,
         )
     )
     figures.append(
-        reports.Figure(name="nearest training record", value=0.2718281, better="higher", samples=2000, covered_by="internal")
+        reports.Figure(
+            name="nearest training record", value=0.2718281, better="higher", samples=2000, covered_by="internal"
+        )
     )
-    return reports.QualityReport(figures=figures, notes=["The judge was trained on one half of the public records. Twin: 0.9314159."])
+    return reports.QualityReport(
+        figures=figures, notes=["The judge was trained on one half of the public records. Twin: 0.9314159."]
+    )
 
 
 def audit() -> reports.AuditReport:
     rates = np.logspace(-3, 0, 40)
     attack = reports.Attack(
-        name="denoising loss", auc=0.5077, auc_low=0.482, auc_high=0.533, tpr_at_fpr={"0.01": 0.0131, "0.001": 0.0017},
-        epsilon_lower_bound=0.0, confidence=0.95, members=1000, nonmembers=1000, blind_baseline=0.4967,
+        name="denoising loss",
+        auc=0.5077,
+        auc_low=0.482,
+        auc_high=0.533,
+        tpr_at_fpr={"0.01": 0.0131, "0.001": 0.0017},
+        epsilon_lower_bound=0.0,
+        confidence=0.95,
+        members=1000,
+        nonmembers=1000,
+        blind_baseline=0.4967,
         roc=[[float(rate), float(min(1.0, rate**0.985))] for rate in rates],
     )
     control = reports.Attack(
-        name="denoising loss", auc=0.8812345, auc_low=0.866, auc_high=0.896, tpr_at_fpr={"0.01": 0.312, "0.001": 0.1171},
-        epsilon_lower_bound=2.9123, confidence=0.95, members=1000, nonmembers=1000, blind_baseline=0.4967,
+        name="denoising loss",
+        auc=0.8812345,
+        auc_low=0.866,
+        auc_high=0.896,
+        tpr_at_fpr={"0.01": 0.312, "0.001": 0.1171},
+        epsilon_lower_bound=2.9123,
+        confidence=0.95,
+        members=1000,
+        nonmembers=1000,
+        blind_baseline=0.4967,
         roc=[[float(rate), float(min(1.0, rate**0.31))] for rate in rates],
     )
     return reports.AuditReport(
-        verdict="CONSISTENT", attacks=[attack], positive_control=control,
-        because="The attack proves ε ≥ 0 at 95 % confidence, below the claimed 8; on a model trained without noise it proves ε ≥ 2.9.",
+        verdict="CONSISTENT",
+        attacks=[attack],
+        positive_control=control,
+        because="The attack proves ε ≥ 0 at 95 % confidence, below the claimed 8; without noise it proves ε ≥ 2.9.",
         notes=["Members and non-members come from one distribution: the blind attacker is at chance."],
     )
 
@@ -185,11 +248,22 @@ def _samples(folder: Path) -> None:
     for row in range(4):
         for column in range(8):
             side, size = ("left", "right")[column % 2], ("normal", "enlarged")[row % 2]
-            captions.append(f"{'Frontal' if row < 3 else 'Lateral'} view. A nodule in the {side} upper zone; the heart is {size}.")
+            captions.append(
+                f"{'Frontal' if row < 3 else 'Lateral'} view. A nodule in the {side} upper zone; the heart is {size}."
+            )
     (folder / "captions.json").write_text(json.dumps(captions))
     _grid(0.05).save(folder / "real.png")
     _grid(0.16).save(folder / "final.png")
-    for step, noise in ((0, 1.5), (25, 0.9), (100, 0.6), (200, 0.42), (300, 0.35), (400, 0.3), (600, 0.24), (800, 0.16)):
+    for step, noise in (
+        (0, 1.5),
+        (25, 0.9),
+        (100, 0.6),
+        (200, 0.42),
+        (300, 0.35),
+        (400, 0.3),
+        (600, 0.24),
+        (800, 0.16),
+    ):
         _grid(noise).save(folder / f"step-{step:06d}.png")
 
 
@@ -200,13 +274,17 @@ def _grid(noise: float, rows: int = 4, columns: int = 8, size: int = 32) -> Imag
     canvas = np.full((rows * (size + 2) + 2, columns * (size + 2) + 2), 90.0)
     for row in range(rows):
         for column in range(columns):
-            picture = 0.75 - 0.5 * sum(np.exp(-(((x - cx) / 0.15) ** 2 + ((y - 0.5) / 0.3) ** 2)) for cx in (0.28, 0.72))
+            picture = 0.75 - 0.5 * sum(
+                np.exp(-(((x - cx) / 0.15) ** 2 + ((y - 0.5) / 0.3) ** 2)) for cx in (0.28, 0.72)
+            )
             picture += 0.35 * np.exp(-(((x - 0.55) / (0.1 + 0.06 * (row % 2))) ** 2 + ((y - 0.68) / 0.16) ** 2))
             picture += 0.5 * np.exp(-(((x - (0.28, 0.72)[column % 2]) / 0.05) ** 2 + ((y - 0.35) / 0.05) ** 2))
             picture = np.clip(picture + noise * rng.standard_normal((size, size)), 0, 1)
             top, left = row * (size + 2) + 2, column * (size + 2) + 2
             canvas[top : top + size, left : left + size] = 255 * picture
-    return Image.fromarray(canvas.astype(np.uint8)).resize((canvas.shape[1] * 2, canvas.shape[0] * 2), Image.Resampling.NEAREST)
+    return Image.fromarray(canvas.astype(np.uint8)).resize(
+        (canvas.shape[1] * 2, canvas.shape[0] * 2), Image.Resampling.NEAREST
+    )
 
 
 def _write(path: Path, value: Any) -> None:

@@ -14,9 +14,16 @@ from sfumato.release.settings import ReleaseSettings
 def test_the_files_are_those_of_the_format_and_the_manifest_is_canonical(released: Path) -> None:
     files = {path.relative_to(released).as_posix() for path in released.rglob("*") if path.is_file()}
     assert {name for name in files if not name.startswith("model/")} == {
-        "manifest.json", "privacy.json", "quality.json", "audit.json", "cost.json", "ledger.jsonl", "provenance.json", "README.md",
+        "manifest.json",
+        "privacy.json",
+        "quality.json",
+        "audit.json",
+        "cost.json",
+        "ledger.jsonl",
+        "provenance.json",
+        "README.md",
         "signature.json",
-    }  # fmt: skip
+    }
     listed = manifest.read((released / "manifest.json").read_bytes())
     assert set(listed) == files - {"manifest.json", "signature.json"}
     assert json.loads((released / "manifest.json").read_text())["version"] == 1
@@ -26,12 +33,26 @@ def test_no_internal_figure_is_anywhere_in_a_bundle(run: Path, signer: Path) -> 
     """Each number below is written once in the run's internal reports, and must be in no file that leaves."""
     for path in ("reports/audit.json", "reports/quality.json", "reports/cost.json", "data_card.json", "metrics.jsonl"):
         assert (run / path).is_file()
-    internal = ["0.5077", "0.0131", "0.0017", "0.8812345", "2.9123", "0.9314159", "0.2718281", "7071.0678", "74913", "231.71828", "/srv/"]
+    internal = [
+        "0.5077",
+        "0.0131",
+        "0.0017",
+        "0.8812345",
+        "2.9123",
+        "0.9314159",
+        "0.2718281",
+        "7071.0678",
+        "74913",
+        "231.71828",
+        "/srv/",
+    ]
     everything = "".join(path.read_text() for path in run.rglob("*.json")).replace(",", "")
     recipe = (run / "resolved.yaml").read_text()
     assert all(figure in everything or figure in recipe for figure in internal)
     out = bundle.write(run, run / "bundle", keys.own(signer))
-    text = "".join(path.read_text() for path in out.rglob("*") if path.suffix != ".safetensors" and path.is_file()).replace(",", "")
+    text = "".join(
+        path.read_text() for path in out.rglob("*") if path.suffix != ".safetensors" and path.is_file()
+    ).replace(",", "")
     assert [figure for figure in internal if figure in text] == []
     assert not re.search(r"CONSISTENT|INCONCLUSIVE|auc", text)
     held = json.loads((out / "quality.json").read_text())["held_back"]
@@ -41,7 +62,9 @@ def test_no_internal_figure_is_anywhere_in_a_bundle(run: Path, signer: Path) -> 
 
 def test_the_audit_says_what_was_tested_and_that_one_bit_leaves(released: Path) -> None:
     audit = json.loads((released / "audit.json").read_text())
-    assert audit["tested"] == [{"attack": "denoising loss", "confidence": 0.95, "members_asked": 1000, "blind_baseline": True}]
+    assert audit["tested"] == [
+        {"attack": "denoising loss", "confidence": 0.95, "members_asked": 1000, "blind_baseline": True}
+    ]
     assert audit["positive_control"] is True
     assert "not covered by the guarantee" in audit["why"]
 
@@ -65,7 +88,9 @@ def test_a_bundle_that_we_would_not_accept_does_not_leave(run: Path, signer: Pat
     assert [path.name for path in run.iterdir() if "bundle" in path.name] == []
 
 
-def test_a_second_release_replaces_a_bundle_and_nothing_else(run: Path, signer: Path, public_key: Path, tmp_path: Path) -> None:
+def test_a_second_release_replaces_a_bundle_and_nothing_else(
+    run: Path, signer: Path, public_key: Path, tmp_path: Path
+) -> None:
     out = bundle.write(run, tmp_path / "out", keys.own(signer))
     (out / "extra.txt").write_text("left behind")
     assert bundle.write(run, out, keys.own(signer)) == out
@@ -78,7 +103,9 @@ def test_a_second_release_replaces_a_bundle_and_nothing_else(run: Path, signer: 
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_full_disk_leaves_nothing_behind(run: Path, signer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_behind(
+    run: Path, signer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(source: Path, target: Path) -> manifest.FileEntry:
         raise OSError(28, "No space left on device")
 
@@ -95,7 +122,9 @@ def test_a_run_without_quality_and_audit_can_be_released_where_the_policy_says_s
 ) -> None:
     for name in ("quality", "audit"):
         (run / "reports" / f"{name}.json").unlink()
-    out = bundle.write(run, run / "bundle", keys.own(signer), settings=ReleaseSettings(require_audit=False, require_quality=False))
+    out = bundle.write(
+        run, run / "bundle", keys.own(signer), settings=ReleaseSettings(require_audit=False, require_quality=False)
+    )
     assert verify.verify(out, key_file=public_key)["valid"]
     assert "No attack was run" in (out / "README.md").read_text()
 

@@ -30,10 +30,18 @@ def test_what_is_encoded_is_read_back_and_encodes_to_the_same_bytes(value: Any) 
 @pytest.mark.parametrize(
     "data",
     [
-        b'{"b":1,"a":2}\n', b'{"a": 1}\n', b'{"a":1}', b'{"a":1}\n\n', b'{"a":1.0e0}\n', b'"\xc3\xa4"\n', b'"\\u00E4"\n', b"-0\n", b"1E5\n",
+        b'{"b":1,"a":2}\n',
+        b'{"a": 1}\n',
+        b'{"a":1}',
+        b'{"a":1}\n\n',
+        b'{"a":1.0e0}\n',
+        b'"\xc3\xa4"\n',
+        b'"\\u00E4"\n',
+        b"-0\n",
+        b"1E5\n",
         b'{"a":1,"a":1}\n',
     ],
-)  # fmt: skip
+)
 def test_another_encoding_is_refused(data: bytes) -> None:
     with pytest.raises(VerificationFailed):
         canonical.decode_canonical(data, "x")
@@ -42,10 +50,27 @@ def test_another_encoding_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{", b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[1e400]", b"\xff", b"\xef\xbb\xbf{}", b'"\\ud800"', b'{"\\ud800":1}', b"'a'", b"{}{}",
-        b'{"a":1,"a":2}', b"[" * 100_000, b"[" * 33 + b"]" * 33, b'{"a":' * 200_000, b"1" * 5_000, b"\x00",
+        b"",
+        b"{",
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e999",
+        b"[1e400]",
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        b'"\\ud800"',
+        b'{"\\ud800":1}',
+        b"'a'",
+        b"{}{}",
+        b'{"a":1,"a":2}',
+        b"[" * 100_000,
+        b"[" * 33 + b"]" * 33,
+        b'{"a":' * 200_000,
+        b"1" * 5_000,
+        b"\x00",
     ],
-)  # fmt: skip
+)
 def test_what_is_not_plain_bounded_json_is_refused(data: bytes) -> None:
     with pytest.raises(VerificationFailed):
         canonical.decode(data, "x")

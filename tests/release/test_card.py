@@ -25,7 +25,9 @@ def test_the_yaml_block_is_the_claim(released: Path) -> None:
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**60), 2**60), st.booleans(), st.none()))
+@given(
+    st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**60), 2**60), st.booleans(), st.none())
+)
 def test_a_number_is_the_same_number_in_yaml(value: float) -> None:
     read = yaml.safe_load(card.front_matter({"epsilon": value}).split("---\n")[1])["privacy"]["epsilon"]
     assert read == value
@@ -56,7 +58,10 @@ def test_sentences_of_the_boundary_may_speak_of_epsilon(released: Path) -> None:
     assert card.problems(card.render(values).encode(), values) == []
 
 
-@pytest.mark.parametrize(("value", "text"), [(7.99915, "8"), (7.9911, "7.992"), (3.2e-6, "3.2e-06"), (3.23331e-6, "3.234e-06"), (8.0, "8"), (1, "1")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7.99915, "8"), (7.9911, "7.992"), (3.2e-6, "3.2e-06"), (3.23331e-6, "3.234e-06"), (8.0, "8"), (1, "1")],
+)
 def test_bounds_are_rounded_up(value: float, text: str) -> None:
     assert wording.bound(value) == text
     assert float(text) >= value

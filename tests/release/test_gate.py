@@ -116,8 +116,13 @@ def test_a_federated_run_and_a_foreign_folder_are_refused_with_all_reasons(
     assert codes(make_run(tmp_path / "run", federation=True)) == ["federated"]
     (tmp_path / "empty").mkdir()
     assert codes(tmp_path / "empty") == [
-        "no_recipe", "no_privacy_report", "no_cost_report", "no_quality_report", "no_audit_report", "no_model",
-    ]  # fmt: skip
+        "no_recipe",
+        "no_privacy_report",
+        "no_cost_report",
+        "no_quality_report",
+        "no_audit_report",
+        "no_model",
+    ]
 
 
 def test_a_report_that_cannot_be_read_is_a_reason_not_a_crash(run: Path) -> None:

@@ -16,7 +16,9 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_the_key_is_made_at_first_use_in_the_config_folder_and_then_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_made_at_first_use_in_the_config_folder_and_then_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     old = os.umask(0)
     try:
@@ -48,7 +50,7 @@ def test_a_signature_is_of_these_bytes_by_this_key() -> None:
 
 
 def test_a_signature_with_another_s_of_the_same_residue_is_refused() -> None:
-    """Ed25519's S must be below the group's order, else each signature would have a second encoding (RFC 8032, 5.1.7)."""
+    """Ed25519's S must be below the group's order, else signatures have a second encoding (RFC 8032, 5.1.7)."""
     key = keys.SigningKey.generate()
     signature = key.sign(b"x")
     order = 2**252 + 27742317777372353535851937790883648493
@@ -99,14 +101,18 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_broken_key_in_the_trust_list_is_named_not_skipped(tmp_path: Path) -> None:
     (tmp_path / "broken.pem").write_text("nothing")
-    with pytest.raises(UsageError, match="broken.pem"):
+    with pytest.raises(UsageError, match=r"broken\.pem"):
         keys.trusted(tmp_path)
 
 
 def test_processes_that_make_the_key_at_once_agree_on_it(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from sfumato.release import keys; print(keys.own(Path(sys.argv[1])).public.id)"
+    program = (
+        "import sys; from pathlib import Path; from sfumato.release import keys;"
+        "print(keys.own(Path(sys.argv[1])).public.id)"
+    )
     started = [
-        subprocess.Popen([sys.executable, "-c", program, tmp_path / "config"], stdout=subprocess.PIPE, text=True) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", program, tmp_path / "config"], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
     ]
     made = {process.communicate()[0].strip() for process in started}
     assert [process.returncode for process in started] == [0] * 4

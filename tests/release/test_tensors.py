@@ -28,13 +28,27 @@ def entry(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("header", "data"),
     [
-        ({"a": entry()}, 9), ({"a": entry()}, 7), ({"a": entry(), "b": entry()}, 8), ({"a": entry(), "b": entry(data_offsets=[12, 20])}, 20),
-        ({"a": entry(dtype="F31")}, 8), ({"a": entry(dtype=4)}, 8), ({"a": entry(shape=[3])}, 8), ({"a": entry(shape=[-2])}, 8),
-        ({"a": entry(shape=[2.0])}, 8), ({"a": entry(shape=[True, 2])}, 8), ({"a": entry(data_offsets=[0])}, 8), ({"a": entry(extra=1)}, 8),
-        ({"a": entry(shape=[2**40, 2**40])}, 8), ({"a": []}, 0), ({"__metadata__": {"note": "who was in it"}, "a": entry()}, 8),
-        ({"__metadata__": "x", "a": entry()}, 8), ({"ä": entry()}, 8), ({"": entry()}, 8), ([], 0),
+        ({"a": entry()}, 9),
+        ({"a": entry()}, 7),
+        ({"a": entry(), "b": entry()}, 8),
+        ({"a": entry(), "b": entry(data_offsets=[12, 20])}, 20),
+        ({"a": entry(dtype="F31")}, 8),
+        ({"a": entry(dtype=4)}, 8),
+        ({"a": entry(shape=[3])}, 8),
+        ({"a": entry(shape=[-2])}, 8),
+        ({"a": entry(shape=[2.0])}, 8),
+        ({"a": entry(shape=[True, 2])}, 8),
+        ({"a": entry(data_offsets=[0])}, 8),
+        ({"a": entry(extra=1)}, 8),
+        ({"a": entry(shape=[2**40, 2**40])}, 8),
+        ({"a": []}, 0),
+        ({"__metadata__": {"note": "who was in it"}, "a": entry()}, 8),
+        ({"__metadata__": "x", "a": entry()}, 8),
+        ({"ä": entry()}, 8),
+        ({"": entry()}, 8),
+        ([], 0),
     ],
-)  # fmt: skip
+)
 def test_holes_overlaps_metadata_and_nonsense_are_refused(header: Any, data: int) -> None:
     with pytest.raises(VerificationFailed):
         tensors.read_header(json.dumps(header).encode(), data, "x")

@@ -6,7 +6,7 @@ refuses a bundle that says more. Known things pass; what is not known here stays
 Held back, and why:
 
 - figures marked internal: they were measured on private records outside the guarantee;
-- baselines but those of public records and of the released model: a twin without privacy is a function of private records;
+- baselines but those of public records and of the released model: a twin without privacy is made of private records;
 - free remarks of whole reports: nobody states what covers them;
 - outcomes of attacks and the audit's verdict: they are computed from who was a member;
 - speed in units a second: with the seconds it is the number of units that were really drawn;
@@ -23,15 +23,37 @@ FIGURE_KEYS = ("name", "value", "low", "high", "better", "baseline", "extractor"
 
 # Entries of a data card that state how data was declared or made, never what private records turned out to hold.
 CARD_KEYS = (
-    "name", "source", "title", "description", "origin", "license", "rights", "consent", "citation", "homepage", "synthetic",
-    "phantom", "modalities", "image_size", "channels", "languages", "sample_rate", "unit", "unit_column", "records_per_unit",
-    "facts", "public_units", "split", "seed", "warning",
+    "name",
+    "source",
+    "title",
+    "description",
+    "origin",
+    "license",
+    "rights",
+    "consent",
+    "citation",
+    "homepage",
+    "synthetic",
+    "phantom",
+    "modalities",
+    "image_size",
+    "channels",
+    "languages",
+    "sample_rate",
+    "unit",
+    "unit_column",
+    "records_per_unit",
+    "facts",
+    "public_units",
+    "split",
+    "seed",
+    "warning",
 )
 
 EXISTENCE = (
-    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid for by "
-    "epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. That bit is not "
-    "covered by the guarantee."
+    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid for "
+    "by epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. That bit "
+    "is not covered by the guarantee."
 )
 
 
@@ -112,7 +134,7 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def problems(bundle: Mapping[str, Any]) -> list[str]:
-    """Why the JSON reports of a bundle say more than may leave; empty if they do not. ``bundle``: file name to value."""
+    """Why the JSON reports of a bundle (by file name) say more than may leave; empty if they do not."""
     found: list[str] = []
     report = bundle["quality.json"]
     figures = report.get("figures")
@@ -143,7 +165,11 @@ def problems(bundle: Mapping[str, Any]) -> list[str]:
         found.append("provenance.json: data_card must be an object")
     else:
         found += _unknown("provenance.json: data_card", card, (*CARD_KEYS, "held_back"))
-        found += [f"provenance.json: data_card.{key} is not a declared value" for key in CARD_KEYS if not _declared(card.get(key))]
+        found += [
+            f"provenance.json: data_card.{key} is not a declared value"
+            for key in CARD_KEYS
+            if not _declared(card.get(key))
+        ]
     for name in ("quality.json", "audit.json", "cost.json", "provenance.json", "privacy.json"):
         found += [f"{name}: {where} is internal" for where in _internal(bundle[name], "")]
     return found

@@ -1,4 +1,4 @@
-"""Whether a bundle is what its signer says, recomputed by a stranger: no torch, no network, no trust in the writer.   [shell]
+"""Whether a bundle is what its signer says, recomputed by a stranger: no torch, no network, no trust in its writer. [shell]
 
 In this order, and nothing later is looked at before what it rests on holds:
 
@@ -33,20 +33,38 @@ MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing th
 
 MECHANISM_KEYS = ("sampling_rate", "expected_batch_size", "noise_multiplier", "max_grad_norm", "target_epsilon")
 PRIVACY_KEYS = (
-    "definition", "epsilon", "delta", "unit", "records_per_unit", "adjacency", "population", "accountants", "curve", "boundary",
-    "trust_model", "mechanism", "composed_with", "not_promised", "not_for_release", "taint", "covered_by",
+    "definition",
+    "epsilon",
+    "delta",
+    "unit",
+    "records_per_unit",
+    "adjacency",
+    "population",
+    "accountants",
+    "curve",
+    "boundary",
+    "trust_model",
+    "mechanism",
+    "composed_with",
+    "not_promised",
+    "not_for_release",
+    "taint",
+    "covered_by",
 )
 
 
-def verify(bundle_dir: Path | str, *, key_file: Path | str | None = None, trusted_dir: Path | str | None = None) -> dict[str, Any]:
+def verify(
+    bundle_dir: Path | str, *, key_file: Path | str | None = None, trusted_dir: Path | str | None = None
+) -> dict[str, Any]:
     """Checks a bundle.
 
     Args:
-      key_file: the signer's public key; no other is then accepted. Else the keys of ``trusted_dir``, else the user's own list.
+      key_file: the signer's public key; no other is then accepted.
+      trusted_dir: a folder of public keys; without both, the user's own list.
 
-    Returns: valid, checks [{name, ok, detail}], epsilon and delta (recomputed; None where that point was not reached), signer.
-    Raises: UsageError where there is no such folder or the key cannot be read. A bad bundle is a result, not an exception;
-      ``require_valid`` makes it one.
+    Returns: valid, checks [{name, ok, detail}], epsilon and delta (recomputed; None if not reached), signer.
+    Raises: UsageError where there is no such folder or the key cannot be read. A bad bundle is a result, not an
+      exception; ``require_valid`` makes it one.
     """
     folder = Path(bundle_dir)
     if not folder.is_dir():
@@ -62,7 +80,8 @@ def require_valid(result: Mapping[str, Any]) -> None:
     for check in result["checks"]:
         if not check["ok"]:
             raise VerificationFailed(
-                f"{check['name']} · {check['detail']}", next=check.get("next", "Do not use this bundle; ask for it again."),
+                f"{check['name']} · {check['detail']}",
+                next=check.get("next", "Do not use this bundle; ask for it again."),
                 code=check.get("code", VerificationFailed.code),
             )
 
@@ -143,7 +162,9 @@ class _Bundle:
         self.listed = manifest.read(self.manifest_bytes)
         extra, missing = sorted(set(self.found) - set(self.listed)), sorted(set(self.listed) - set(self.found))
         if extra or missing:
-            raise _failed(f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}")
+            raise _failed(
+                f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}"
+            )
         for name, entry in self.listed.items():
             if self.found[name] != entry.size:
                 raise _failed(f"{name} has {self.found[name]} bytes, the manifest says {entry.size}")
@@ -228,7 +249,9 @@ class _Bundle:
             raise _failed("provenance.json: the recipe has no private mechanism")
         for key in ("unit", "records_per_unit", "adjacency"):
             if asked.get(key) != privacy.get(key):
-                raise _failed(f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}")
+                raise _failed(
+                    f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
+                )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
@@ -253,10 +276,15 @@ class _Bundle:
         if not isinstance(plan, DpSgd):
             raise _failed("ledger.jsonl was kept under no private plan")
         if not self.events or len(self.events) > MAX_EVENTS:
-            raise _failed(f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected")
+            raise _failed(
+                f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
+            )
         steps = sum(event.count for event in self.events)
         stated = {
-            **{key: (privacy.get(key), getattr(plan, key)) for key in ("delta", "population", "unit", "records_per_unit", "adjacency")},
+            **{
+                key: (privacy.get(key), getattr(plan, key))
+                for key in ("delta", "population", "unit", "records_per_unit", "adjacency")
+            },
             **{key: (mechanism.get(key), getattr(plan, key)) for key in MECHANISM_KEYS},
             "steps_planned": (mechanism.get("steps_planned"), plan.steps),
             "steps_spent": (mechanism.get("steps_spent"), steps),
@@ -303,7 +331,7 @@ class _Bundle:
             return ["accountants: pld is not the claimed epsilon"]
         for name, value in accountants.items():
             if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
-                return [f"accountants: {ascii(name[:20])} is not known, or no number"]
+                return [f"accountants: {name[:20]!a} is not known, or no number"]
             expected = None if value is None else accounting.epsilon(self.events, delta, name)
             if value is not None and (expected is None or value + TOLERANCE < expected):
                 return [f"accountants: {name} says {value}, the events give {expected}"]
@@ -341,17 +369,19 @@ def _walk(folder: Path) -> dict[str, int]:
                 elif stat.S_ISREG(info.st_mode):
                     found[name] = info.st_size
                 else:
-                    raise _failed(f"{ascii(name[:120])} must be a plain file")
+                    raise _failed(f"{name[:120]!a} must be a plain file")
                 if len(found) + len(todo) > manifest.MAX_FILES:
                     raise _failed(f"there are more than {manifest.MAX_FILES} files")
         if entries == 0 and prefix:
-            raise _failed(f"{ascii(prefix[:120])} is an empty folder")
+            raise _failed(f"{prefix[:120]!a} is an empty folder")
     return found
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
     """Opens a plain file of the bundle; a link that appeared since it was listed is refused."""
-    descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(
+        folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _failed(f"{name} must be a plain file")
