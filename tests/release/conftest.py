@@ -97,7 +97,7 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
         plan,
         events,
         boundary=[
-            "Inside: every training step on the records of the 30,000 private patients, and which weights are the last.",
+            "Inside: every training step on the records of 30,000 private patients, and which weights are the last.",
             "Declared public: the architecture, the text encoder's hashing, 6,000 held-out patients, all settings.",
         ],
     )

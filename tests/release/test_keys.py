@@ -110,8 +110,11 @@ def test_processes_that_make_the_key_at_once_agree_on_it(tmp_path: Path) -> None
         "import sys; from pathlib import Path; from sfumato.release import keys;"
         "print(keys.own(Path(sys.argv[1])).public.id)"
     )
+    environment = {**os.environ, "PYTHONPATH": str(Path(keys.__file__).parents[2])}
     started = [
-        subprocess.Popen([sys.executable, "-c", program, tmp_path / "config"], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path / "config"], stdout=subprocess.PIPE, text=True, env=environment
+        )
         for _ in range(4)
     ]
     made = {process.communicate()[0].strip() for process in started}

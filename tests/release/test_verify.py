@@ -119,7 +119,11 @@ def test_verification_imports_no_torch(released: Path, public_key: Path) -> None
         "assert not heavy, heavy"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, released, public_key], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, released, public_key],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(verify.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
 

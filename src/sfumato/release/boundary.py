@@ -51,9 +51,9 @@ CARD_KEYS = (
 )
 
 EXISTENCE = (
-    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid for "
-    "by epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. That bit "
-    "is not covered by the guarantee."
+    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid "
+    "for by epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. "
+    "That bit is not covered by the guarantee."
 )
 
 

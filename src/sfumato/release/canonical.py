@@ -1,8 +1,9 @@
 """One encoding for each JSON value, and a reader that accepts no other and no oversized input.
 
 A signature is worth what its bytes mean: if one manifest could be written in two ways, a stranger's parser and ours
-might read different things from bytes that both hash well. So a signed file is accepted only if encoding what was read gives
-the same bytes again: keys sorted, no spaces, ASCII, one line feed at the end, no key twice, no NaN, no lone surrogate.
+might read different things from bytes that both hash well. So a signed file is accepted only if encoding what was read
+gives the same bytes again: keys sorted, no spaces, ASCII, one line feed at the end, no key twice, no NaN, no lone
+surrogate.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Whether a bundle is what its signer says, recomputed by a stranger: no torch, no network, no trust in its writer. [shell]
+"""Whether a bundle is what its signer says, recomputed by a stranger without torch, network or trust. [shell]
 
 In this order, and nothing later is looked at before what it rests on holds:
 
