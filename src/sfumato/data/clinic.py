@@ -1,7 +1,8 @@
 """The built-in clinic: generated patients, deterministic from a seed. A phantom; nobody in it exists.
 
-A patient (the privacy unit) has 1 to 4 records. A record is a case history in plain language, a chest phantom (``phantom.py``)
-and, when asked, one second of auscultation. The facts that the picture shows are in ``metadata["facts"]``; each site has its own mix.
+A patient (the privacy unit) has 1 to 4 records. A record is a case history in plain language (``histories.py``), a
+chest phantom (``phantom.py``) and, when asked, one second of auscultation. The facts that the picture shows are in
+``metadata["facts"]``; each site has its own mix of them.
 Patient number i is the same whatever the number of patients; the public ones are drawn from a stream of their own.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from sfumato import checks
 from sfumato.data import histories, phantom
+from sfumato.errors import UsageError
 from sfumato.records import Record
 
 FACTS: dict[str, tuple[str, ...]] = {
@@ -44,9 +46,36 @@ class Site:
 
 SITES = (
     # a district hospital, a lung clinic, a heart centre
-    Site(name="A", share=0.45, age=(48, 17), zone=(0.28, 0.34, 0.38), kind=(0.32, 0.46, 0.22), enlarged=0.38, effusion=0.38, lateral=0.25),
-    Site(name="B", share=0.33, age=(41, 14), zone=(0.48, 0.30, 0.22), kind=(0.28, 0.26, 0.46), enlarged=0.30, effusion=0.34, lateral=0.30),
-    Site(name="C", share=0.22, age=(66, 12), zone=(0.26, 0.38, 0.36), kind=(0.50, 0.32, 0.18), enlarged=0.66, effusion=0.60, lateral=0.40),
+    Site(
+        name="A",
+        share=0.45,
+        age=(48, 17),
+        zone=(0.28, 0.34, 0.38),
+        kind=(0.32, 0.46, 0.22),
+        enlarged=0.38,
+        effusion=0.38,
+        lateral=0.25,
+    ),
+    Site(
+        name="B",
+        share=0.33,
+        age=(41, 14),
+        zone=(0.48, 0.30, 0.22),
+        kind=(0.28, 0.26, 0.46),
+        enlarged=0.30,
+        effusion=0.34,
+        lateral=0.30,
+    ),
+    Site(
+        name="C",
+        share=0.22,
+        age=(66, 12),
+        zone=(0.26, 0.38, 0.36),
+        kind=(0.50, 0.32, 0.18),
+        enlarged=0.66,
+        effusion=0.60,
+        lateral=0.40,
+    ),
 )
 
 
@@ -69,8 +98,8 @@ class Visits:
 
     def first_patients(self, count: int) -> "Visits":
         rows = slice(0, int(np.searchsorted(self.patient, count)))
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Visits(**{name: v.part(rows) if isinstance(v, phantom.Chests) else v[rows] for name, v in values.items()})
+        columns: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "chests"}
+        return Visits(**columns, chests=self.chests.part(rows))
 
 
 def _pick(chances: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -109,7 +138,10 @@ def draw_visits(rng: np.random.Generator, patients: int = _BLOCK) -> Visits:
     jitter = (v[:, 7:9] - 0.5) * 2
     lower_lateral = lateral & (zone == 2)
     x = np.where(lateral, np.where(lower_lateral, 0.20, 0.08), np.array([0.40, 0.46, 0.50])[zone])
-    column = lambda k, scale: (np.clip(anatomy[who, k], -2, 2) * scale).astype(np.float32)  # noqa: E731
+
+    def column(k: int, scale: float) -> np.ndarray:
+        return (np.clip(anatomy[who, k], -2, 2) * scale).astype(np.float32)
+
     chests = phantom.Chests(
         width=1 + column(0, 0.035),
         height=1 + column(1, 0.03),
@@ -162,7 +194,9 @@ class Clinic:
     ) -> None:
         checks.positive(patients=patients)
         if not 32 <= image_size <= 128:
-            checks.one_of(("32 to 128",), image_size=str(image_size))
+            raise UsageError(
+                f"image_size = {image_size} · the phantom is drawn at 32 to 128", next="Choose one of these."
+            )
         self.patients, self.image_size, self.languages = patients, image_size, tuple(languages)
         self.seed, self.audio, self.public = seed, audio, public
 
@@ -185,7 +219,9 @@ class Clinic:
         """One block; its pictures lie in one array, the records view into it."""
         images = phantom.draw(visits.chests, self.image_size, self._rng(block, 1))
         audio = (
-            phantom.sounds(visits.heart_rate, visits.murmur, visits.wheeze, self._rng(block, 2), sample_rate=SAMPLE_RATE)
+            phantom.sounds(
+                visits.heart_rate, visits.murmur, visits.wheeze, self._rng(block, 2), sample_rate=SAMPLE_RATE
+            )
             if self.audio
             else None
         )
@@ -213,9 +249,15 @@ class Clinic:
                 language, age=age, female=female, facts=facts, size_mm=size_mm, sound=sound, words=words
             )
             metadata: dict[str, Any] = {
-                "facts": facts, "size_mm": size_mm, "site": SITES[site].name, "age": age, "sex": "female" if female else "male",
-                "visit": visit, "language": language, "phantom": True,
-            }  # fmt: skip
+                "facts": facts,
+                "size_mm": size_mm,
+                "site": SITES[site].name,
+                "age": age,
+                "sex": "female" if female else "male",
+                "visit": visit,
+                "language": language,
+                "phantom": True,
+            }
             if sound is not None:
                 metadata |= {"heart_rate": rate, "murmur": murmur, "wheeze": wheeze}
             unit = f"{stem}-{patient:06d}"

@@ -1,13 +1,16 @@
 """Case histories of the phantom clinic: the same facts in many plain sentences, in English, Russian and Chinese.
 
-Every history states side, zone, kind, size, heart, effusion and view; some say what is absent ("no effusion"). The remarks that
-matter nothing (smoking, allergies, work) never use the words of the facts, so that a sentence is true of its own picture alone.
+Every history states side, zone, kind, size, heart, effusion and view; some say what is absent ("no effusion"). The
+remarks that matter nothing (smoking, allergies, work) never use the words of the facts, so that a sentence about the
+left lung is always about the picture's left lung.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-SLOTS = 12
+T = TypeVar("T")
+SLOTS = 12  # of the numbers that choose the phrasing
 Options = tuple[str, ...]
 
 
@@ -47,9 +50,12 @@ ENGLISH = Phrases(
     ),
     durations=("for three days", "for a week", "for two weeks", "for a month", "since spring", "for half a year"),
     remarks=(
-        "Smokes ten cigarettes a day.", "Never smoked.", "Allergic to penicillin.", "Works as a teacher.", "Works in a bakery.",
-        "Takes tablets for blood pressure.", "Diabetes, well controlled.", "Travelled abroad last year.", "Lives alone with a cat.",
-        "Appetite is good.", "No fever this morning.", "Blood count is unremarkable.", "{Pronoun} sleeps well.", "Vaccinated last autumn.",
+        "Smokes ten cigarettes a day.", "Never smoked.", "Allergic to penicillin.", "Works as a teacher.",
+        "Works in a bakery.",
+        "Takes tablets for blood pressure.", "Diabetes, well controlled.", "Travelled abroad last year.",
+        "Lives alone with a cat.",
+        "Appetite is good.", "No fever this morning.", "Blood count is unremarkable.", "{Pronoun} sleeps well.",
+        "Vaccinated last autumn.",
     ),
     findings=(
         "{View} chest film: {a_size} {kind} in the {side} {zone} zone.",
@@ -72,10 +78,12 @@ ENGLISH = Phrases(
     },
     heart={
         "normal": (
-            "The heart is normal in size.", "Heart size is normal.", "Heart not enlarged.", "The heart is not enlarged.", "Normal heart.",
+            "The heart is normal in size.", "Heart size is normal.", "Heart not enlarged.",
+            "The heart is not enlarged.", "Normal heart.",
         ),
         "enlarged": (
-            "The heart is enlarged.", "Enlarged heart.", "Heart size is increased.", "There is an enlarged heart.", "Marked cardiomegaly.",
+            "The heart is enlarged.", "Enlarged heart.", "Heart size is increased.", "There is an enlarged heart.",
+            "Marked cardiomegaly.",
         ),
     },
     effusion={
@@ -101,13 +109,16 @@ RUSSIAN = Phrases(
     ),
     sexes=(("мужчина", "он"), ("женщина", "она")),
     complaints=(
-        "сухой кашель", "кашель с мокротой", "жар и озноб", "одышка", "боль в груди на вдохе", "ночная потливость", "потеря веса",
+        "сухой кашель", "кашель с мокротой", "жар и озноб", "одышка", "боль в груди на вдохе", "ночная потливость",
+        "потеря веса",
         "усталость", "осиплость", "затянувшаяся простуда",
     ),
     durations=("три дня", "неделю", "две недели", "месяц", "с весны", "полгода"),
     remarks=(
-        "Курит десять сигарет в день.", "Никогда не курил{f}.", "Аллергия на пенициллин.", "Работает в школе.", "Принимает таблетки от давления.",
-        "Диабет, компенсирован.", "В прошлом году ездил{f} за границу.", "Живёт с кошкой.", "Аппетит хороший.", "Утром без жара.",
+        "Курит десять сигарет в день.", "Никогда не курил{f}.", "Аллергия на пенициллин.", "Работает в школе.",
+        "Принимает таблетки от давления.",
+        "Диабет, компенсирован.", "В прошлом году ездил{f} за границу.", "Живёт с кошкой.", "Аппетит хороший.",
+        "Утром без жара.",
         "Анализ крови без особенностей.", "Привит{f} осенью.",
     ),
     findings=(
@@ -134,7 +145,9 @@ RUSSIAN = Phrases(
     },
     effusion={
         "none": ("Выпота нет.", "Без выпота.", "Плеврального выпота нет.", "Жидкости в плевре нет."),
-        "present": ("Есть плевральный выпот.", "На той же стороне плевральный выпот.", "В плевре жидкость.", "Имеется выпот."),
+        "present": (
+            "Есть плевральный выпот.", "На той же стороне плевральный выпот.", "В плевре жидкость.", "Имеется выпот.",
+        ),
     },
     sound="При аускультации {rate} ударов в минуту, {murmur}, {wheeze}.",
     murmur=("шума нет", "систолический шум"),
@@ -149,10 +162,13 @@ CHINESE = Phrases(
         "{complaint}{duration}。{age}岁{sex}患者。",
     ),
     sexes=(("男性", "他"), ("女性", "她")),
-    complaints=("干咳", "咳嗽伴痰", "发热畏寒", "气短", "吸气时胸痛", "盗汗", "体重下降", "乏力", "声音嘶哑", "感冒久治不愈"),
+    complaints=(
+        "干咳", "咳嗽伴痰", "发热畏寒", "气短", "吸气时胸痛", "盗汗", "体重下降", "乏力", "声音嘶哑", "感冒久治不愈",
+    ),
     durations=("三天", "一周", "两周", "一个月", "两个月", "半年"),
     remarks=(
-        "每天吸烟十支。", "从不吸烟。", "青霉素过敏。", "职业为教师。", "服用降压药。", "糖尿病，控制良好。", "去年出国旅行。", "独居，养猫。",
+        "每天吸烟十支。", "从不吸烟。", "青霉素过敏。", "职业为教师。", "服用降压药。",
+        "糖尿病，控制良好。", "去年出国旅行。", "独居，养猫。",
         "食欲好。", "今晨无发热。", "血常规无特殊。", "去年秋天接种疫苗。",
     ),
     findings=(
@@ -200,7 +216,7 @@ def tell(
     words: Sequence[float],
     sound: tuple[int, bool, bool] | None = None,
 ) -> str:
-    """One history. ``words``: SLOTS numbers in [0, 1) that choose the phrasing; ``sound``: rate, murmur, wheeze if recorded."""
+    """One history. Args: words: SLOTS numbers in [0, 1) that choose the phrasing; sound: (rate, murmur, wheeze)."""
     phrases = LANGUAGES[language]
     noun, pronoun = phrases.sexes[female]
     fill = {
@@ -250,7 +266,7 @@ def _finding(phrases: Phrases, language: str, facts: dict[str, str], size_mm: in
     return phrases.findings[template].format_map(fill)
 
 
-def _choose(options, u: float):  # noqa: ANN001, ANN202
+def _choose(options: tuple[T, ...], u: float) -> T:
     return options[int(u * len(options))]
 
 

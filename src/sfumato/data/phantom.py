@@ -1,8 +1,8 @@
 """Chest phantoms and auscultation sounds: drawn from numbers, many at a time. Not medical images.
 
-Coordinates: x to the viewer's right, y down, both in [-1, 1] over the picture. As on films, the patient's left is on the
-viewer's right of a frontal view. A lateral view is taken with the affected side at the detector: for a left finding the
-spine is on the viewer's right, for a right finding on the left.
+Coordinates: x to the viewer's right, y down, both in [-1, 1] over the picture. As on films, the patient's left is on
+the viewer's right of a frontal view. A lateral view is taken with the affected side at the detector: for a left finding
+the spine is on the viewer's right, for a right finding on the left.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import numpy as np
 
 MM_PER_UNIT = 160.0  # the picture is 320 mm wide
 _CHUNK_PIXELS = 1 << 18  # pixels drawn together: small enough to stay in the processor's cache
+
+Numbers = np.ndarray | float
 
 ZONE_HEIGHT = np.array([-0.44, -0.09, 0.25], np.float32)  # y of upper, middle, lower
 
@@ -88,12 +90,13 @@ def _soft(inside: np.ndarray, slope: float) -> np.ndarray:
     return inside
 
 
-def _ellipse(x: np.ndarray, y: np.ndarray, cx, cy, rx, ry, tilt=None) -> np.ndarray:  # noqa: ANN001
+def _ellipse(
+    x: np.ndarray, y: np.ndarray, cx: Numbers, cy: Numbers, rx: Numbers, ry: Numbers, tilt: Numbers = 0.0
+) -> np.ndarray:
     """1 - squared elliptic radius, (N, S, S): positive inside."""
     dx, dy = (x - cx) / rx, (y - cy) / ry
     inside = (1.0 - dx * dx) - dy * dy
-    if tilt is not None:
-        inside += (dx * tilt) * dy
+    inside += (dx * dy) * tilt
     return inside
 
 

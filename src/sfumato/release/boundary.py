@@ -6,7 +6,7 @@ refuses a bundle that says more. Known things pass; what is not known here stays
 Held back, and why:
 
 - figures marked internal: they were measured on private records outside the guarantee;
-- baselines other than those of public data: a twin trained without privacy is a function of the private records;
+- baselines but those of public records and of the released model: a twin without privacy is made of private records;
 - free remarks of whole reports: nobody states what covers them;
 - outcomes of attacks and the audit's verdict: they are computed from who was a member;
 - speed in units a second: with the seconds it is the number of units that were really drawn;
@@ -23,15 +23,37 @@ FIGURE_KEYS = ("name", "value", "low", "high", "better", "baseline", "extractor"
 
 # Entries of a data card that state how data was declared or made, never what private records turned out to hold.
 CARD_KEYS = (
-    "name", "source", "title", "description", "origin", "license", "rights", "consent", "citation", "homepage", "synthetic",
-    "phantom", "modalities", "image_size", "channels", "languages", "sample_rate", "unit", "unit_column", "records_per_unit",
-    "facts", "public_units", "split", "seed", "warning",
+    "name",
+    "source",
+    "title",
+    "description",
+    "origin",
+    "license",
+    "rights",
+    "consent",
+    "citation",
+    "homepage",
+    "synthetic",
+    "phantom",
+    "modalities",
+    "image_size",
+    "channels",
+    "languages",
+    "sample_rate",
+    "unit",
+    "unit_column",
+    "records_per_unit",
+    "facts",
+    "public_units",
+    "split",
+    "seed",
+    "warning",
 )
 
 EXISTENCE = (
-    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid for by "
-    "epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. That bit is not "
-    "covered by the guarantee."
+    "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid "
+    "for by epsilon; they stay in the run. One bit does leave: a bundle exists only if the gate found no VIOLATION. "
+    "That bit is not covered by the guarantee."
 )
 
 
@@ -97,8 +119,8 @@ def cost(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]
 
 def data_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The declared part of a data card; the names of the other entries."""
-    held = sorted(str(key) for key in card if key not in CARD_KEYS)
-    return {**{key: card[key] for key in CARD_KEYS if key in card}, "held_back": held}
+    kept = {key: card[key] for key in CARD_KEYS if key in card and _declared(card[key])}
+    return {**kept, "held_back": sorted(str(key) for key in card if key not in kept)}
 
 
 def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def problems(bundle: Mapping[str, Any]) -> list[str]:
-    """Why the JSON reports of a bundle say more than may leave; empty if they do not. ``bundle``: file name to value."""
+    """Why the JSON reports of a bundle (by file name) say more than may leave; empty if they do not."""
     found: list[str] = []
     report = bundle["quality.json"]
     figures = report.get("figures")
@@ -126,7 +148,9 @@ def problems(bundle: Mapping[str, Any]) -> list[str]:
             found.append(f"quality.json: {name} has unknown entries")
         baseline = figure.get("baseline", {})
         if not isinstance(baseline, dict) or set(baseline) - set(PUBLIC_BASELINES):
-            found.append(f"quality.json: {name} has a baseline that is not of public data")
+            found.append(f"quality.json: {name} has a baseline that may not leave")
+        elif not all(_number(value) for value in (figure.get("value"), *baseline.values())):
+            found.append(f"quality.json: {name} must be a number, and so must its baselines")
     found += _unknown("quality.json", report, ("figures", "held_back"))
     found += _unknown("audit.json", bundle["audit.json"], tuple(audit(None, {}, {})))
     tested = bundle["audit.json"].get("tested")
@@ -141,6 +165,11 @@ def problems(bundle: Mapping[str, Any]) -> list[str]:
         found.append("provenance.json: data_card must be an object")
     else:
         found += _unknown("provenance.json: data_card", card, (*CARD_KEYS, "held_back"))
+        found += [
+            f"provenance.json: data_card.{key} is not a declared value"
+            for key in CARD_KEYS
+            if not _declared(card.get(key))
+        ]
     for name in ("quality.json", "audit.json", "cost.json", "provenance.json", "privacy.json"):
         found += [f"{name}: {where} is internal" for where in _internal(bundle[name], "")]
     return found
@@ -148,9 +177,22 @@ def problems(bundle: Mapping[str, Any]) -> list[str]:
 
 def coarse(value: Any) -> float | None:
     """Two significant digits."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _number(value):
         return None
     return float(f"{value:.2g}")
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _declared(value: Any) -> bool:
+    """A word, a number, a list of words, or lists of words by name; a table of numbers may be counted from records."""
+    if isinstance(value, Mapping):
+        return all(isinstance(inner, (list, tuple)) and _declared(inner) for inner in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, str) for item in value)
+    return value is None or isinstance(value, (str, bool, int, float))
 
 
 def _unknown(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:

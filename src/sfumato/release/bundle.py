@@ -1,12 +1,12 @@
-"""Writes what is released: weights, reports reduced to what may leave, the ledger's events, and a signature.     [shell]
+"""Writes what is released: weights, reports reduced to what may leave, the ledger's events, and a signature. [shell]
 
-    manifest.json    sha256 and size of every other file but signature.json; format version
-    signature.json   Ed25519 over the bytes of manifest.json
-    model/           safetensors and their settings
-    privacy.json     the claim, and by what each tensor is covered
-    quality.json audit.json cost.json provenance.json
-    ledger.jsonl     the events from which anybody recomputes the claim
-    README.md        the model card
+manifest.json    sha256 and size of every other file but signature.json; format version
+signature.json   Ed25519 over the bytes of manifest.json
+model/           safetensors and their settings
+privacy.json     the claim, and by what each tensor is covered
+quality.json audit.json cost.json provenance.json
+ledger.jsonl     the events from which anybody recomputes the claim
+README.md        the model card
 """
 
 import hashlib
@@ -24,24 +24,26 @@ from sfumato.release.settings import ReleaseSettings
 
 
 def write(run_dir: Path, out_dir: Path, key: SigningKey, *, settings: ReleaseSettings | None = None) -> Path:
-    """Writes and signs the bundle of a run, after the gate approved it and before anybody sees it checked by ``verify``.
+    """Writes and signs the bundle of a run, approved by the gate before and accepted by ``verify`` after.
 
     The folder appears complete or not at all. An older bundle at ``out_dir`` is replaced; anything else there is not.
 
-    Raises: PrivacyRefused with every reason of the gate; UsageError where ``out_dir`` holds something else; OutsideError
-      where the disk does not take it.
+    Raises: PrivacyRefused with every reason of the gate; UsageError where ``out_dir`` holds something else;
+      OutsideError where the disk does not take it.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     approved, reasons = gate.check(run_dir, settings or ReleaseSettings())
     if not approved:
         raise PrivacyRefused(
-            f"release of {run_dir} · refused for {len(reasons)} reason{'s' if len(reasons) > 1 else ''}: {reasons[0]['message']}",
+            f"release of {run_dir} · {'; '.join(reason['message'] for reason in reasons)}",
             next=reasons[0]["next"],
             code=reasons[0]["code"],
             refusals=reasons,
         )
     if (out_dir.exists() or out_dir.is_symlink()) and not _is_bundle(out_dir):
-        raise UsageError(f"out = {out_dir} · holds something else than a bundle", next="Name a folder that does not exist yet.")
+        raise UsageError(
+            f"out = {out_dir} · holds something else than a bundle", next="Name a folder that does not exist yet."
+        )
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
@@ -103,7 +105,10 @@ def _check(folder: Path, key: PublicKey) -> None:
     result = verify.verify_with(folder, {key.id: key})
     wrong = [check for check in result["checks"] if not check["ok"]]
     if wrong:
-        reasons = [{"code": "own_verification", "message": f"{c['name']}: {c['detail']}", "next": "Correct the run's reports."} for c in wrong]
+        reasons = [
+            {"code": "own_verification", "message": f"{c['name']}: {c['detail']}", "next": "Correct the run's reports."}
+            for c in wrong
+        ]
         raise PrivacyRefused(
             f"the finished bundle · does not pass its own verification: {reasons[0]['message']}",
             next="Correct the run's reports; nothing was written.",
@@ -116,7 +121,8 @@ def _taint(run_dir: Path) -> dict[str, Any]:
     """The run's taint list, its names as they are in the bundle."""
     taint = provenance.read_json(run_dir / "taint.json") or {}
     return {
-        part: {manifest.MODEL + name: value for name, value in (taint.get(part) or {}).items()} for part in ("tensors", "files")
+        part: {manifest.MODEL + name: value for name, value in (taint.get(part) or {}).items()}
+        for part in ("tensors", "files")
     }
 
 
@@ -166,5 +172,6 @@ def _copy(source: Path, target: Path) -> FileEntry:
 
 def _disk(path: Path, error: OSError) -> OutsideError:
     return OutsideError(
-        f"bundle = {path} · could not be written ({error.strerror})", next="Make room or choose another folder; nothing was left there."
+        f"bundle = {path} · could not be written ({error.strerror})",
+        next="Make room or choose another folder; nothing was left there.",
     )

@@ -1,8 +1,9 @@
 """One encoding for each JSON value, and a reader that accepts no other and no oversized input.
 
-A signature is worth what its bytes mean: if one manifest could be written in two ways, a stranger's parser and ours might
-read different things from bytes that both hash well. So a signed file is accepted only if encoding what was read gives
-the same bytes again: keys sorted, no spaces, ASCII, one line feed at the end, no key twice, no NaN, no lone surrogate.
+A signature is worth what its bytes mean: if one manifest could be written in two ways, a stranger's parser and ours
+might read different things from bytes that both hash well. So a signed file is accepted only if encoding what was read
+gives the same bytes again: keys sorted, no spaces, ASCII, one line feed at the end, no key twice, no NaN, no lone
+surrogate.
 """
 
 import json
@@ -34,7 +35,9 @@ def decode(data: bytes, name: str) -> Any:
             data.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise VerificationFailed(f"{name} · must be plain JSON ({_short(error)})", next="Ask for the bundle again.") from None
+        raise VerificationFailed(
+            f"{name} · must be plain JSON ({_short(error)})", next="Ask for the bundle again."
+        ) from None
     _check_bounds(value, name)
     return value
 
@@ -54,7 +57,9 @@ def decode_object(data: bytes, name: str) -> dict[str, Any]:
     """As ``decode``, and the value must be an object."""
     value = decode(data, name)
     if not isinstance(value, dict):
-        raise VerificationFailed(f"{name} = {type(value).__name__} · must be a JSON object", next="Ask for the bundle again.")
+        raise VerificationFailed(
+            f"{name} = {type(value).__name__} · must be a JSON object", next="Ask for the bundle again."
+        )
     return value
 
 

@@ -36,7 +36,9 @@ def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def claim(privacy: Mapping[str, Any]) -> str:
     """The one sentence that must be right."""
-    return f"ε = {bound(privacy.get('epsilon'))} at δ = {bound(privacy.get('delta'))}, per {one_line(privacy.get('unit'))}"
+    return (
+        f"ε = {bound(privacy.get('epsilon'))} at δ = {bound(privacy.get('delta'))}, per {one_line(privacy.get('unit'))}"
+    )
 
 
 def front_matter(privacy: Mapping[str, Any]) -> str:
@@ -63,14 +65,24 @@ def front_matter(privacy: Mapping[str, Any]) -> str:
 
 def figures_table(quality: Mapping[str, Any]) -> str:
     """The measured figures, as a Markdown table between two marks."""
-    lines = [TABLE_START, "| figure | value | 95 % interval | baselines | measured by | covered by |", "|---|---|---|---|---|---|"]
+    lines = [
+        TABLE_START,
+        "| figure | value | 95 % interval | baselines | measured by | covered by |",
+        "|---|---|---|---|---|---|",
+    ]
     for figure in quality.get("figures") or []:
         low, high = figure.get("low"), figure.get("high")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
-        baselines = "; ".join(f"{key}: {number(value)}" for key, value in sorted((figure.get("baseline") or {}).items()))
+        baselines = "; ".join(
+            f"{key}: {number(value)}" for key, value in sorted((figure.get("baseline") or {}).items())
+        )
         arrow = "higher is better" if figure.get("better", "higher") == "higher" else "lower is better"
         cells = (
-            f"{figure.get('name', '')} ({arrow})", number(figure.get("value")), interval, baselines, figure.get("extractor", ""),
+            f"{figure.get('name', '')} ({arrow})",
+            number(figure.get("value")),
+            interval,
+            baselines,
+            figure.get("extractor", ""),
             figure.get("covered_by", ""),
         )
         lines.append("| " + " | ".join(one_line(number(cell)) for cell in cells) + " |")

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, no font of their own, colours from the page's style so that dark mode and print work.
+"""Charts as inline SVG: no script, no fonts, colours from the page's style so that dark mode and print work.
 
 Every function takes plain numbers and returns markup. Labels are escaped here.
 """
@@ -27,12 +27,14 @@ def trajectory(points: Sequence[Point], *, budget: float | None, planned_steps: 
     last = points[-1]
     marks.append(frame.dot(last[0], last[1], "dot"))
     below = budget is not None and last[1] > 0.85 * budget
-    marks.append(_text(frame.x(last[0]) - 8, frame.y(last[1]) + (22 if below else -10), f"ε = {last[1]:.4g}", "value end"))
+    marks.append(
+        _text(frame.x(last[0]) - 8, frame.y(last[1]) + (22 if below else -10), f"ε = {last[1]:.4g}", "value end")
+    )
     return _svg("Epsilon spent after each step", marks)
 
 
 def curve(points: Sequence[Point], *, at: Point | None) -> str:
-    """The whole epsilon(delta) curve, delta on a logarithmic axis. Points: [[delta, epsilon], ...]; ``at`` is the claim."""
+    """The whole epsilon(delta) curve, delta logarithmic. Points: [[delta, epsilon], ...]; ``at`` is the claim."""
     pairs = sorted((math.log10(p[0]), p[1]) for p in points if p[0] > 0)
     low, high = math.floor(pairs[0][0]), math.ceil(pairs[-1][0])
     top = 1.12 * max([pair[1] for pair in pairs] + ([at[1]] if at else []) + [1e-9])
@@ -43,7 +45,11 @@ def curve(points: Sequence[Point], *, at: Point | None) -> str:
         x, y = frame.x(math.log10(at[0])), frame.y(at[1])
         marks.append(f'<path class="guide" d="M{LEFT} {y:.1f}H{x:.1f}V{HEIGHT - BOTTOM}"/>')
         marks.append(frame.dot(math.log10(at[0]), at[1], "dot"))
-        marks.append(_text(x + 8, y - 8, "the claim", "value") if x < WIDTH - 100 else _text(x - 8, y - 8, "the claim", "value end"))
+        marks.append(
+            _text(x + 8, y - 8, "the claim", "value")
+            if x < WIDTH - 100
+            else _text(x - 8, y - 8, "the claim", "value end")
+        )
     return _svg("Epsilon as a function of delta", marks)
 
 
@@ -59,13 +65,19 @@ def roc(series: Mapping[str, Sequence[Point]], *, floor: float) -> str:
     marks.append(frame.line([(low, low), (0, 0)], "chance"))
     marks.append(_text(frame.x(low) + 42, frame.y(low) - 12, "guessing", "mark"))
     for index, points in enumerate(series.values()):
-        logs = [(math.log10(p[0]), math.log10(p[1])) for p in sorted((p[0], p[1]) for p in points) if p[0] >= 10**low and p[1] >= 10**low]
+        logs = [
+            (math.log10(p[0]), math.log10(p[1]))
+            for p in sorted((p[0], p[1]) for p in points)
+            if p[0] >= 10**low and p[1] >= 10**low
+        ]
         if logs:
             marks.append(frame.line(logs, ("line", "line second", "line third")[min(index, 2)]))
     return _svg("ROC curves of the attacks, both axes logarithmic", marks)
 
 
-def row(value: float, low: float | None, high: float | None, baselines: Mapping[str, float], scale: tuple[float, float]) -> str:
+def row(
+    value: float, low: float | None, high: float | None, baselines: Mapping[str, float], scale: tuple[float, float]
+) -> str:
     """One figure on a horizontal scale: a dot with its interval, a mark for each baseline."""
     span = scale[1] - scale[0] or 1.0
 
@@ -79,11 +91,15 @@ def row(value: float, low: float | None, high: float | None, baselines: Mapping[
             "shuffled captions": '<circle class="shuffled" cx="0" cy="12" r="4"/>',
             "non-private twin": '<path class="twin" d="M-5.5 12L0 6.5L5.5 12L0 17.5Z"/>',
         }.get(name, '<path class="other" d="M-4 8L4 16M4 8L-4 16"/>')
-        marks.append(f'<svg class="at" x="{place(number)}" overflow="visible"><title>{escape(name)}: {number:.4g}</title>{shape}</svg>')
+        title = f"<title>{escape(name)}: {number:.4g}</title>"
+        marks.append(f'<svg class="at" x="{place(number)}" overflow="visible">{title}{shape}</svg>')
     if low is not None and high is not None:
         marks.append(f'<line class="interval" x1="{place(low)}" x2="{place(high)}" y1="12" y2="12"/>')
-    marks.append(f'<circle class="dot" cx="{place(value)}" cy="12" r="5"><title>this model: {value:.4g}</title></circle>')
-    return f'<svg class="row" role="img" aria-label="this model: {value:.4g}" width="100%" height="24">{"".join(marks)}</svg>'
+    marks.append(
+        f'<circle class="dot" cx="{place(value)}" cy="12" r="5"><title>this model: {value:.4g}</title></circle>'
+    )
+    label = f"this model: {value:.4g}"
+    return f'<svg class="row" role="img" aria-label="{label}" width="100%" height="24">{"".join(marks)}</svg>'
 
 
 def bar(value: float, limit: float) -> str:
@@ -91,7 +107,8 @@ def bar(value: float, limit: float) -> str:
     share = 0.0 if limit <= 0 else min(1.0, max(0.0, value / limit))
     return (
         f'<svg class="bar" role="img" aria-label="{value:.4g} of {limit:.4g}" width="100%" height="10">'
-        f'<rect class="rest" width="100%" height="10" rx="2"/><rect class="part" width="{100 * share:.2f}%" height="10" rx="2"/></svg>'
+        '<rect class="rest" width="100%" height="10" rx="2"/>'
+        f'<rect class="part" width="{100 * share:.2f}%" height="10" rx="2"/></svg>'
     )
 
 
@@ -117,13 +134,17 @@ class _Frame:
     def axes(self, xs: Sequence[tuple[float, str]], ys: Sequence[tuple[float, str]], x_label: str, y_label: str) -> str:
         marks: list[str] = []
         for value, label in ys:
-            marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>')
+            y = f"{self.y(value):.1f}"
+            marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             marks.append(_text(LEFT - 8, self.y(value) + 4, label, "tick end"))
         for value, label in xs:
             marks.append(_text(self.x(value), HEIGHT - BOTTOM + 18, label, "tick middle"))
-        marks.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+        marks.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        )
         marks.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "label middle"))
-        marks.append(f'<text class="label middle" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)">{escape(y_label)}</text>')
+        turn = f"translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)"
+        marks.append(f'<text class="label middle" transform="{turn}">{escape(y_label)}</text>')
         return "".join(marks)
 
 
@@ -145,4 +166,5 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 
 
 def _svg(title: str, marks: Sequence[str]) -> str:
-    return f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(marks)}</svg>'
+    box = f"0 0 {WIDTH} {HEIGHT}"
+    return f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="{box}">{"".join(marks)}</svg>'

@@ -1,4 +1,4 @@
-"""The signing key of this user, made at first use, and the public keys that this user trusts.         [shell]
+"""The signing key of this user, made at first use, and the public keys that this user trusts. [shell]
 
     $XDG_CONFIG_HOME/sfumato (or ~/.config/sfumato)
       signing-key.pem        private, Ed25519 (PKCS 8), readable by its owner only
@@ -111,18 +111,23 @@ def read_public(path: Path) -> PublicKey:
             f"key = {path} · must be a readable file ({error.strerror})", next="Give the signer's signing-key.pub.pem."
         ) from None
     if b"PRIVATE KEY" in data:
-        raise UsageError(f"key = {path} · is a private key", next="Give its public half, signing-key.pub.pem, and keep this one to yourself.")
+        raise UsageError(
+            f"key = {path} · is a private key",
+            next="Give its public half, signing-key.pub.pem, and keep this one to yourself.",
+        )
     try:
         key = load_pem_public_key(data) if len(data) <= MAX_KEY_FILE else None
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise UsageError(f"key = {path} · must be an Ed25519 public key in PEM", next="Give the signer's signing-key.pub.pem.")
+        raise UsageError(
+            f"key = {path} · must be an Ed25519 public key in PEM", next="Give the signer's signing-key.pub.pem."
+        )
     return PublicKey(key.public_bytes_raw())
 
 
 def trusted(folder: Path | None = None) -> dict[str, PublicKey]:
-    """Trusted public keys by id: the files ``*.pem`` of ``folder``; without it, the user's list and the user's own key."""
+    """Trusted public keys by id: the files ``*.pem`` of ``folder``; without it, the user's list and own key."""
     paths: list[Path] = []
     if folder is None:
         folder = config_dir() / "trusted"

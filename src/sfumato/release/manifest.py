@@ -23,7 +23,9 @@ MAX_TEXT = 32 * 2**20  # of any file but weights
 MAX_WEIGHTS = 2**40
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that some systems read as devices
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # names that some systems read as devices
 _HEX64, _HEX128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{128}")
 
 
@@ -73,9 +75,9 @@ def check_name(name: str) -> None:
     segments = name.split("/")
     plain = all(_SEGMENT.fullmatch(s) and not s.endswith(".") and not _RESERVED.fullmatch(s) for s in segments)
     if not plain or len(segments) > 8 or len(name) > 512:
-        raise _bad(f"file {ascii(name[:120])}", "is not a name that a bundle may have")
+        raise _bad(f"file {name[:120]!a}", "is not a name that a bundle may have")
     if name not in REQUIRED and not (name.startswith(MODEL) and name.endswith(MODEL_SUFFIXES)):
-        raise _bad(f"file {ascii(name[:120])}", f"is no part of a bundle (model/ may hold {', '.join(MODEL_SUFFIXES)})")
+        raise _bad(f"file {name[:120]!a}", f"is no part of a bundle (model/ may hold {', '.join(MODEL_SUFFIXES)})")
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -86,8 +88,12 @@ def check_names(names: Iterable[str]) -> None:
         raise _bad("bundle", f"{', '.join(missing)} must be there")
     if not any(name.endswith(".safetensors") for name in names):
         raise _bad("bundle", "model/ must hold weights")
-    paths = set(names) | {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
-    if len({path.casefold() for path in paths}) != len(paths) or any(f"{name}/" in other for name in names for other in names if other.startswith(f"{name}/")):
+    paths = set(names) | {
+        "/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)
+    }
+    if len({path.casefold() for path in paths}) != len(paths) or any(
+        f"{name}/" in other for name in names for other in names if other.startswith(f"{name}/")
+    ):
         raise _bad("bundle", "two names differ only by case, or a file is also a folder")
 
 

@@ -43,7 +43,7 @@ def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
     marker = str((guarantee or {}).get("not_for_release") or "")
     if public and (not private or guarantee is None or marker):
         raise PrivacyRefused(
-            f"public report of {run_dir.name} · {marker or 'this run has no guarantee, so nothing covers its pictures and figures'}",
+            f"public report of {run_dir.name} · {marker or 'nothing covers what a run without guarantee shows'}",
             next="Read the internal report (without --public), or train with privacy.mechanism: dp_sgd.",
             code="not_private" if not marker else "not_for_release",
         )
@@ -52,7 +52,9 @@ def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
         recipe = boundary.recipe(recipe)
         everything = {**everything, "recipe": recipe, "data_card": boundary.data_card(everything["data_card"])}
         reports["quality"] = None if reports["quality"] is None else boundary.quality(reports["quality"])
-        reports["audit"] = None if reports["audit"] is None else boundary.audit(reports["audit"], recipe, guarantee or {})
+        reports["audit"] = (
+            None if reports["audit"] is None else boundary.audit(reports["audit"], recipe, guarantee or {})
+        )
         reports["cost"] = None if reports["cost"] is None else boundary.cost(reports["cost"], recipe)
         federation = None if federation is None else _public_federation(federation)
     return {
@@ -95,7 +97,9 @@ def render(run_dir: Path | str, *, public: bool = False) -> str:
 
 def _is_private(guarantee: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> bool:
     if guarantee is not None:
-        return guarantee.get("definition") == "(epsilon, delta)-DP" and isinstance(guarantee.get("epsilon"), (int, float))
+        return guarantee.get("definition") == "(epsilon, delta)-DP" and isinstance(
+            guarantee.get("epsilon"), (int, float)
+        )
     return (recipe.get("privacy") or {}).get("mechanism", "dp_sgd") != "none"
 
 
@@ -118,7 +122,9 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
     from sfumato.privacy import accounting
 
     counts = sorted({max(1, round(steps * (index / POINTS) ** 2)) for index in range(1, POINTS + 1)})
-    events = (accounting.Event(sampling_rate=float(rate), noise_multiplier=float(noise), count=count) for count in counts)
+    events = (
+        accounting.Event(sampling_rate=float(rate), noise_multiplier=float(noise), count=count) for count in counts
+    )
     points = [(event.count, accounting.epsilon([event], delta)) for event in events]
     return [[count, epsilon] for count, epsilon in points if epsilon is not None and math.isfinite(epsilon)]
 
@@ -201,29 +207,48 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
     target = mechanism.get("target_epsilon")
     if values["trajectory"]:
         drawn["trajectory"] = charts.trajectory(
-            values["trajectory"], budget=target if isinstance(target, (int, float)) else None, planned_steps=mechanism.get("steps_planned")
+            values["trajectory"],
+            budget=target if isinstance(target, (int, float)) else None,
+            planned_steps=mechanism.get("steps_planned"),
         )
     curve = [point for point in guarantee.get("curve") or [] if point[1] is not None and math.isfinite(point[1])]
     if len(curve) > 1 and values["private"]:
-        drawn["curve"] = charts.curve(curve, at=(guarantee["delta"], guarantee["epsilon"]) if guarantee.get("delta") else None)
+        drawn["curve"] = charts.curve(
+            curve, at=(guarantee["delta"], guarantee["epsilon"]) if guarantee.get("delta") else None
+        )
     if not values["public"]:
         control = audit.get("positive_control")
         attacks = [*audit.get("attacks", []), *([control] if control else [])]
-        series = {f"{index} {attack['name']}": attack["roc"] for index, attack in enumerate(attacks) if attack.get("roc")}
+        series = {
+            f"{index} {attack['name']}": attack["roc"] for index, attack in enumerate(attacks) if attack.get("roc")
+        }
         if series:
-            drawn["roc"] = charts.roc(series, floor=1 / max(2, max(attack.get("nonmembers") or 2 for attack in attacks)))
+            drawn["roc"] = charts.roc(
+                series, floor=1 / max(2, max(attack.get("nonmembers") or 2 for attack in attacks))
+            )
     return drawn
 
 
 def _quality_groups(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Figures with their drawn rows, those that agree with facts or captions first."""
-    groups: dict[str, list[dict[str, Any]]] = {"Does the picture say what its text says?": [], "Do the pictures look like real ones?": []}
+    groups: dict[str, list[dict[str, Any]]] = {
+        "Does the picture say what its text says?": [],
+        "Do the pictures look like real ones?": [],
+    }
     for figure in (report or {}).get("figures", []):
         agrees = re.search(r"agree|kappa|retriev|recall|R@|accuracy", figure.get("name", ""), re.IGNORECASE)
         baseline = figure.get("baseline") or {}
-        scale = _scale([figure["value"], *baseline.values(), *(v for v in (figure.get("low"), figure.get("high")) if v is not None)])
+        scale = _scale(
+            [
+                figure["value"],
+                *baseline.values(),
+                *(v for v in (figure.get("low"), figure.get("high")) if v is not None),
+            ]
+        )
         drawn = charts.row(figure["value"], figure.get("low"), figure.get("high"), baseline, scale)
-        groups[list(groups)[0 if agrees else 1]].append({**figure, "baseline": baseline, "drawn": drawn, "scale": scale})
+        groups[list(groups)[0 if agrees else 1]].append(
+            {**figure, "baseline": baseline, "drawn": drawn, "scale": scale}
+        )
     return [{"title": title, "figures": figures} for title, figures in groups.items() if figures]
 
 
@@ -252,7 +277,7 @@ def _growth(epsilon: Any) -> str | None:
 
 
 def _posterior(guarantee: Mapping[str, Any] | None) -> float | None:
-    """From a prior of one half, the largest belief that membership can reach under pure epsilon; delta is said beside it."""
+    """The largest belief in membership that can grow from one half under pure epsilon; delta is said beside it."""
     epsilon = (guarantee or {}).get("epsilon")
     return None if not isinstance(epsilon, (int, float)) else 1 / (1 + math.exp(-epsilon))
 

@@ -1,4 +1,4 @@
-"""Where a run comes from: code version, dependencies, recipe, data card, and where each tensor comes from.     [shell]"""
+"""Where a run comes from: code version, dependencies, recipe, data card, and where each tensor comes from. [shell]"""
 
 import json
 import platform
@@ -15,8 +15,17 @@ Origin = Literal["dp-sgd", "public", "constant"]
 ORIGINS = ("dp-sgd", "public", "constant")
 
 DEPENDENCIES = (
-    "torch", "numpy", "scipy", "safetensors", "diffusers", "transformers", "dp-accounting", "cryptography", "pydantic",
-    "PyYAML", "pillow",
+    "torch",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "diffusers",
+    "transformers",
+    "dp-accounting",
+    "cryptography",
+    "pydantic",
+    "PyYAML",
+    "pillow",
 )
 
 
@@ -40,7 +49,9 @@ def code_version() -> dict[str, Any]:
         version = "not installed"
     here = Path(__file__).resolve()
     commit, dirty = None, None
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:  # not merely inside somebody's repository
+    if (
+        _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    ):  # not merely inside somebody's repository
         commit = _git(here.parent, "rev-parse", "HEAD")
         dirty = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
     return {"name": "sfumato", "version": version, "commit": commit, "changed_since_commit": dirty}
@@ -67,7 +78,9 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
             try:
                 values = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError) as error:
-                raise UsageError(f"{path} · must be readable YAML ({error})", next="Restore the run's folder.") from None
+                raise UsageError(
+                    f"{path} · must be readable YAML ({error})", next="Restore the run's folder."
+                ) from None
             return values if isinstance(values, dict) else {}
     return {}
 
@@ -99,7 +112,7 @@ def write_taint(run_dir: Path, origin: Callable[[str, str], Origin]) -> dict[str
     """Writes RUN/taint.json: for each tensor of RUN/model by what it is covered, for each other file that it is public.
 
     Args:
-      origin: (file relative to model/, tensor name) -> "dp-sgd" (trained by the private mechanism, its average included),
+      origin: (file relative to model/, tensor name) -> "dp-sgd" (trained by the private mechanism, averages included),
         "public" (frozen weights from elsewhere) or "constant" (fixed by the code or the recipe).
     """
     run_dir = Path(run_dir)
@@ -169,7 +182,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
     """The output of a git command; None where git is missing, slow, or says no."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False, stdin=subprocess.DEVNULL
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""Whether a bundle is what its signer says, recomputed by a stranger: no torch, no network, no trust in the writer.   [shell]
+"""Whether a bundle is what its signer says, recomputed by a stranger without torch, network or trust. [shell]
 
 In this order, and nothing later is looked at before what it rests on holds:
 
@@ -15,34 +15,56 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import SfumatoError, UsageError, VerificationFailed
 from sfumato.release import boundary, canonical, card, keys, manifest, provenance, tensors
 from sfumato.release.keys import PublicKey
 from sfumato.release.manifest import FileEntry
 
+if TYPE_CHECKING:
+    from sfumato.privacy.accounting import Event
+
 TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
 MAX_EVENTS = 100_000
 MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
 
+MECHANISM_KEYS = ("sampling_rate", "expected_batch_size", "noise_multiplier", "max_grad_norm", "target_epsilon")
 PRIVACY_KEYS = (
-    "definition", "epsilon", "delta", "unit", "records_per_unit", "adjacency", "population", "accountants", "curve", "boundary",
-    "trust_model", "mechanism", "composed_with", "not_promised", "not_for_release", "taint", "covered_by",
+    "definition",
+    "epsilon",
+    "delta",
+    "unit",
+    "records_per_unit",
+    "adjacency",
+    "population",
+    "accountants",
+    "curve",
+    "boundary",
+    "trust_model",
+    "mechanism",
+    "composed_with",
+    "not_promised",
+    "not_for_release",
+    "taint",
+    "covered_by",
 )
 
 
-def verify(bundle_dir: Path | str, *, key_file: Path | str | None = None, trusted_dir: Path | str | None = None) -> dict[str, Any]:
+def verify(
+    bundle_dir: Path | str, *, key_file: Path | str | None = None, trusted_dir: Path | str | None = None
+) -> dict[str, Any]:
     """Checks a bundle.
 
     Args:
-      key_file: the signer's public key; no other is then accepted. Else the keys of ``trusted_dir``, else the user's own list.
+      key_file: the signer's public key; no other is then accepted.
+      trusted_dir: a folder of public keys; without both, the user's own list.
 
-    Returns: valid, checks [{name, ok, detail}], epsilon and delta (recomputed; None where that point was not reached), signer.
-    Raises: UsageError where there is no such folder or the key cannot be read. A bad bundle is a result, not an exception;
-      ``require_valid`` makes it one.
+    Returns: valid, checks [{name, ok, detail}], epsilon and delta (recomputed; None if not reached), signer.
+    Raises: UsageError where there is no such folder or the key cannot be read. A bad bundle is a result, not an
+      exception; ``require_valid`` makes it one.
     """
     folder = Path(bundle_dir)
     if not folder.is_dir():
@@ -58,7 +80,8 @@ def require_valid(result: Mapping[str, Any]) -> None:
     for check in result["checks"]:
         if not check["ok"]:
             raise VerificationFailed(
-                f"{check['name']} · {check['detail']}", next=check.get("next", "Do not use this bundle; ask for it again."),
+                f"{check['name']} · {check['detail']}",
+                next=check.get("next", "Do not use this bundle; ask for it again."),
                 code=check.get("code", VerificationFailed.code),
             )
 
@@ -77,11 +100,13 @@ def verify_with(folder: Path, trusted: Mapping[str, PublicKey]) -> dict[str, Any
         ("taint", bundle.taint),
         ("what leaves", bundle.what_leaves),
         ("plan", bundle.plan),
+        ("ledger", bundle.ledger),
         ("epsilon", bundle.epsilon),
-        ("card", bundle.card),
     ):
         if not _record(result, name, step) and name == "reports":
             return result
+    if all(check["ok"] for check in result["checks"]):  # what is wrong already is not worth comparing
+        _record(result, "card", bundle.card)
     result["epsilon"], result["delta"] = bundle.recomputed
     result["valid"] = all(check["ok"] for check in result["checks"])
     return result
@@ -113,6 +138,7 @@ class _Bundle:
         self.text: dict[str, bytes] = {}  # the very bytes that were hashed, of all but weights
         self.weights: dict[str, dict[str, tuple[int, ...]] | None] = {}
         self.json: dict[str, dict[str, Any]] = {}
+        self.events: Sequence[Event] = ()
         self.recomputed: tuple[float | None, float | None] = (None, None)
 
     def layout(self) -> str:
@@ -136,7 +162,9 @@ class _Bundle:
         self.listed = manifest.read(self.manifest_bytes)
         extra, missing = sorted(set(self.found) - set(self.listed)), sorted(set(self.listed) - set(self.found))
         if extra or missing:
-            raise _failed(f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}")
+            raise _failed(
+                f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}"
+            )
         for name, entry in self.listed.items():
             if self.found[name] != entry.size:
                 raise _failed(f"{name} has {self.found[name]} bytes, the manifest says {entry.size}")
@@ -180,6 +208,9 @@ class _Bundle:
         for key in ("epsilon", "delta"):
             if not _number(privacy.get(key)) or not privacy[key] > 0:
                 raise _failed(f"privacy.json: {key} = {str(privacy.get(key))[:40]} must be a number > 0")
+        for key in ("boundary", "not_promised"):
+            if not isinstance(privacy.get(key), list) or not all(isinstance(item, str) for item in privacy[key]):
+                raise _failed(f"privacy.json: {key} must be a list of sentences")
         if privacy["delta"] >= 1 or privacy["epsilon"] > MAX_CLAIM:
             raise _failed("privacy.json: the claim is void (delta >= 1, or epsilon too large to mean anything)")
         provenance_json = self.json["provenance.json"]
@@ -218,47 +249,67 @@ class _Bundle:
             raise _failed("provenance.json: the recipe has no private mechanism")
         for key in ("unit", "records_per_unit", "adjacency"):
             if asked.get(key) != privacy.get(key):
-                raise _failed(f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}")
+                raise _failed(
+                    f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
+                )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
         population = privacy.get("population")
-        if population is not None and not (type(population) is int and 0 < population < 2**53):
-            raise _failed("population must be a whole number > 0, or null")
-        if population is not None and privacy["delta"] >= 1 / population:
+        if not (type(population) is int and 0 < population < 2**53):
+            raise _failed("population must be a whole number > 0")
+        if privacy["delta"] >= 1 / population:
             raise _failed(f"delta = {privacy['delta']} must be below 1/N = {1 / population:.3g}")
         return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
 
-    def epsilon(self) -> str:
-        from sfumato.privacy import accounting, ledger
+    def ledger(self) -> str:
+        """The ledger's chain, its plan and its events are those of the claim."""
+        from sfumato.privacy import ledger
+        from sfumato.privacy.plan import DpSgd
 
-        privacy = self.json["privacy.json"]
-        delta, claimed, mechanism = privacy["delta"], privacy["epsilon"], privacy["mechanism"]
+        privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
         try:
-            events = ledger.events_of_jsonl(self.text["ledger.jsonl"].decode("utf-8"))
-        except (SfumatoError, ValueError) as error:
-            raise _failed(f"ledger.jsonl: {str(error)[:200]}") from None
-        if not events or len(events) > MAX_EVENTS:
-            raise _failed(f"ledger.jsonl has {len(events)} events; between 1 and {MAX_EVENTS} were expected")
-        for event in events:
-            for key in ("sampling_rate", "noise_multiplier"):
-                planned = mechanism.get(key)
-                if planned != getattr(event, key):
-                    raise _failed(f"{key}: the ledger says {getattr(event, key)}, the plan {str(planned)[:40]}")
-        batch, population = mechanism.get("expected_batch_size"), privacy.get("population")
-        if batch is not None and population is not None:
-            if not _number(batch) or any(abs(event.sampling_rate * population - batch) > 1e-6 * batch for event in events):
-                raise _failed(f"sampling rate: the ledger's is not {str(batch)[:40]} of {population} units")
-        steps = sum(event.count for event in events)
-        trained, planned = self.json["cost.json"].get("steps"), mechanism.get("steps_planned")
-        if mechanism.get("steps_spent") != steps:
-            raise _failed(f"the claim is for {str(mechanism.get('steps_spent'))[:40]} steps, the ledger charges {steps}")
+            text = self.text["ledger.jsonl"].decode("utf-8")
+            self.events, plan = ledger.events_of_jsonl(text), ledger.plan_of_jsonl(text)
+        except (SfumatoError, ValueError, RecursionError) as error:
+            raise _failed(str(error)[:300]) from None
+        if not isinstance(plan, DpSgd):
+            raise _failed("ledger.jsonl was kept under no private plan")
+        if not self.events or len(self.events) > MAX_EVENTS:
+            raise _failed(
+                f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
+            )
+        steps = sum(event.count for event in self.events)
+        stated = {
+            **{
+                key: (privacy.get(key), getattr(plan, key))
+                for key in ("delta", "population", "unit", "records_per_unit", "adjacency")
+            },
+            **{key: (mechanism.get(key), getattr(plan, key)) for key in MECHANISM_KEYS},
+            "steps_planned": (mechanism.get("steps_planned"), plan.steps),
+            "steps_spent": (mechanism.get("steps_spent"), steps),
+        }
+        for key, (claimed, kept) in stated.items():
+            if claimed != kept or isinstance(claimed, bool):
+                raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {kept}")
+        for event in self.events:
+            if (event.sampling_rate, event.noise_multiplier) != (plan.sampling_rate, plan.noise_multiplier):
+                raise _failed("an event of the ledger is not one of its plan")
+        if steps > plan.steps:
+            raise _failed(f"the ledger charges {steps} steps, its plan allows {plan.steps}")
+        trained = self.json["cost.json"].get("steps")
         if type(trained) is not int or trained > steps:
             raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {steps}")
-        if type(planned) is not int or steps > planned:
-            raise _failed(f"the ledger charges {steps} steps, the plan allows {str(planned)[:40]}")
+        return f"{steps} events of {plan.steps} planned, the chain is whole"
+
+    def epsilon(self) -> str:
+        from sfumato.privacy import accounting
+
+        delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
+        if not self.events:
+            raise _failed("there are no events to recompute it from")
         try:
-            recomputed = accounting.epsilon(events, delta)
+            recomputed = accounting.epsilon(self.events, delta)
         except (SfumatoError, ValueError, OverflowError) as error:
             raise _failed(f"the events cannot be accounted ({str(error)[:200]})") from None
         if recomputed is None or not math.isfinite(recomputed):
@@ -266,7 +317,33 @@ class _Bundle:
         self.recomputed = (recomputed, delta)
         if claimed + TOLERANCE < recomputed:
             raise _failed(f"the claim is {claimed:.6f}, the events give {recomputed:.6f} at delta = {delta:.3g}")
-        return f"{recomputed:.6f} at delta = {delta:.3g} from {steps} events, by PLD; the claim is {claimed:.6f}"
+        wrong = self._other_figures(delta, claimed)
+        if wrong:
+            raise _failed("; ".join(wrong))
+        return f"{recomputed:.6f} at delta = {delta:.3g} by PLD; the claim is {claimed:.6f}"
+
+    def _other_figures(self, delta: float, claimed: float) -> list[str]:
+        """The claim's other accountants and its curve, held against the same events."""
+        from sfumato.privacy import accounting
+
+        accountants, curve = self.json["privacy.json"]["accountants"], self.json["privacy.json"].get("curve")
+        if accountants.get("pld") != claimed:
+            return ["accountants: pld is not the claimed epsilon"]
+        for name, value in accountants.items():
+            if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
+                return [f"accountants: {name[:20]!a} is not known, or no number"]
+            expected = None if value is None else accounting.epsilon(self.events, delta, name)
+            if value is not None and (expected is None or value + TOLERANCE < expected):
+                return [f"accountants: {name} says {value}, the events give {expected}"]
+        if not isinstance(curve, list) or len(curve) > 32:
+            return ["curve must be a list of at most 32 points"]
+        for point in curve:
+            if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
+                return ["curve: a point must be [delta, epsilon]"]
+            expected = accounting.epsilon(self.events, point[0])
+            if expected is None or point[1] + TOLERANCE < expected:
+                return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
+        return []
 
     def card(self) -> str:
         wrong = card.problems(self.text["README.md"], self.json)
@@ -292,17 +369,19 @@ def _walk(folder: Path) -> dict[str, int]:
                 elif stat.S_ISREG(info.st_mode):
                     found[name] = info.st_size
                 else:
-                    raise _failed(f"{ascii(name[:120])} must be a plain file")
+                    raise _failed(f"{name[:120]!a} must be a plain file")
                 if len(found) + len(todo) > manifest.MAX_FILES:
                     raise _failed(f"there are more than {manifest.MAX_FILES} files")
         if entries == 0 and prefix:
-            raise _failed(f"{ascii(prefix[:120])} is an empty folder")
+            raise _failed(f"{prefix[:120]!a} is an empty folder")
     return found
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
     """Opens a plain file of the bundle; a link that appeared since it was listed is refused."""
-    descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(
+        folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _failed(f"{name} must be a plain file")

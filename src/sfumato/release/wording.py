@@ -37,7 +37,9 @@ def figure(value: Any) -> str:
 
 def count(value: Any) -> str:
     """A whole number with thin spaces between thousands, as tables have it."""
-    return number(value) if not isinstance(value, int) or isinstance(value, bool) else f"{value:,}".replace(",", "\u202f")
+    return (
+        number(value) if not isinstance(value, int) or isinstance(value, bool) else f"{value:,}".replace(",", "\u202f")
+    )
 
 
 def duration(seconds: Any) -> str:

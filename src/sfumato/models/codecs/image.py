@@ -47,6 +47,16 @@ class ImageCoder:
             case Cosine(kept=kept):
                 return self.channels, kept, kept
 
+    def spectrum(self, sigma_data: float) -> Tensor:
+        """The assumed standard deviation of each latent entry, (C, h, w): a public constant, fitted to nothing."""
+        match self.settings:
+            case Pixels():
+                return torch.full(self.latent_shape, sigma_data)
+            case Cosine(kept=kept, amplitude=amplitude, decay=decay):
+                axis = torch.arange(kept, dtype=torch.float32)
+                radius = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
+                return (amplitude / (1.0 + radius) ** decay).expand(self.latent_shape).clone()
+
     def encode(self, pictures: Tensor) -> Tensor:
         """(R, H, W, C) uint8 -> (R, C, h, w) float32."""
         x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def fill(name: str, /, **values: Any) -> str:
-    """The template ``name`` with its values. A value that the template names and nobody gave is our mistake, and raises."""
+    """The template ``name`` with its values. A value that it names and nobody gave is our mistake: raises."""
     return _environment().get_template(f"{name}.jinja").render(**values)
 
 
