@@ -80,7 +80,8 @@ def _short(value: Any) -> Any:
     """On one line; what is empty is left out."""
     match value:
         case {}:
-            return ", ".join(f"{key} {words.number(_short(inner))}" for key, inner in value.items()) or None
+            told = ((key, words.number(_short(inner)), isinstance(inner, dict)) for key, inner in value.items())
+            return ", ".join(f"{key} ({inner})" if nested else f"{key} {inner}" for key, inner, nested in told) or None
         case list():
             return ", ".join(words.number(_short(inner)) for inner in value) or None
         case _:
