@@ -15,10 +15,10 @@ from sfumato.errors import DataError
 from sfumato.records import Record
 
 NEAR_BITS = 3  # of 64, that may differ between two difference hashes
-NEAR_SHARE = 0.1  # root mean square difference of the 16x16 thumbnails / their standard deviation: correlation .995
+NEAR_CORRELATION = 0.99  # of the 16x16 grey thumbnails: survives a change of brightness, scale and compression
 HOW_NEAR = (
     f"64-bit difference hashes within {NEAR_BITS} bits, "
-    f"and 16x16 grey thumbnails within {NEAR_SHARE:.0%} of their contrast"
+    f"and 16x16 grey thumbnails with a correlation of at least {NEAR_CORRELATION}"
 )
 _MAX_PAIRS = 100_000_000
 
@@ -29,7 +29,8 @@ def check(target: str | Path | DataSettings, *, unit_column: str | None = None) 
     """Looks at every record. Raises DataError only for a source that cannot be opened at all.
 
     Returns: name, records, units, modalities {text, image, audio: how many}, problems, errors, warnings, sha256 (of the
-    contents in order), near_duplicates (how they are sought, or why not all were).
+    contents in order), near_duplicates (how they are sought, or why not all were; those of one unit are only counted, in
+    near_duplicates_within_units).
     """
     settings = target if isinstance(target, DataSettings) else settings_for(target, unit_column=unit_column)
     source = open_source(settings)
@@ -48,6 +49,7 @@ def check(target: str | Path | DataSettings, *, unit_column: str | None = None) 
         "warnings": len(problems) - errors,
         "sha256": look.digest.hexdigest(),
         "near_duplicates": look.near,
+        "near_duplicates_within_units": look.near_within,
     }
 
 
@@ -126,6 +128,7 @@ class _Look:
         self.hashes: list[int] = []
         self.thumbnails: list[np.ndarray] = []
         self.near = HOW_NEAR
+        self.near_within = 0
 
     def add(self, reading: Record | tuple[Entry, DataError]) -> None:
         self.count += 1
@@ -184,9 +187,11 @@ class _Look:
         if not complete:
             self.near += "; not all pairs were compared, because too many pictures share an outline"
         for later, earlier in pairs:
-            whose = "the same unit" if self.units[later] == self.units[earlier] else "another unit"
+            if self.units[later] == self.units[earlier]:
+                self.near_within += 1  # one person twice: what the guarantee already treats as one
+                continue
             error = DataError(
-                f"{self.pictures[later]} · looks like {self.pictures[earlier]}, a picture of {whose}",
+                f"{self.pictures[later]} · looks like {self.pictures[earlier]}, a picture of another unit",
                 next="Look at both; if they are one event, remove one; if one person, give both the same unit.",
                 code="near_duplicate",
             )
@@ -205,10 +210,15 @@ def _odd(groups: dict[int, list[str]], name: str, next: str, code: str, level: s
             yield problem(record, error, level)
 
 
-def _alike(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of ``others`` (N, 256) differ little from ``one`` (256,)."""
-    difference = others - one
-    return np.sqrt((difference * difference).mean(1)) <= max(1.0, NEAR_SHARE * float(one.std()))
+def _standardised(thumbnails: list[np.ndarray]) -> np.ndarray:
+    """(N, 257) unit rows whose inner products are correlations; flat pictures (the last column) are like each other."""
+    rows = np.array(thumbnails, np.float32).reshape(len(thumbnails), 256)
+    rows -= rows.mean(1, keepdims=True)
+    length = np.linalg.norm(rows, axis=1)
+    flat = length < 16.0  # a standard deviation below one grey level
+    rows[flat] = 0.0
+    rows /= np.where(flat, 1.0, length)[:, None]
+    return np.concatenate([rows, flat[:, None].astype(np.float32)], axis=1)
 
 
 _BITS_OF = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
@@ -226,19 +236,13 @@ def near_pairs(hashes: np.ndarray, thumbnails: list[np.ndarray]) -> tuple[list[t
     Two hashes within 3 bits agree on one of their four 16-bit bands, so only pictures that share a band are compared.
     """
     found: dict[int, int] = {}
-    stack = (
-        np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32)
-        if thumbnails
-        else np.zeros((0, 1), np.float32)
-    )
+    rows = _standardised(thumbnails)
     left = _MAX_PAIRS
     complete = True
     for band in range(4):
         keys = (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
         order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(keys[order]) != 0]) if len(order) else np.zeros(0, int)
-        for start, stop in zip(starts, np.r_[starts[1:], len(order)], strict=True):
-            group = order[start:stop]  # ascending, because the sort is stable
+        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):  # ascending: the sort is stable
             if len(group) < 2:
                 continue
             left -= len(group) ** 2 // 2
@@ -249,7 +253,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: list[np.ndarray]) -> tuple[list[t
                 later, before = int(group[position]), group[:position]
                 close = before[_bits(hashes[before] ^ hashes[later]) <= NEAR_BITS]
                 close = close[close < found.get(later, later)]
-                alike = close[_alike(stack[later], stack[close])]
+                alike = close[rows[close] @ rows[later] >= NEAR_CORRELATION]
                 if len(alike):
                     found[later] = int(alike[0])
     return sorted(found.items()), complete
