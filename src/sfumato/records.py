@@ -171,11 +171,11 @@ def _ranks(owner: np.ndarray, place: np.ndarray, rng: Random | None) -> np.ndarr
     """Each row's rank within its owner: by a random key, so that the first k are a uniform subset, or by place."""
     if rng is None:
         return place
-    keys = np.asarray(rng.uniform(len(owner)))
-    if keys.shape != owner.shape:  # numpy's Generator.uniform(n) means another thing
+    if isinstance(rng, np.random.Generator | np.random.RandomState):  # their uniform(n) means "from n to 1"
         raise UsageError(
-            f"rng = {type(rng).__name__} · uniform(n) must give n numbers", next="Give SecretRandom() or TestRandom(seed)."
+            f"rng = {type(rng).__name__} · must be one of ours", next="Give SecretRandom() or TestRandom(seed)."
         )
+    keys = rng.uniform(len(owner))
     ranks = np.empty_like(place)
     ranks[np.lexsort((keys, owner))] = place
     return ranks

@@ -21,6 +21,7 @@ epsilon at most the plan's; the check costs no accounting.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -79,17 +80,19 @@ class _History:
     def apply(self, body: str) -> None:
         entry = _decoded(body)
         match entry:
-            case {"kind": "open", "attempt": int(attempt), **rest} if not rest and attempt == self.attempt + 1:
+            case {"kind": "open", "attempt": int(attempt), **rest} if not rest and _next(attempt, self.attempt):
                 self.attempt = attempt
             case {"kind": "reserve", "attempt": int(attempt), "step": int(step), **values} if (
-                attempt == self.attempt >= 1 and step >= 0
+                _next(attempt, self.attempt - 1) and attempt >= 1 and type(step) is int and step >= 0
             ):
                 event = Event.from_dict(values)
                 _must_fit(event, self)
                 one = replace(event, count=1)
                 self.counts[one] = self.counts.get(one, 0) + event.count
                 self.uncommitted.add(self.sequence + 1)
-            case {"kind": "commit", "reserve": int(reserve), **rest} if not rest and reserve in self.uncommitted:
+            case {"kind": "commit", "reserve": int(reserve), **rest} if (
+                not rest and type(reserve) is int and reserve in self.uncommitted
+            ):
                 self.uncommitted.remove(reserve)
             case _:
                 raise LedgerError(
@@ -102,6 +105,10 @@ class _History:
 _RESTORE = "Restore the ledger from a copy that is whole; if there is none, count the plan's full epsilon as spent."
 
 
+def _next(number: int, before: int) -> bool:
+    return type(number) is int and number == before + 1  # True is an int to Python, not to us
+
+
 def _beginning(header_text: str) -> _History:
     """The state before the first entry. Raises LedgerError for a header that we did not write."""
     header = _decoded(header_text)
@@ -112,7 +119,7 @@ def _beginning(header_text: str) -> _History:
             f"format = {header['format']!r} · must be {LEDGER_FORMAT}", next="Use the version of sfumato that wrote it.",
             code="ledger_format",
         )  # fmt: skip
-    texts = (header["ledger"], header["run"], header["account"] or "")
+    texts = (header["ledger"], header["run"], "" if header["account"] is None else header["account"])
     if not all(isinstance(text, str) for text in texts):
         raise LedgerError(f"header = {header_text[:200]} · names must be text", next=_RESTORE, code="ledger_torn")
     plan = None if header["plan"] is None else plan_from_dict(header["plan"])
@@ -427,6 +434,7 @@ class Ledger:
 
     def _release(self) -> None:
         for action in (
+            lambda: self._connection.execute("PRAGMA busy_timeout = 0"),
             lambda: self._connection.execute("PRAGMA journal_mode = DELETE"),  # one plain file, easy to copy
             self._connection.close,
             self._account.close if self._account is not None else lambda: None,
@@ -444,6 +452,8 @@ class _Account:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._session = secrets.token_hex(8)
+        self._covered: dict[Event, int] = {}  # what the account has charged this run for
         with _translated(path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -469,8 +479,8 @@ class _Account:
             if row is None:
                 if history.attempt:
                     raise self._older(f"does not know the run {history.header['run']!r}")
-                values = (name, history.header["run"], _canonical(history.header["plan"]), 0, "", 0, 0)
-                self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+                values = (name, history.header["run"], _canonical(history.header["plan"]), 0, "", 0, 0, self._session)
+                self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
                 return
             charged = sum(self._charged(name).values())
             if charged < history.total:
@@ -484,13 +494,14 @@ class _Account:
                     next=_RESTORE,
                     code="ledger_set_back",
                 )
-            self._connection.execute("UPDATE runs SET closed = 0 WHERE ledger = ?", (name,))
+            self._connection.execute(
+                "UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name)
+            )
+            self._covered = self._charged(name)
 
     def cover(self, history: _History, event: Event) -> None:
         """Makes sure that the account has charged the run for all it has spent, and ``event`` on top."""
         name, one = history.header["ledger"], replace(event, count=1)
-        if not hasattr(self, "_covered"):
-            self._covered = self._charged(name)
         needed = history.counts.get(one, 0) + event.count
         if self._covered.get(one, 0) >= needed:
             return
@@ -499,6 +510,7 @@ class _Account:
             block = max(event.count, min(BLOCK, history.plan.steps - history.total))
         upto = history.counts.get(one, 0) + block
         with _translated(self.path), _transaction(self._connection):
+            self._check_session(name)
             self._connection.execute(
                 "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (ledger, event) DO UPDATE SET count = excluded.count",
                 (name, _canonical(one.to_dict()), upto),
@@ -510,12 +522,22 @@ class _Account:
         """At a clean end: exactly what the ledger holds, and the ledger's head."""
         name = history.header["ledger"]
         with _translated(self.path), _transaction(self._connection):
+            self._check_session(name)
             self._connection.execute("DELETE FROM spent WHERE ledger = ?", (name,))
             rows = [(name, _canonical(event.to_dict()), count) for event, count in history.counts.items()]
             self._connection.executemany("INSERT INTO spent VALUES (?, ?, ?)", rows)
             self._connection.execute(
                 "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = 0 WHERE ledger = ?",
                 (history.sequence, history.head, name),
+            )
+
+    def _check_session(self, ledger: str) -> None:
+        row = self._connection.execute("SELECT session FROM runs WHERE ledger = ?", (ledger,)).fetchone()
+        if row is None or row[0] != self._session:
+            raise LedgerError(
+                f"account = {self.path} · another copy of this run's ledger has been opened since",
+                next="Stop one of the two; a run's folder must not be copied and continued twice.",
+                code="ledger_copied",
             )
 
     def runs(self) -> list[dict[str, Any]]:
@@ -673,29 +695,20 @@ def _read_jsonl(text: str) -> _History:
         if not 0 <= entries <= MOST_ENTRIES or isinstance(entries, bool):
             raise LedgerError(f"entries = {entries} · must be between 0 and {MOST_ENTRIES}")
         history = _beginning(_canonical(header))
+        bodies: list[str] = []
         for line in lines[1:]:
             for body in _expanded(_decoded(line), history, entries):
                 history.apply(body)
+                bodies.append(body)
         if (history.sequence, history.head) != (entries, head):
             raise LedgerError(f"entries = {history.sequence}, head = {history.head} · the header says {entries}, {head}")
-        if text != "".join(_canonical(line) + "\n" for line in [_decoded(lines[0]), *_shortened(_all(lines[1:], header))]):
+        if lines[1:] != [_canonical(line) for line in _shortened(bodies)]:
             raise LedgerError("lines · are not in the one form that an export has")
     except (LedgerError, UsageError, BudgetExhausted) as error:
         raise VerificationFailed(
             f"ledger.jsonl: {error.message}", next="The ledger was changed after its export; do not trust the bundle."
         ) from None
     return history
-
-
-def _all(lines: list[str], header: dict[str, Any]) -> list[str]:
-    """Every entry of the lines, which were read without complaint before."""
-    history = _beginning(_canonical(header))
-    bodies: list[str] = []
-    for line in lines:
-        for body in _expanded(json.loads(line), history, MOST_ENTRIES):
-            history.sequence += 1
-            bodies.append(body)
-    return bodies
 
 
 def _expanded(line: Any, history: _History, entries: int) -> Iterator[str]:
@@ -726,7 +739,7 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "account": _account_identity(connection, path),
         "runs": runs,
         "events": [event.to_dict() for event in accounting.merged(events)],
-        # Later runs are chosen after seeing earlier ones: RDP composes under adaptive choice of parameters, PLD need not.
+        # Later runs are chosen after seeing earlier ones: RDP allows that (Feldman & Zrnic 2021), PLD assumes fixed ones.
         "epsilon": accounting.epsilon(events, max(deltas), "rdp") if comparable else None,
         "delta": max(deltas) if comparable else None,
         "accountant": "rdp",
@@ -741,7 +754,8 @@ _LEDGER_TABLES = (
 )
 _ACCOUNT_TABLES = (
     "CREATE TABLE runs (ledger TEXT PRIMARY KEY, run TEXT NOT NULL, plan TEXT NOT NULL, sequence INTEGER NOT NULL, "
-    "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL)",
+    "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL, "
+    "session TEXT NOT NULL)",
     "CREATE TABLE spent (ledger TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (ledger, event))",
 )
 _LAST = "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
@@ -773,8 +787,14 @@ def _create(path: Path, tables: tuple[str, ...], header: str) -> None:
                     connection.execute(table)
         finally:
             connection.close()
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(fresh, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            os.replace(fresh, path)  # a file system without hard links
     finally:
         fresh.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -883,7 +903,7 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 def _outside(path: Path, error: Exception) -> OutsideError:
-    full = "full" in str(error) or getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
+    full = "full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return OutsideError(
         f"ledger = {path} · could not be written ({error}); the data was not touched for this event",
         next="Free some space on the disk and resume." if full else "Check the disk and the rights on the folder, and resume.",

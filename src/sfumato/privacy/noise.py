@@ -6,7 +6,7 @@ on the Gaussian) answer it by giving out (X_1 + ... + X_2n) / sqrt(2n) of indepe
 an attacker would have to search about 2^159 combinations. The noise is made and added in float64.
 
 Differs: the X_i come from the Box-Muller transform on 52-bit uniforms, so each has |X_i| <= sqrt(2 * 52 * ln 2) =
-8.49; what is missing of the normal tail is 2^-55 of its mass.
+8.49; what is missing of the normal tail is less than 2^-52 of its mass.
 """
 
 import math

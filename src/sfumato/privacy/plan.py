@@ -371,7 +371,7 @@ def plan_from_dict(values: Any) -> PrivacyPlan:
     _check_types(rest)
     try:
         return kinds[kind](**rest)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise UsageError(f"plan = {sorted(rest)} · {error}", next="It was written by another version, or changed.") from None
 
 

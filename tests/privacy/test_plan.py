@@ -1,0 +1,158 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.privacy.accounting import Event
+from sfumato.privacy.plan import (
+    DpSgd,
+    NotPrivate,
+    automatic_delta,
+    make_plan,
+    plan_from_dict,
+    plan_to_dict,
+    warnings_of,
+)
+from sfumato.privacy.settings import PrivacySettings
+
+PLAN = DpSgd(population=10_000, expected_batch_size=200.0, steps=50, noise_multiplier=1.1, delta=1e-5)
+NOISE = PrivacySettings(epsilon=None, noise_multiplier=1.1)
+
+
+def codes(settings: PrivacySettings, **sizes) -> list[str]:
+    with pytest.raises(PrivacyRefused) as refused:
+        make_plan(settings, **{"steps": 50, "expected_batch_size": 200, "population": 10_000, **sizes})
+    assert refused.value.exit_code == 3
+    for refusal in refused.value.refusals:
+        assert set(refusal) == {"code", "message", "next"} and all(refusal.values())
+    return [refusal["code"] for refusal in refused.value.refusals]
+
+
+def test_the_event_the_rate_and_epsilon_come_from_the_same_fields():
+    assert PLAN.sampling_rate == 0.02
+    assert PLAN.event() == Event(sampling_rate=0.02, noise_multiplier=1.1, count=50)
+    assert PLAN.event(3).count == 3
+    assert 0 < PLAN.epsilon(10) < PLAN.epsilon() < 2
+    assert PLAN.epsilon(0) == 0
+
+
+def test_a_calibrated_plan_keeps_its_target_and_is_not_wasteful():
+    plan = DpSgd.calibrated(epsilon=2.0, delta=1e-6, population=10_000, expected_batch_size=100, steps=1000)
+    assert 1.999 <= plan.epsilon() <= 2.0
+    assert plan.target_epsilon == 2.0
+
+
+def test_make_plan_calibrates_and_declares_a_counted_population_public():
+    plan = make_plan(PrivacySettings(epsilon=8.0), steps=100, expected_batch_size=200, population=10_000)
+    assert isinstance(plan, DpSgd)
+    assert 7.99 <= plan.epsilon() <= 8.0
+    assert plan.delta == pytest.approx(1 / (10_000 * math.log(10_000)))
+    assert plan.population_from_data
+
+
+def test_a_population_in_the_settings_is_the_one_that_counts():
+    settings = PrivacySettings(epsilon=None, noise_multiplier=1.0, population=20_000)
+    plan = make_plan(settings, steps=10, expected_batch_size=200, population=9_999)
+    assert (plan.population, plan.sampling_rate, plan.population_from_data) == (20_000, 0.01, False)
+
+
+def test_noise_that_is_given_is_taken_as_it_is():
+    plan = make_plan(NOISE, steps=50, expected_batch_size=200, population=10_000)
+    assert isinstance(plan, DpSgd) and plan.noise_multiplier == 1.1 and plan.target_epsilon is None
+
+
+def test_without_privacy_there_is_no_event_and_epsilon_is_infinite():
+    plan = make_plan(PrivacySettings(mechanism="none"), steps=5, expected_batch_size=20, population=50)
+    assert isinstance(plan, NotPrivate)
+    assert plan.event() is None and plan.epsilon() == math.inf
+    assert [warning["code"] for warning in warnings_of(plan)] == ["not_private"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "code"),
+    [
+        (NOISE, {"population": 99, "expected_batch_size": 9}, "too_few_units"),
+        (NOISE, {"population": 0}, "too_few_units"),
+        (PrivacySettings(delta=1e-4), {}, "delta_too_large"),
+        (NOISE, {"expected_batch_size": 10_001}, "batch_larger_than_population"),
+        (NOISE, {"expected_batch_size": 0}, "empty_batch"),
+        (NOISE, {"expected_batch_size": float("nan")}, "empty_batch"),
+        (NOISE, {"steps": 0}, "no_steps"),
+        (NOISE, {"records": 0}, "no_records"),
+        (NOISE, {"parameters": 10**9, "memory_bytes": 16 * 2**30}, "memory"),
+        (PrivacySettings(epsilon=101.0), {}, "epsilon_too_large"),
+        (PrivacySettings(epsilon=1e-9), {"steps": 10**6}, "epsilon_unreachable"),
+        (PrivacySettings(epsilon=None, noise_multiplier=0.01), {}, "noise_multiplier_out_of_range"),
+        (PrivacySettings(epsilon=None, noise_multiplier=1e6), {}, "noise_multiplier_out_of_range"),
+        (PrivacySettings(epsilon=None, noise_multiplier=0.1), {"steps": 1000}, "epsilon_too_large"),
+        (PrivacySettings(mechanism="none"), {"expected_batch_size": 10_001}, "batch_larger_than_population"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(settings, sizes, code):
+    assert code in codes(settings, **sizes)
+
+
+def test_every_reason_is_told_at_once():
+    found = codes(
+        PrivacySettings(epsilon=500.0, delta=0.5),
+        population=60, expected_batch_size=100, steps=0, parameters=10**9, memory_bytes=1,
+    )  # fmt: skip
+    assert set(found) == {
+        "too_few_units", "delta_too_large", "batch_larger_than_population", "no_steps", "memory", "epsilon_too_large"
+    }  # fmt: skip
+    assert len(found) == 6
+
+
+def test_delta_exactly_one_over_n_is_refused_and_just_below_is_not():
+    assert codes(PrivacySettings(epsilon=None, noise_multiplier=1.1, delta=1 / 10_000)) == ["delta_too_large"]
+    settings = PrivacySettings(epsilon=None, noise_multiplier=1.1, delta=0.999 / 10_000)
+    assert make_plan(settings, steps=5, expected_batch_size=20, population=10_000).population == 10_000
+
+
+@given(population=st.integers(3, 10**9))
+def test_the_automatic_delta_is_always_below_one_over_n(population):
+    assert automatic_delta(population) < 1 / population
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "expected"),
+    [(1.1, 50, ["epsilon_small"]), (0.7, 50, []), (0.29, 60, ["epsilon_large", "noise_small"]), (0.45, 500, ["epsilon_large"])],
+)
+def test_small_and_large_epsilons_are_warned_about(noise, steps, expected):
+    plan = DpSgd(population=10_000, expected_batch_size=200, steps=steps, noise_multiplier=noise, delta=1e-5)
+    assert [warning["code"] for warning in warnings_of(plan)] == expected
+
+
+def test_noise_that_drowns_every_signal_is_warned_about():
+    few = DpSgd(population=1000, expected_batch_size=20, steps=10, noise_multiplier=2.0, delta=1e-5)
+    assert "noise_drowns_signal" in [warning["code"] for warning in warnings_of(few, parameters=10**6)]
+    assert "noise_drowns_signal" not in [warning["code"] for warning in warnings_of(few, parameters=100)]
+
+
+@pytest.mark.parametrize(
+    "plan", [PLAN, NotPrivate(population=10, expected_batch_size=5, steps=3, unit="person", records_per_unit=4)]
+)
+def test_plans_survive_a_round_trip(plan):
+    assert plan_from_dict(plan_to_dict(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "gdp"}, {"kind": None}, {"kind": []}, {"extra": 1}, {"steps": 1.5}, {"steps": True}, {"steps": 0},
+        {"population": -1}, {"delta": 0}, {"delta": 2}, {"delta": "auto"}, {"noise_multiplier": -1}, {"unit": "family"},
+        {"adjacency": "replace"}, {"expected_batch_size": 10_001}, {"max_grad_norm": 0}, {"records_per_unit": 2},
+        {"expected_batch_size": 10**400},
+    ],
+)  # fmt: skip
+def test_a_changed_plan_is_refused(change):
+    with pytest.raises(UsageError):
+        plan_from_dict({**plan_to_dict(PLAN), **change})
+
+
+@pytest.mark.parametrize("values", [None, [], "plan", {}, {"kind": "dp_sgd"}])
+def test_what_is_no_plan_is_refused(values):
+    with pytest.raises(UsageError):
+        plan_from_dict(values)
