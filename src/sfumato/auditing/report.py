@@ -37,11 +37,14 @@ def audit(
     """Attacks a trained model by its losses.
 
     Args:
-      row_losses: of the audited model, (R,) for a batch, each the mean over ``settings.draws`` noise levels and noises.
+      row_losses: of the audited model, (R,) for a batch, each the mean over ``settings.draws`` noises. Take noise levels that
+        are the same for every row, near the data's own spread: a memorised phantom set of 500 gave AUC .77 at level 0.6 and
+        .52 with levels drawn anew for each row, whose spread hides the members.
       members, nonmembers: units trained on, and units of the same source never trained on, encoded alike.
       delta, claimed_epsilon: of the claim under test; None (or infinity) where no guarantee is claimed.
       control: the same attack on a model trained without noise (``membership.scores`` on its own members and
-        non-members); None where no such model was trained, and then the verdict can at best be INCONCLUSIVE.
+        non-members), for many passes over few units, so that there is something to detect; None where no such model was
+        trained, and then the verdict can at best be INCONCLUSIVE.
     """
     rng = np.random.default_rng(seed)
     inside, outside = (rng.permutation(table.num_units)[: settings.members] for table in (members, nonmembers))
