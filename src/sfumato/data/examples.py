@@ -32,9 +32,9 @@ PHRASES = {
         "en": (
             "a handwritten {}",
             "the digit {}, handwritten",
-            "a {} written by hand",
+            "{a} {} written by hand",
             "handwritten digit: {}",
-            "somebody wrote a {}",
+            "somebody wrote {a} {}",
         ),
         "ru": ("цифра от руки: {}", "рукописная цифра, {}", "написано от руки: {}"),
         "zh": ("手写数字{}", "手写的{}", "一个手写的{}"),
