@@ -61,7 +61,9 @@ def evaluate(
         reader = judge.train(_stack(learnt), known, seconds=settings.judge_seconds, seed=seed)
         asked = {fact: [_fact(record, fact) for record in measured] for fact in known}
         figures = _facts_figures(asked, reader.read(generated), reader.read(real), reader.name, covered_by, rng)
-        figures.append(_frechet_figure(reader.features(generated), reader.features(real), reader.name, covered_by, seed))
+        figures.append(
+            _frechet_figure(reader.features(generated), reader.features(real), reader.name, covered_by, seed)
+        )
         how = (
             f"The judge is a small convolutional network trained on {reader.pictures} public pictures "
             f"({reader.epochs:.0f} passes), none of which is measured."
@@ -76,7 +78,11 @@ def evaluate(
         figures = _retrieval_figures(pairs, generated, real, measured, covered_by, rng)
         figures.append(
             _frechet_figure(
-                pairs.picture_features(generated), pairs.picture_features(real), pairs.picture_extractor, covered_by, seed
+                pairs.picture_features(generated),
+                pairs.picture_features(real),
+                pairs.picture_extractor,
+                covered_by,
+                seed,
             )
         )
         how = f"No facts are known of these records; two heads learnt from {pairs.pairs} public pairs, none of which is measured."
@@ -118,7 +124,9 @@ def _facts_figures(
             "real held-out": measure(asked, of_real)[0],
             "shuffled captions": measure(shuffled, of_generated)[0],
         }
-        return Figure(name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common)
+        return Figure(
+            name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common
+        )
 
     def of_fact(measure: Callable[..., tuple[float, float, float]], fact: str):
         def on(values: dict[str, list[str | None]], read: dict[str, list[str]]) -> tuple[float, float, float]:
@@ -135,7 +143,9 @@ def _facts_figures(
     ]
     if len(present) == 1:
         fact, count = next(iter(present.items()))
-        figures.append(figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked"))
+        figures.append(
+            figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked")
+        )
     elif present:
         figures.append(figure("kappa: mean", agreement.mean_kappa, len(order), "mean of the facts' kappas"))
     return figures
@@ -178,7 +188,9 @@ def _retrieval_figures(
     ]
 
 
-def _frechet_figure(of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int) -> Figure:
+def _frechet_figure(
+    of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int
+) -> Figure:
     a, b = slice(0, None, 2), slice(1, None, 2)
     wide = of_real.shape[1] > 256
     value, low, high = image.crossed_distance(
@@ -206,5 +218,7 @@ def _fact(record: Record, fact: str) -> str | None:
 def _stack(records: Sequence[Record]) -> np.ndarray:
     shapes = {record.image.shape for record in records if record.image is not None}
     if len(shapes) != 1:
-        raise UsageError(f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them.")
+        raise UsageError(
+            f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them."
+        )
     return np.stack([record.image for record in records if record.image is not None])
