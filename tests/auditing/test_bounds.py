@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from sfumato.auditing import bounds
 from sfumato.errors import UsageError
@@ -56,7 +55,8 @@ def test_under_the_null_the_bound_is_above_zero_no_more_often_than_promised():
     """1,000 null runs at 95 %. If the chance were 5 %, more than 80 alarms have probability 2e-5."""
     rng = np.random.default_rng(0)
     alarms = sum(
-        bounds.epsilon_lower_bound(*rng.normal(size=(2, 200)), delta=0, confidence=0.95, seed=run) > 0 for run in range(1000)
+        bounds.epsilon_lower_bound(*rng.normal(size=(2, 200)), delta=0, confidence=0.95, seed=run) > 0
+        for run in range(1000)
     )
     assert alarms <= 80
 
@@ -66,7 +66,8 @@ def test_the_threshold_is_not_chosen_on_the_scores_that_measure_it():
     for both. More than 30 have probability < 1e-9 at 1.4 %."""
     rng = np.random.default_rng(0)
     alarms = sum(
-        bounds.epsilon_lower_bound(*rng.normal(size=(2, 400)), delta=0, confidence=0.6, seed=run) > 0 for run in range(500)
+        bounds.epsilon_lower_bound(*rng.normal(size=(2, 400)), delta=0, confidence=0.6, seed=run) > 0
+        for run in range(500)
     )
     assert alarms <= 30
 
@@ -94,22 +95,29 @@ def test_gaussian_mechanism_of_known_delta_is_not_refuted():
     epsilon = brentq(lambda e: norm.cdf(0.5 - e) - np.exp(e) * norm.cdf(-0.5 - e) - 0.05, 0, 10)
     rng = np.random.default_rng(2)
     above = sum(
-        bounds.epsilon_lower_bound(rng.normal(1, 1, 400), rng.normal(0, 1, 400), delta=0.05, confidence=0.95, seed=run) > epsilon
+        bounds.epsilon_lower_bound(rng.normal(1, 1, 400), rng.normal(0, 1, 400), delta=0.05, confidence=0.95, seed=run)
+        > epsilon
         for run in range(300)
     )
     assert above <= 30
 
 
-def test_auc_equals_the_reference_and_its_interval_covers_the_truth():
+def slow_auc(a, b):
+    """The share of pairs that are the right way round, ties counting half."""
+    return np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
+
+
+def test_auc_equals_a_count_of_pairs_and_its_interval_covers_the_truth():
     """Normal scores a distance 1 apart: AUC = Phi(1 / sqrt 2). 300 intervals; fewer than 265 hits: probability < 1e-5."""
     from scipy.stats import norm
 
     rng = np.random.default_rng(0)
     truth, hits = norm.cdf(1 / np.sqrt(2)), 0
-    for _ in range(300):
+    for repetition in range(300):
         a, b = rng.normal(1, 1, 80), rng.normal(0, 1, 100)
         value, low, high = bounds.auc(a, b)
-        assert value == pytest.approx(roc_auc_score(np.r_[np.ones(80), np.zeros(100)], np.r_[a, b]), abs=1e-12)
+        if repetition < 10:
+            assert value == pytest.approx(slow_auc(a, b), abs=1e-12)
         hits += low <= truth <= high
     assert hits >= 265
 
@@ -122,16 +130,17 @@ def test_auc_counts_ties_as_half_and_keeps_an_interval_at_perfect_separation():
     assert value == low == 0 and 0.1 < high < 0.15
 
 
-def test_roc_points_lie_on_the_reference_curve_and_are_few():
+def test_roc_points_lie_on_the_curve_and_are_few():
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 1, 3000), rng.normal(0, 1, 3000)
     points = np.array(bounds.roc(a, b))
     assert len(points) <= 205
     assert points[0].tolist() == [0, 0] and points[-1].tolist() == [1, 1]
     assert (np.diff(points, axis=0) >= 0).all()
-    fpr, tpr, _ = roc_curve(np.r_[np.ones(3000), np.zeros(3000)], np.r_[a, b], drop_intermediate=False)
-    for x, y in points:
-        assert np.isclose(tpr[np.isclose(fpr, x)], y).any()
+    curve = {
+        (round((b >= t).mean() * 3000), round((a >= t).mean() * 3000)) for t in [*a, *b, np.inf]
+    }  # threshold by threshold
+    assert {(round(x * 3000), round(y * 3000)) for x, y in points} <= curve
 
 
 def test_true_positives_at_a_level_never_pass_it():

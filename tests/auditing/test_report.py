@@ -34,7 +34,9 @@ def run(strength: float, *, epsilon: float | None, control: float | None, shift:
 
     def control_scores():
         losses = memory(members, control)
-        return tuple(membership.scores(losses, t, units=np.arange(400), records_per_unit=1) for t in (members, nonmembers))
+        return tuple(
+            membership.scores(losses, t, units=np.arange(400), records_per_unit=1) for t in (members, nonmembers)
+        )
 
     return report.audit(
         memory(members, strength), members, nonmembers, SETTINGS, delta=1e-5, claimed_epsilon=epsilon,

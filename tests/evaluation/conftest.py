@@ -31,9 +31,11 @@ def make_records() -> Callable[..., list[Record]]:
             facts = {name: str(rng.choice(values)) for name, values in FACTS.items()}
             records.append(
                 Record(
-                    id=f"r{index}", unit=f"person-{index // 2}",
+                    id=f"r{index}",
+                    unit=f"person-{index // 2}",
                     text=f"a {facts['size']} disc, {facts['zone']} {facts['side']}",
-                    image=_draw(facts, rng, pixels, channels), metadata={"facts": facts},
+                    image=_draw(facts, rng, pixels, channels),
+                    metadata={"facts": facts},
                 )
             )
         return records

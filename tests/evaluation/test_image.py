@@ -53,7 +53,7 @@ def test_the_interval_holds_the_true_distance():
     rng = np.random.default_rng(0)
     hits = 0
     for repetition in range(60):
-        a, b = rng.normal(size=(400, 2)), rng.normal(size=(400, 2)) + [2, 0]
+        a, b = rng.normal(size=(400, 2)), rng.normal([2, 0], 1, size=(400, 2))
         halves = ((a[:200], b[200:]), (a[200:], b[:200]))
         value, low, high = image.crossed_distance(*halves, resamples=40, seed=repetition)
         assert low <= value <= high

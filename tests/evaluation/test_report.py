@@ -88,7 +88,9 @@ def test_too_few_public_records_give_no_figures_and_say_so(make_records, draw_ca
 
 def test_pictures_of_another_size_are_refused(make_records):
     with pytest.raises(UsageError, match=r"generate\(...\)"):
-        report.evaluate(lambda captions: np.zeros((len(captions), 8, 8, 1), np.uint8), make_records(100, 1), FACTS, SETTINGS)
+        report.evaluate(
+            lambda captions: np.zeros((len(captions), 8, 8, 1), np.uint8), make_records(100, 1), FACTS, SETTINGS
+        )
 
 
 @pytest.fixture

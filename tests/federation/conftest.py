@@ -52,7 +52,13 @@ def make_site(tmp_path: Path):
     """make_site(name, value, units=100, steps=6, policy=None, private=True): a site whose data are all ``value``."""
 
     def make(
-        name: str, value: float, *, units: int = 100, steps: int = 6, policy: SitePolicy | None = None, private: bool = True
+        name: str,
+        value: float,
+        *,
+        units: int = 100,
+        steps: int = 6,
+        policy: SitePolicy | None = None,
+        private: bool = True,
     ) -> Site:
         kind = {"population": units, "expected_batch_size": units / 5, "steps": steps}
         plan: PrivacyPlan = DpSgd(**kind, noise_multiplier=3.0, delta=1e-4) if private else NotPrivate(**kind)

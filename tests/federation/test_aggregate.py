@@ -25,7 +25,8 @@ def test_the_order_of_arrival_changes_no_bit():
     generator = torch.Generator().manual_seed(0)
     states = {name: {"w": torch.randn(50, generator=generator)} for name in "abc"}
     weights = {"a": 0.1, "b": 0.7, "c": 3.3}
-    means = [aggregate.fedavg({n: states[n] for n in order}, {n: weights[n] for n in order})["w"] for order in itertools.permutations("abc")]  # fmt: skip
+    orders = itertools.permutations("abc")
+    means = [aggregate.fedavg({n: states[n] for n in o}, {n: weights[n] for n in o})["w"] for o in orders]
     assert all(mean.equal(means[0]) for mean in means)
 
 

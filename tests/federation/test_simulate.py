@@ -96,7 +96,11 @@ def test_sites_need_their_own_names_and_ledgers(make_site, build, train_steps):
 
 def test_every_round_is_shown_and_the_result_is_json(make_site, build, train_steps):
     seen = []
-    result = run([make_site("a", 1.0)], build, train_steps, on_round=lambda r, state: seen.append((r.round, float(state["line.weight"][0, 0]))))  # fmt: skip
+
+    def note(shown, state):
+        seen.append((shown.round, float(state["line.weight"][0, 0])))
+
+    result = run([make_site("a", 1.0)], build, train_steps, on_round=note)
     assert seen == [(1, 2.5), (2, 4.5), (3, 6.5)]
     shown = json.loads(json.dumps(result.to_dict()))
     assert shown["rounds"] == 3
@@ -121,7 +125,11 @@ def make_records(sites, units=40):
 
 
 def test_records_are_split_by_their_site_and_nobody_is_lost_or_torn_apart():
-    for names, count, groups in (("ABC", 3, {"A", "B", "C"}), ("ABCD", 2, {"A + C", "B + D"}), ("AB", 3, {"site-1", "site-2", "site-3"})):
+    for names, count, groups in (
+        ("ABC", 3, {"A", "B", "C"}),
+        ("ABCD", 2, {"A + C", "B + D"}),
+        ("AB", 3, {"site-1", "site-2", "site-3"}),
+    ):
         records = make_records(names)
         split = simulate.split_by_site(records, count)
         assert set(split) == groups

@@ -51,7 +51,9 @@ def epsilon_lower_bound(
         return 0.0
     alpha = (1 - confidence) / 4
     rng = np.random.default_rng(seed)
-    (choose_in, measure_in), (choose_out, measure_out) = (np.array_split(rng.permutation(x), 2) for x in (members, nonmembers))
+    (choose_in, measure_in), (choose_out, measure_out) = (
+        np.array_split(rng.permutation(x), 2) for x in (members, nonmembers)
+    )
     best = 0.0
     for reverse in (False, True):
         # "Member above t": epsilon from true positives over false positives. Reversed: "non-member below t".

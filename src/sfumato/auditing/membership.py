@@ -120,7 +120,9 @@ def blind_features(table: UnitTable, *, units: np.ndarray, records_per_unit: int
         # The same seed for members and non-members: the same projection.
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(rows.shape[1], BLIND_WIDTH, generator=generator, dtype=torch.float64)
-        rows = torch.cat([rows @ projection / rows.shape[1] ** 0.5, rows.mean(1, keepdim=True), rows.std(1, keepdim=True)], 1)
+        rows = torch.cat(
+            [rows @ projection / rows.shape[1] ** 0.5, rows.mean(1, keepdim=True), rows.std(1, keepdim=True)], 1
+        )
         total = torch.zeros(batch.num_units, rows.shape[1], dtype=torch.float64).index_add(0, batch.unit, rows)
         columns.append(total / columns[0].clamp(min=1))
     return torch.cat(columns, 1).nan_to_num().numpy()

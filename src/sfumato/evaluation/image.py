@@ -50,7 +50,8 @@ def crossed_distance(
     value = (frechet_distance(*first) + frechet_distance(*second)) / 2
     rng = np.random.default_rng(seed)
     draws = [
-        (frechet_distance(*(_resample(x, rng) for x in first)) + frechet_distance(*(_resample(x, rng) for x in second))) / 2
+        (frechet_distance(*(_resample(x, rng) for x in first)) + frechet_distance(*(_resample(x, rng) for x in second)))
+        / 2
         for _ in range(resamples)
     ]
     spread = 1.96 * float(np.std(draws, ddof=1))

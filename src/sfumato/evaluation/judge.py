@@ -72,7 +72,10 @@ class Judge:
                 f"images.shape[1:] = {images.shape[1:]} · the judge learnt from {self.image_shape}",
                 next="Resize the pictures to the judge's size and channels.",
             )
-        features, logits = [np.zeros((0, FEATURES), np.float32)], {f: [np.zeros((0, len(v)))] for f, v in self.facts.items()}
+        features, logits = (
+            [np.zeros((0, FEATURES), np.float32)],
+            {f: [np.zeros((0, len(v)))] for f, v in self.facts.items()},
+        )
         with torch.inference_mode():
             for part in to_tensor(images).split(256):
                 hidden = self.network.features(part)  # type: ignore[operator]
@@ -95,13 +98,16 @@ def train(images: np.ndarray, facts: Mapping[str, Sequence[str | None]], *, seco
     checks.positive(seconds=seconds)
     if images.ndim != 4 or images.dtype != np.uint8 or len(images) < 2:
         raise UsageError(
-            f"images = {images.dtype} {images.shape} · must be uint8 (N, H, W, C) with N >= 2", next="Give public pictures."
+            f"images = {images.dtype} {images.shape} · must be uint8 (N, H, W, C) with N >= 2",
+            next="Give public pictures.",
         )
     vocabulary: dict[str, tuple[str, ...]] = {}
     targets: dict[str, Tensor] = {}
     for fact, values in facts.items():
         if len(values) != len(images):
-            raise UsageError(f"facts[{fact!r}] = {len(values)} values · must be one per picture, {len(images)}", next="")
+            raise UsageError(
+                f"facts[{fact!r}] = {len(values)} values · must be one per picture, {len(images)}", next=""
+            )
         vocabulary[fact] = tuple(sorted({value for value in values if value is not None}))
         if not vocabulary[fact]:
             raise UsageError(f"facts[{fact!r}] · no picture has a value", next="Leave this fact out.")
@@ -191,8 +197,14 @@ def make_network(channels: int, heads: Mapping[str, int]) -> "nn.Module":
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(
-                *block(channels, 16, 1), *block(16, 32, 2), *block(32, 64, 2), *block(64, 64, 1),
-                nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, FEATURES), nn.ReLU(),
+                *block(channels, 16, 1),
+                *block(16, 32, 2),
+                *block(32, 64, 2),
+                *block(64, 64, 1),
+                nn.AdaptiveAvgPool2d(4),
+                nn.Flatten(),
+                nn.Linear(1024, FEATURES),
+                nn.ReLU(),
             )
             self.dropout = nn.Dropout(0.2)
             self.heads = nn.ModuleList(nn.Linear(FEATURES, width) for width in heads.values())

@@ -50,7 +50,13 @@ class Pairing:
 
 
 def train(
-    images: np.ndarray, texts: Sequence[str], groups: Sequence[str], *, seconds: float, seed: int, pretrained: bool = True
+    images: np.ndarray,
+    texts: Sequence[str],
+    groups: Sequence[str],
+    *,
+    seconds: float,
+    seed: int,
+    pretrained: bool = True,
 ) -> Pairing:
     """Learns from public pairs; pairs of one group (one concept in several styles) are not each other's negatives.
 
@@ -75,7 +81,8 @@ def train(
             super().__init__()
             self.image: nn.Module
             if picture is None:
-                self.image = nn.Sequential(judge.make_network(images.shape[3], {}).body, nn.Linear(judge.FEATURES, WIDTH))  # type: ignore[arg-type]
+                body: nn.Module = judge.make_network(images.shape[3], {}).body  # type: ignore[assignment]
+                self.image = nn.Sequential(body, nn.Linear(judge.FEATURES, WIDTH))
             else:
                 self.image = nn.Sequential(nn.LayerNorm(1280), nn.Dropout(0.3), nn.Linear(1280, WIDTH))
             width = BUCKETS if sentence is None else 384

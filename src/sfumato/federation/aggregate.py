@@ -30,7 +30,9 @@ def fedavg(states: "Mapping[str, State]", weights: Mapping[str, float]) -> "dict
         )
     for site, weight in weights.items():
         if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"weights[{site!r}] = {weight} · must be a finite number > 0", next="Use the public population.")
+            raise UsageError(
+                f"weights[{site!r}] = {weight} · must be a finite number > 0", next="Use the public population."
+            )
     sites = sorted(states)
     first = states[sites[0]]
     for site in sites:

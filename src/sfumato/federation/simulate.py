@@ -91,7 +91,9 @@ class FederationResult:
         return {
             "epsilon": self.epsilon,
             "rounds": len(self.rounds),
-            "sites": [{**asdict(site), "refused": [asdict(refusal) for refusal in site.refused]} for site in self.sites],
+            "sites": [
+                {**asdict(site), "refused": [asdict(refusal) for refusal in site.refused]} for site in self.sites
+            ],
             "rounds_detail": [{**asdict(result), "sites": list(result.sites)} for result in self.rounds],
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
@@ -215,7 +217,8 @@ def _check_sites(sites: Sequence[Site]) -> None:
     names = [site.name for site in sites]
     if not sites or len(set(names)) != len(names) or len({site.ledger for site in sites}) != len(sites):
         raise UsageError(
-            f"sites = {names} · must be at least one, each with its own name and its own ledger", next="Name them apart."
+            f"sites = {names} · must be at least one, each with its own name and its own ledger",
+            next="Name them apart.",
         )
     seen: dict[str, str] = {}
     for site in sites:
