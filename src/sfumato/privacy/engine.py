@@ -285,8 +285,8 @@ class DifferentialPrivacyEngine(_Engine):
         self._events: list[Event] = []
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._given: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the .grad that we wrote, and its version
-        self._never_recorded: set[nn.Parameter] | None = None
-        self._reserved: int | None = None
+        self._checked_all_recorded = False
+        self._buffers: dict[str, tuple[int, int]] = {}  # when the batch was drawn
         self._tape = Tape(model)
         if not self._tape.layers:
             self._tape.detach()
@@ -495,11 +495,10 @@ class DifferentialPrivacyEngine(_Engine):
         std = self.noise_multiplier * self.max_grad_norm
         self._given = {}
         for parameter in self._tape.parameters:
-            total = self._sums.get(parameter, torch.zeros_like(parameter))
-            noisy = total.double()
-            if std > 0:
-                noisy = noisy + gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
-            parameter.grad = (noisy / self._expected_batch_size).to(parameter.dtype)
+            noisy = gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
+            if parameter in self._sums:
+                noisy += self._sums[parameter]
+            parameter.grad = noisy.div_(self._expected_batch_size).to(parameter.dtype)
             self._given[parameter] = (parameter.grad, parameter.grad._version)
         self._sums = {}
 
@@ -531,7 +530,7 @@ class DifferentialPrivacyEngine(_Engine):
 
     def _check_all_recorded(self, recorded: set[nn.Parameter]) -> None:
         """At the first step with rows: a parameter that no layer used would only ever receive noise."""
-        if self._never_recorded is None:
+        if not self._checked_all_recorded:
             names = self._tape.parameters
             missing = [names[p] for p in names if p.requires_grad and p not in recorded]
             if missing:
@@ -539,7 +538,7 @@ class DifferentialPrivacyEngine(_Engine):
                     f"{_listed(missing)} · took no part in the loss, and would receive noise alone",
                     next="Use it in the loss, or freeze it with requires_grad_(False).",
                 )
-            self._never_recorded = set()
+            self._checked_all_recorded = True
 
     def _check_buffers(self) -> None:
         if not self._draws_batches:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
-from sfumato.privacy.gradients.rules import Call, RowByRow, Rule, plain_forward, rule_for, trainable
+from sfumato.privacy.gradients.rules import (
+    Call,
+    RowByRow,
+    Rule,
+    forward_is_replaced,
+    plain_forward,
+    rule_for,
+    trainable,
+)
 from sfumato.privacy.gradients.terms import Sums, Term, Units, smallest_unit, squares
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
@@ -56,6 +64,8 @@ class Tape:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = _find_layers(model)
+        protected = {id(p) for layer in self.layers for p in layer.parameters}
+        self.parameters = {p: name for name, p in model.named_parameters() if id(p) in protected}  # with their names
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
@@ -67,12 +77,6 @@ class Tape:
             modules.append(model)  # its first tensor tells R in a hand-written loop
         for module in modules:
             module.forward = _Forward(self, module)  # type: ignore[method-assign]
-
-    @property
-    def parameters(self) -> dict[nn.Parameter, str]:
-        """Every protected parameter, with its name in the model."""
-        protected = {id(p) for layer in self.layers for p in layer.parameters}
-        return {p: name for name, p in self.model.named_parameters() if id(p) in protected}
 
     @property
     def has_records(self) -> bool:
@@ -228,7 +232,7 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
         return "has positions before rows: set batch_first=True"
     if isinstance(vars(module).get("forward"), _Forward):
         return "is recorded by another engine already: call its detach() first"
-    if owns_trainable and "forward" in vars(module):
+    if owns_trainable and forward_is_replaced(module):
         return "has a forward that was replaced on the instance: give its class that forward"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
         return "has no parameters yet: run the model once before the engine is made"

@@ -82,7 +82,7 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
-    if "forward" in vars(module) or hasattr(module, "parametrizations"):
+    if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
     for base in type(module).__mro__:
         found = _RULES.get(base)
@@ -483,6 +483,12 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the module's class, whatever was put on the instance."""
     return type(module).forward.__get__(module)
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's. (Copies of a recorded module have their class's.)"""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 @contextlib.contextmanager
