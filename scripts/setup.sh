@@ -43,7 +43,10 @@ if command -v flock >/dev/null; then
   if [ -x .venv/bin/sfumato ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 fi
 rm -f "$stamp"
-if [ -e .venv ] && ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+# a moved environment still has a Python that runs, but scripts that point to where it was
+place=.venv/.sfumato-place
+if [ -e .venv ] && { ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+  { [ -f "$place" ] && [ "$(cat "$place")" != "$PWD" ]; }; }; then
   say ".venv does not work any more (moved, or its Python is gone): made anew"
   rm -rf .venv
 fi
@@ -85,6 +88,7 @@ pip)
 *) fail "SETUP_WITH = $with · must be uv or pip" "Leave it unset." ;;
 esac
 
+pwd >"$place"
 install -r requirements.lock || fail "packages = not all could be installed (above) · a package index must answer" \
   "Check the network and pip's configuration, then run make again."
 install --no-deps --no-build-isolation -e .

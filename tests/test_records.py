@@ -77,15 +77,14 @@ def test_an_empty_batch_has_no_rows_and_no_units():
 def test_a_batch_of_thousands_of_units_needs_few_draws():
     """One vectorised call, whatever the number of units: nothing is drawn where no unit has too many records."""
 
-    class Counting:
-        for_release = False
+    class Counting(TestRandom):
         calls = 0
 
         def uniform(self, count):
             self.calls += 1
-            return TestRandom(0).uniform(count)
+            return super().uniform(count)
 
-    units, random = table([1, 2, 3, 4] * 1000), Counting()
+    units, random = table([1, 2, 3, 4] * 1000), Counting(0)
     assert units.batch(range(4000), records_per_unit=4, rng=random).num_rows == 10_000
     assert random.calls == 0
     assert units.batch(range(4000), records_per_unit=2, rng=random).num_rows == 7_000

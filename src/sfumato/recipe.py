@@ -7,7 +7,7 @@ import difflib
 import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sfumato.auditing.settings import AuditSettings
 from sfumato.data.settings import DataSettings
@@ -24,7 +24,7 @@ from sfumato.training.settings import PerformanceSettings, TrainingSettings
 class Recipe:
     """Everything that a run does. ``name`` becomes the run's folder."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # also for everything nested
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # also for everything nested
 
     name: str
     data: DataSettings = field(default_factory=DataSettings)

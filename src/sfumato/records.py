@@ -107,12 +107,14 @@ class UnitTable:
                     f"tensors[{name!r}].shape[0] = {tensor.shape[0]} · must equal the number of records, {len(units)}",
                     next="Give one row per record.",
                 )
-        names, codes = np.unique(np.asarray(units, dtype=str), return_inverse=True) if len(units) else (np.array([], str), np.array([], np.int64))
+        names, codes = (
+            np.unique(np.asarray(units, dtype=str), return_inverse=True)
+            if len(units)
+            else (np.array([], str), np.array([], np.int64))
+        )
         order = np.argsort(codes, kind="stable")
         self.tensors = dict(tensors)
-        self.present = {
-            name: (present or {}).get(name, torch.ones(len(units), dtype=torch.bool)) for name in tensors
-        }
+        self.present = {name: (present or {}).get(name, torch.ones(len(units), dtype=torch.bool)) for name in tensors}
         self.unit_names: list[str] = names.tolist()
         self._rows = torch.from_numpy(order.astype(np.int64))  # record numbers, unit after unit
         counts = np.bincount(codes, minlength=len(names))

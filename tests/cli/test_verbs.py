@@ -225,6 +225,6 @@ def test_data_check_and_stats_of_a_folder(tmp_path, sfu):
     ran = sfu("data", "check", str(tmp_path), "--unit-column", "patient", "--json")
     assert ran.code == 0
     assert ran.json["records"] == 6
-    assert any("3" in str(problem["record"]) for problem in ran.json["problems"])
+    assert any("3.png" in problem["problem"] for problem in ran.json["problems"])
     assert "3.png" in sfu("data", "check", str(tmp_path), "--unit-column", "patient").out
     assert sfu("data", "stats", str(tmp_path), "--unit-column", "patient", "--json").json["units"] == 3

@@ -33,7 +33,9 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         rows: list[dict[str, Any]] = []
         for i in range(count):
             Image.fromarray(picture(i)).save(root / f"{i}.png")
-            rows.append({"file_name": f"{i}.png", "text": f"picture number {i}", "person": f"p{i % people}", "license": "CC0"})
+            rows.append(
+                {"file_name": f"{i}.png", "text": f"picture number {i}", "person": f"p{i % people}", "license": "CC0"}
+            )
         if change is not None:
             change(rows)
         (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

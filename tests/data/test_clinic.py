@@ -59,7 +59,9 @@ def test_every_label_occurs_and_sites_differ(records):
         counts = {label: sum(r.metadata["facts"][name] == label for r in records) for label in labels}
         assert min(counts.values()) > len(records) / 8, (name, counts)
     share = {
-        site.name: np.mean([r.metadata["facts"]["kind"] == "cavity" for r in records if r.metadata["site"] == site.name])
+        site.name: np.mean(
+            [r.metadata["facts"]["kind"] == "cavity" for r in records if r.metadata["site"] == site.name]
+        )
         for site in SITES
     }
     assert share["B"] > share["C"] + 0.15

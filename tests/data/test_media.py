@@ -69,9 +69,10 @@ def test_damaged_bytes_give_a_picture_or_a_data_error(junk, position, value):
     whole[position % len(whole)] = value
     for given_bytes in (junk, bytes(whole), bytes(whole) + junk):
         try:
-            assert media.read_image(given_bytes, name="r").dtype == np.uint8
+            outcome = str(media.read_image(given_bytes, name="r").dtype)
         except DataError as error:
-            assert error.code in ("unreadable", "huge", "channels", "frames")
+            outcome = error.code
+        assert outcome in ("uint8", "unreadable", "huge", "channels", "frames")
 
 
 @pytest.mark.parametrize(

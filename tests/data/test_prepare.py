@@ -14,7 +14,9 @@ from sfumato.records import Record
 
 
 def of(root: Path, **settings) -> DataSettings:
-    return DataSettings(**({"source": "folder", "path": str(root), "public_units": 1, "unit_column": "person"} | settings))
+    return DataSettings(
+        **({"source": "folder", "path": str(root), "public_units": 1, "unit_column": "person"} | settings)
+    )
 
 
 def test_the_clinic_is_private_and_public_patients_in_one_array():
@@ -92,7 +94,9 @@ def test_a_small_sample_first(folder):
     root = folder(count=40, people=20)
     prepared = load(of(root, limit_units=4), unit="person")
     assert len({r.unit for r in prepared.private}) == 4
-    assert len({r.unit for r in load(DataSettings(units=50, limit_units=6, public_units=1), unit="person").private}) == 6
+    assert (
+        len({r.unit for r in load(DataSettings(units=50, limit_units=6, public_units=1), unit="person").private}) == 6
+    )
 
 
 def test_bad_records_stop_a_load_and_the_first_are_named(folder):
@@ -178,7 +182,9 @@ def test_the_card_counts_and_the_public_card_leaves_private_counts_out(folder):
     ],
 )
 def test_personal_identifiers_are_counted_by_records(text, found):
-    counts = personal_identifiers([Record(id="1", unit="1", text=text), Record(id="2", unit="2", metadata={"note": text})])
+    counts = personal_identifiers(
+        [Record(id="1", unit="1", text=text), Record(id="2", unit="2", metadata={"note": text})]
+    )
     assert {name for name, count in counts.items() if count} == ({found} if found else set())
     assert all(count in (0, 2) for count in counts.values())
 
@@ -199,6 +205,8 @@ def test_stats_of_the_clinic_have_its_labels():
 
 
 def test_smaller_pictures_are_averages_of_the_drawn_ones():
-    small, drawn = (load(DataSettings(units=1, public_units=0, image_size=s), unit="person").private[0].image for s in (16, 32))
+    small, drawn = (
+        load(DataSettings(units=1, public_units=0, image_size=s), unit="person").private[0].image for s in (16, 32)
+    )
     blocks = drawn[:, :, 0].reshape(16, 2, 16, 2).mean((1, 3))
     np.testing.assert_allclose(small[:, :, 0], blocks, atol=1)

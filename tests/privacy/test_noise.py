@@ -34,7 +34,7 @@ def test_the_noise_has_the_promised_scale(draws):
 def test_the_tails_are_those_of_a_normal(draws):
     """Binomial test of |x| > 3.5 standard deviations; false-alarm probability 1e-6."""
     outside = int((np.abs(draws) > 3.5 * 2.0).sum())
-    assert stats.binomtest(outside, COUNT, 2 * stats.norm.sf(3.5)).pvalue > 1e-6
+    assert stats.binomtest(outside, COUNT, float(2 * stats.norm.sf(3.5))).pvalue > 1e-6
 
 
 def test_coordinates_are_uncorrelated(draws):

@@ -75,7 +75,7 @@ def test_without_privacy_there_is_no_event_and_epsilon_is_infinite():
     [
         (NOISE, {"population": 99, "expected_batch_size": 9}, "too_few_units"),
         (NOISE, {"population": 0}, "too_few_units"),
-        (PrivacySettings(delta=1e-4), {}, "delta_too_large"),
+        (PrivacySettings(epsilon=None, noise_multiplier=1.1, delta=1e-4), {}, "delta_too_large"),
         (NOISE, {"expected_batch_size": 10_001}, "batch_larger_than_population"),
         (NOISE, {"expected_batch_size": 0}, "empty_batch"),
         (NOISE, {"expected_batch_size": float("nan")}, "empty_batch"),
@@ -118,7 +118,12 @@ def test_the_automatic_delta_is_always_below_one_over_n(population):
 
 @pytest.mark.parametrize(
     ("noise", "steps", "expected"),
-    [(1.1, 50, ["epsilon_small"]), (0.7, 50, []), (0.29, 60, ["epsilon_large", "noise_small"]), (0.45, 500, ["epsilon_large"])],
+    [
+        (1.1, 50, ["epsilon_small"]),
+        (0.7, 50, []),
+        (0.29, 5, ["epsilon_large", "noise_small"]),
+        (0.45, 500, ["epsilon_large"]),
+    ],
 )
 def test_small_and_large_epsilons_are_warned_about(noise, steps, expected):
     plan = DpSgd(population=10_000, expected_batch_size=200, steps=steps, noise_multiplier=noise, delta=1e-5)

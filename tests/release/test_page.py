@@ -131,8 +131,9 @@ def test_the_public_page_holds_no_internal_figure(run: Path) -> None:
 
 
 def test_the_public_trajectory_comes_from_the_plan_and_ends_at_the_claim(run: Path) -> None:
-    (run / "metrics.jsonl").unlink()
+    """The log beside it holds other values, and is internal."""
     points = page.as_json(run, public=True)["trajectory"]
+    assert points != page.as_json(run)["trajectory"]
     assert points == sorted(points)
     assert points[-1] == [800, pytest.approx(7.99915, abs=1e-4)]
     assert len(points) == page.POINTS
@@ -157,6 +158,15 @@ def test_a_run_not_for_release_says_why_and_has_no_public_page(run: Path) -> Non
     assert "Not for release.</strong><p>the noise came from a seed" in page.render(run)
     with pytest.raises(PrivacyRefused, match="the noise came from a seed"):
         page.as_json(run, public=True)
+
+
+def test_a_claim_that_an_audit_refuted_is_not_published(run: Path) -> None:
+    path = run / "reports/audit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "VIOLATION"}))
+    assert "Violation" in words(page.render(run))
+    with pytest.raises(PrivacyRefused) as error:
+        page.render(run, public=True)
+    assert error.value.code == "audit_violation"
 
 
 @pytest.mark.parametrize(

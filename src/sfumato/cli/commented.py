@@ -33,7 +33,7 @@ EXPLAINED = {
     "privacy.adjacency": "two data sets differ by one unit more or less",
     "privacy.epsilon": "the budget: below 2 strong and hard to learn with, 5 to 10 usual, above 10 weak",
     "privacy.noise_multiplier": "instead of epsilon (then set epsilon: null)",
-    "privacy.delta": "the chance that the guarantee does not hold; auto is 1/(N ln N)",
+    "privacy.delta": "the slack of the guarantee, far below 1/N; auto is 1/(N ln N)",
     "privacy.max_grad_norm": "each unit's gradient is cut to this length",
     "privacy.accountant": "how the events are added up",
     "privacy.on_exhausted": "what happens when the budget is spent",

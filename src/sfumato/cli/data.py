@@ -66,11 +66,23 @@ def stats(path: Where, unit_column: UnitColumn = None) -> Answer:
 
 
 def _words(result: dict[str, Any]) -> str:
-    simple = [(key, value) for key, value in result.items() if not isinstance(value, dict | list)]
-    parts = [words.pairs([*simple, ("modalities", ", ".join(result["modalities"]))])]
+    parts = [words.pairs([(key, _short(value)) for key, value in result.items() if key != "problems"])]
     problems = result.get("problems", [])
     if problems:
-        parts.append(words.table(("record", "problem"), [(p["record"], p["problem"]) for p in problems[:SHOWN]]))
+        rows = [(problem["record"], problem["problem"]) for problem in problems[:SHOWN]]
+        parts.append(words.table(("record", "problem"), rows))
         if len(problems) > SHOWN:
             parts.append(f"and {len(problems) - SHOWN} more; --json has all")
     return "\n\n".join(parts)
+
+
+def _short(value: Any) -> Any:
+    """On one line; what is empty is left out."""
+    match value:
+        case {}:
+            told = ((key, words.number(_short(inner)), isinstance(inner, dict)) for key, inner in value.items())
+            return ", ".join(f"{key} ({inner})" if nested else f"{key} {inner}" for key, inner, nested in told) or None
+        case list():
+            return ", ".join(words.number(_short(inner)) for inner in value) or None
+        case _:
+            return value

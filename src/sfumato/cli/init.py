@@ -163,8 +163,9 @@ def _heading(folder: Path, seen: _Seen, target: Path) -> str:
             *(f"Note: {note}." for note in seen.notes),
             "The batch size was chosen from the number of units found, which so becomes as public as the recipe.",
             "",
-            f"  sfumato data check {folder}   what is wrong with the data",
-            f"  sfumato plan {target}    what the guarantee costs; spends nothing",
-            f"  sfumato train {target}   spends",
+            "What is wrong with the data; what the guarantee costs; and then the training, which spends:",
+            f"  sfumato data check {folder}",
+            f"  sfumato plan {target}",
+            f"  sfumato train {target}",
         ]
     )

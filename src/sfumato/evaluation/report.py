@@ -6,6 +6,7 @@ without privacy has no such excuse: its figures are ``internal``, and the caller
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,15 @@ def evaluate(
     *,
     seed: int = 0,
     covered_by: Covered = "post-processing",
+    twin: Generate | None = None,
 ) -> QualityReport:
     """Asks for pictures by held-out public captions and measures them.
 
     Args:
       facts: the known label sets (keys are looked up in ``record.metadata["facts"]``); {} measures retrieval instead.
       covered_by: of the figures; "internal" for a model trained without privacy.
+      twin: a second generator, trained without privacy on the same records: its figures stand beside the first one's as
+        the baseline "non-private twin", which is internal and never leaves the run.
     """
     usable = [record for record in public if record.image is not None and record.text]
     learnt, measured = halves(usable, seed)
@@ -49,21 +53,20 @@ def evaluate(
         return QualityReport(notes=[too_few])
     captions = [str(record.text) for record in measured]
     real = _stack(measured)
-    generated = generate(captions)
-    if generated.dtype != np.uint8 or generated.shape != real.shape:
-        raise UsageError(
-            f"generate(...) = {generated.dtype} {generated.shape} · must be uint8 {real.shape}",
-            next="Give one picture per caption, in the size and channels of the public records.",
-        )
     known = {fact: [_fact(record, fact) for record in learnt] for fact in facts}
     known = {fact: values for fact, values in known.items() if any(value is not None for value in values)}
     if known:
         reader = judge.train(_stack(learnt), known, seconds=settings.judge_seconds, seed=seed)
         asked = {fact: [_fact(record, fact) for record in measured] for fact in known}
-        figures = _facts_figures(asked, reader.read(generated), reader.read(real), reader.name, covered_by, rng)
-        figures.append(
-            _frechet_figure(reader.features(generated), reader.features(real), reader.name, covered_by, seed)
-        )
+        read_real, features_real = reader.read(real), reader.features(real)
+
+        def figures_of(pictures: np.ndarray) -> list[Figure]:
+            order = np.random.default_rng(seed)
+            return [
+                *_facts_figures(asked, reader.read(pictures), read_real, reader.name, covered_by, order),
+                _frechet_figure(reader.features(pictures), features_real, reader.name, covered_by, seed),
+            ]
+
         how = (
             f"The judge is a small convolutional network trained on {reader.pictures} public pictures "
             f"({reader.epochs:.0f} passes), none of which is measured."
@@ -75,22 +78,37 @@ def evaluate(
             _stack(learnt), [str(r.text) for r in learnt], [group_of(r) for r in learnt],
             seconds=settings.judge_seconds, seed=seed,
         )  # fmt: skip
-        figures = _retrieval_figures(pairs, generated, real, measured, covered_by, rng)
-        figures.append(
-            _frechet_figure(
-                pairs.picture_features(generated),
-                pairs.picture_features(real),
-                pairs.picture_extractor,
-                covered_by,
-                seed,
-            )
-        )
+        features_real = pairs.picture_features(real)
+
+        def figures_of(pictures: np.ndarray) -> list[Figure]:
+            order = np.random.default_rng(seed)
+            features = pairs.picture_features(pictures)
+            return [
+                *_retrieval_figures(pairs, pictures, real, measured, covered_by, order),
+                _frechet_figure(features, features_real, pairs.picture_extractor, covered_by, seed),
+            ]
+
         how = f"No facts are known of these records; two heads learnt from {pairs.pairs} public pairs, none of which is measured."
         stopped = pairs.stopped_early
+    figures = figures_of(_drawn(generate, captions, real))
+    if twin is not None:
+        beside = {figure.name: figure.value for figure in figures_of(_drawn(twin, captions, real))}
+        figures = [replace(f, baseline={**f.baseline, "non-private twin": beside[f.name]}) for f in figures]
     notes = [how]
     if stopped:
         notes.append("The measuring network was stopped by evaluation.judge_seconds; more time may read better.")
     return QualityReport(figures=figures, notes=notes)
+
+
+def _drawn(generate: Generate, captions: list[str], real: np.ndarray) -> np.ndarray:
+    """The generator's pictures, one per caption, of the same kind as the real ones."""
+    pictures = generate(captions)
+    if pictures.dtype != np.uint8 or pictures.shape != real.shape:
+        raise UsageError(
+            f"generate(...) = {pictures.dtype} {pictures.shape} · must be uint8 {real.shape}",
+            next="Give one picture per caption, in the size and channels of the public records.",
+        )
+    return pictures
 
 
 def group_of(record: Record) -> str:
@@ -124,9 +142,7 @@ def _facts_figures(
             "real held-out": measure(asked, of_real)[0],
             "shuffled captions": measure(shuffled, of_generated)[0],
         }
-        return Figure(
-            name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common
-        )
+        return Figure(name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common)
 
     def of_fact(measure: Callable[..., tuple[float, float, float]], fact: str):
         def on(values: dict[str, list[str | None]], read: dict[str, list[str]]) -> tuple[float, float, float]:
@@ -143,9 +159,7 @@ def _facts_figures(
     ]
     if len(present) == 1:
         fact, count = next(iter(present.items()))
-        figures.append(
-            figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked")
-        )
+        figures.append(figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked"))
     elif present:
         figures.append(figure("kappa: mean", agreement.mean_kappa, len(order), "mean of the facts' kappas"))
     return figures
@@ -188,9 +202,7 @@ def _retrieval_figures(
     ]
 
 
-def _frechet_figure(
-    of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int
-) -> Figure:
+def _frechet_figure(of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int) -> Figure:
     a, b = slice(0, None, 2), slice(1, None, 2)
     wide = of_real.shape[1] > 256
     value, low, high = image.crossed_distance(
@@ -218,7 +230,5 @@ def _fact(record: Record, fact: str) -> str | None:
 def _stack(records: Sequence[Record]) -> np.ndarray:
     shapes = {record.image.shape for record in records if record.image is not None}
     if len(shapes) != 1:
-        raise UsageError(
-            f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them."
-        )
+        raise UsageError(f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them.")
     return np.stack([record.image for record in records if record.image is not None])

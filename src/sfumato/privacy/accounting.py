@@ -129,7 +129,9 @@ def accountants(events: Sequence[Event], delta: float) -> dict[str, float | None
     return {name: epsilon(events, delta, name) for name in ("pld", "rdp", "zcdp")}
 
 
-def curve(events: Sequence[Event], deltas: Sequence[float] = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)) -> list[list[float]]:
+def curve(
+    events: Sequence[Event], deltas: Sequence[float] = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+) -> list[list[float]]:
     """[[delta, epsilon], ...] by PLD: a guarantee holds for every delta at once."""
     points = [(delta, epsilon(events, delta)) for delta in deltas]
     return [[delta, value] for delta, value in points if value is not None]
@@ -273,7 +275,9 @@ def _zcdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
         alpha = 1 + excess
         return alpha * rho + (math.log(1 / delta) - math.log(alpha)) / excess + math.log1p(-1 / alpha)
 
-    orders = [at(-7 + 25 * i / 20_000) for i in range(20_001)]  # any order is valid, so a grid loses a little, never lies
+    orders = [
+        at(-7 + 25 * i / 20_000) for i in range(20_001)
+    ]  # any order is valid, so a grid loses a little, never lies
     return max(0.0, min(orders))
 
 

@@ -666,8 +666,7 @@ class _TableSource(_Source):
         self.num_units = table.num_units
 
     def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Batch, Units]:
-        # units with equally many rows side by side: their Gram matrices are then views, not copies
-        order = np.argsort(np.minimum(self._counts[units], limit), kind="stable")
+        order = _fewest_rows_first(np.minimum(self._counts[units], limit))
         batch = self._table.batch(units[order], records_per_unit=limit, rng=random)
         batch = Batch(
             tensors=batch.tensors, present=batch.present, unit=batch.unit, num_units=batch.num_units, last=last
@@ -708,6 +707,11 @@ class _DatasetSource(_Source):
             return default_collate([self._dataset[i] for i in items]), grouping
         like = default_collate([self._dataset[0]])  # only its shapes: the empty batch has no rows
         return pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
+
+
+def _fewest_rows_first(counts: np.ndarray) -> np.ndarray:
+    """Units with equally many rows side by side: what is done unit by unit then needs views, not copies."""
+    return np.argsort(counts, kind="stable")
 
 
 def _source(dataset: Any, unit: Sequence[Any] | None) -> _Source:

@@ -39,7 +39,8 @@ def guarantee(
     if isinstance(plan, NotPrivate):
         if events_spent:
             raise UsageError(
-                f"events_spent = {len(events_spent)} · a plan without privacy has none", next="Give the plan of the ledger."
+                f"events_spent = {len(events_spent)} · a plan without privacy has none",
+                next="Give the plan of the ledger.",
             )
         return Guarantee(
             definition="none",
@@ -106,7 +107,9 @@ def in_words(claim: Guarantee) -> str:
         f"{_odds(claim.epsilon)} to 1 after, but for a chance of about {claim.delta:.2g}."
     )
     if claim.composed_with:
-        words += f" {len(claim.composed_with)} other run(s) used the same data; the protection of all together is weaker."
+        words += (
+            f" {len(claim.composed_with)} other run(s) used the same data; the protection of all together is weaker."
+        )
     if claim.not_for_release:
         words += f" NOT FOR RELEASE: {claim.not_for_release}."
     return words

@@ -96,7 +96,9 @@ class _History:
                 self.uncommitted.remove(reserve)
             case _:
                 raise LedgerError(
-                    f"entry {self.sequence + 1} = {body[:200]} · cannot follow what is before it", next=_RESTORE, code="ledger_torn"
+                    f"entry {self.sequence + 1} = {body[:200]} · cannot follow what is before it",
+                    next=_RESTORE,
+                    code="ledger_torn",
                 )
         self.sequence += 1
         self.head = _link(self.head, body)
@@ -133,7 +135,9 @@ def _must_fit(event: Event, history: _History) -> None:
         raise UsageError(f"count = {event.count} · a reservation is of at least one event", next="Reserve 1 or more.")
     if isinstance(plan, NotPrivate):
         raise LedgerError(
-            "plan = none · a run without privacy has nothing to reserve", next="Do not reserve.", code="ledger_not_private"
+            "plan = none · a run without privacy has nothing to reserve",
+            next="Do not reserve.",
+            code="ledger_not_private",
         )
     if isinstance(plan, DpSgd):
         if replace(event, count=1) != plan.event(1):
@@ -162,7 +166,9 @@ def _decoded(text: Any) -> Any:
     except (TypeError, ValueError, RecursionError):
         same, value = False, None
     if not same:
-        raise LedgerError(f"entry = {str(text)[:200]!r} · is not in the form we write", next=_RESTORE, code="ledger_torn")
+        raise LedgerError(
+            f"entry = {str(text)[:200]!r} · is not in the form we write", next=_RESTORE, code="ledger_torn"
+        )
     return value
 
 
@@ -494,9 +500,7 @@ class _Account:
                     next=_RESTORE,
                     code="ledger_set_back",
                 )
-            self._connection.execute(
-                "UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name)
-            )
+            self._connection.execute("UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name))
             self._covered = self._charged(name)
 
     def cover(self, history: _History, event: Event) -> None:
@@ -560,7 +564,9 @@ def _account_identity(connection: sqlite3.Connection, path: Path) -> str:
     match header:
         case {"format": str(form), "account": str(identity)} if form == ACCOUNT_FORMAT and len(header) == 2:
             return identity
-    raise LedgerError(f"account = {path} · is not an account of ours", next="Check privacy.account.", code="account_torn")
+    raise LedgerError(
+        f"account = {path} · is not an account of ours", next="Check privacy.account.", code="account_torn"
+    )
 
 
 def _account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -688,7 +694,9 @@ def _read_jsonl(text: str) -> _History:
         if lines.pop() != "":
             raise LedgerError("last line · must end with a newline")
         match _decoded(lines[0] if lines else ""):
-            case {"kind": "ledger", "header": dict(header), "entries": int(entries), "head": str(head), **rest} if not rest:
+            case {"kind": "ledger", "header": dict(header), "entries": int(entries), "head": str(head), **rest} if (
+                not rest
+            ):
                 pass
             case other:
                 raise LedgerError(f"first line = {str(other)[:200]} · must be the header")
@@ -701,7 +709,9 @@ def _read_jsonl(text: str) -> _History:
                 history.apply(body)
                 bodies.append(body)
         if (history.sequence, history.head) != (entries, head):
-            raise LedgerError(f"entries = {history.sequence}, head = {history.head} · the header says {entries}, {head}")
+            raise LedgerError(
+                f"entries = {history.sequence}, head = {history.head} · the header says {entries}, {head}"
+            )
         if lines[1:] != [_canonical(line) for line in _shortened(bodies)]:
             raise LedgerError("lines · are not in the one form that an export has")
     except (LedgerError, UsageError, BudgetExhausted) as error:
@@ -749,9 +759,7 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
 
 # ---- SQLite and the operating system ----
 
-_LEDGER_TABLES = (
-    "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)",
-)
+_LEDGER_TABLES = ("CREATE TABLE entries (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)",)
 _ACCOUNT_TABLES = (
     "CREATE TABLE runs (ledger TEXT PRIMARY KEY, run TEXT NOT NULL, plan TEXT NOT NULL, sequence INTEGER NOT NULL, "
     "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL, "
@@ -906,7 +914,9 @@ def _outside(path: Path, error: Exception) -> OutsideError:
     full = "full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return OutsideError(
         f"ledger = {path} · could not be written ({error}); the data was not touched for this event",
-        next="Free some space on the disk and resume." if full else "Check the disk and the rights on the folder, and resume.",
+        next="Free some space on the disk and resume."
+        if full
+        else "Check the disk and the rights on the folder, and resume.",
         code="disk_full" if full else "disk",
     )
 
@@ -923,7 +933,9 @@ class _Lock:
         try:
             import fcntl
         except ImportError:
-            raise OutsideError("fcntl · is missing on this system", next="Use Linux or macOS.", code="no_locks") from None
+            raise OutsideError(
+                "fcntl · is missing on this system", next="Use Linux or macOS.", code="no_locks"
+            ) from None
         path = ledger.with_name(ledger.name + ".lock")
         self.holder = f"run {run!r}, process {os.getpid()} on {socket.gethostname()}"
         with _HELD_GUARD:

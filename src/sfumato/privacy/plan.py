@@ -270,7 +270,9 @@ def _size_refusals(steps: int, batch: float, units: int, records: int | None) ->
         refusals.append(_refusal("no_steps", f"steps = {steps} · must be at least 1", "Raise training.steps."))
     if not batch > 0 or not math.isfinite(batch):
         refusals.append(
-            _refusal("empty_batch", f"expected_batch_size = {batch} · must be above 0", "Raise the expected batch size.")
+            _refusal(
+                "empty_batch", f"expected_batch_size = {batch} · must be above 0", "Raise the expected batch size."
+            )
         )
     if units < 1:
         refusals.append(
@@ -311,7 +313,9 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
     """What a user should know before starting: dicts with code, message and next. None of it forbids the run."""
     if isinstance(plan, NotPrivate):
         return [
-            _refusal("not_private", "mechanism = none · nothing protects the records", "Do not release what comes of it.")
+            _refusal(
+                "not_private", "mechanism = none · nothing protects the records", "Do not release what comes of it."
+            )
         ]
     warnings = []
     epsilon = plan.epsilon()
@@ -362,7 +366,9 @@ def plan_to_dict(plan: PrivacyPlan) -> dict[str, Any]:
 def plan_from_dict(values: Any) -> PrivacyPlan:
     """Reads what ``plan_to_dict`` wrote. Raises UsageError for an unknown kind, key or value."""
     if not isinstance(values, dict):
-        raise UsageError(f"plan = {type(values).__name__} · must be a mapping", next="It was written by something else.")
+        raise UsageError(
+            f"plan = {type(values).__name__} · must be a mapping", next="It was written by something else."
+        )
     rest = {key: value for key, value in values.items() if key != "kind"}
     kinds: dict[Any, Any] = {"dp_sgd": DpSgd, "none": NotPrivate}
     kind = values.get("kind")
@@ -372,7 +378,9 @@ def plan_from_dict(values: Any) -> PrivacyPlan:
     try:
         return kinds[kind](**rest)
     except (TypeError, OverflowError) as error:
-        raise UsageError(f"plan = {sorted(rest)} · {error}", next="It was written by another version, or changed.") from None
+        raise UsageError(
+            f"plan = {sorted(rest)} · {error}", next="It was written by another version, or changed."
+        ) from None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -394,7 +402,9 @@ def _check_types(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key in _TYPES and type(value) not in _TYPES[key]:
             names = " or ".join(kind.__name__ for kind in _TYPES[key])
-            raise UsageError(f"plan.{key} = {value!r} · must be {names}", next="It was written by another version, or changed.")
+            raise UsageError(
+                f"plan.{key} = {value!r} · must be {names}", next="It was written by another version, or changed."
+            )
 
 
 def _check_sizes(plan: Any) -> None:

@@ -47,6 +47,12 @@ def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
             next="Read the internal report (without --public), or train with privacy.mechanism: dp_sgd.",
             code="not_private" if not marker else "not_for_release",
         )
+    if public and (reports["audit"] or {}).get("verdict") == "VIOLATION":
+        raise PrivacyRefused(
+            f"public report of {run_dir.name} · the audit found more leakage than the claim allows",
+            next="Publish nothing of this run: either the claim or the code is wrong. See reports/audit.json.",
+            code="audit_violation",
+        )
     federation = provenance.read_json(run_dir / "reports" / "federation.json")
     if public:
         recipe = boundary.recipe(recipe)

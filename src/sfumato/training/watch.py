@@ -6,7 +6,7 @@ A watcher is called by the loop and returns nothing; it cannot change what is tr
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,27 +86,25 @@ class Board:
 
 
 class Line:
-    """One line of progress on standard error: rate, time left, loss, epsilon spent."""
+    """One line of progress now and then: rate, time left, loss, epsilon spent."""
 
-    def __init__(self, stream: Any, *, every_seconds: float = 1.0) -> None:
-        self._stream = stream
-        self._every = every_seconds if stream.isatty() else 15.0
+    def __init__(self, say: Callable[[str], None], *, every_seconds: float = 5.0) -> None:
+        self._say = say
+        self._every = every_seconds
         self._last = -math.inf
 
     def figures(self, values: dict[str, Any]) -> None:
         now = time.monotonic()
-        done = values["step"] >= values["steps"]
-        if now - self._last < self._every and not done:
+        if now - self._last < self._every and values["step"] < values["steps"]:
             return
         self._last = now
-        spent = "no privacy" if values["epsilon"] is None else f"epsilon {values['epsilon']:.2f} of {values['epsilon_planned']:.2f}"
-        text = (
+        spent = "not private"
+        if values["epsilon"] is not None:
+            spent = f"epsilon {values['epsilon']:.2f} of {values['epsilon_planned']:.2f}"
+        self._say(
             f"step {values['step']}/{values['steps']} · {values['examples_per_second']:.0f} units/s · "
             f"{_duration(values['seconds_left'])} left · loss {values['loss']:.4f} · {spent}"
         )
-        end = "\r" if self._stream.isatty() and not done else "\n"
-        self._stream.write(text.ljust(100) + end)
-        self._stream.flush()
 
     def picture(self, step: int, model: Any) -> None:
         """A line cannot show a picture."""

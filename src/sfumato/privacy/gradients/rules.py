@@ -16,6 +16,7 @@ row, mapped over the rows by ``torch.func.vmap``, or in a loop where vmap cannot
 """
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -464,7 +465,9 @@ class RowByRow(Rule):
 
         row_values = [leaf for leaf, is_row in zip(leaves, mapped, strict=True) if is_row]
         try:
-            return torch.func.vmap(one_row, randomness="different")(copies, row_values)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # an operator that loops inside vmap
+                return torch.func.vmap(one_row, randomness="different")(copies, row_values)
         except (RuntimeError, ValueError):  # an operator without a batching rule, control flow, an in-place change
             results = [one_row([c[i] for c in copies], [v[i] for v in row_values]) for i in range(rows)]
             return pytree.tree_map(lambda *ys: _stack(ys), *results)

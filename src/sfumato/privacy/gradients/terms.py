@@ -398,7 +398,7 @@ def squares(rows: Tensor) -> Tensor:
     """(n, P) -> (n,) float64, the squared norms, added up in float64."""
     out = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     for columns in _blocks(rows.shape[1], max(1, WORK_BYTES // (8 * max(1, rows.shape[0])))):
-        out += rows[:, columns].double().square_().sum(1)
+        out += rows[:, columns].double().square().sum(1)
     return out
 
 

@@ -1,0 +1,122 @@
+"""The exact sensitivity test: no statistics but for the size of the noise. It passes ours and convicts the wrong ones."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.privacy.accounting import Event, epsilon
+from sfumato.privacy.engine import DifferentialPrivacyEngine
+from sfumato.randomness import TestRandom
+from sfumato.records import Batch
+from tests.oracles import effective_noise_multiplier, ours, released, table_of, vector, without_last
+from tests.privacy.wrong_trainers import clamp_of_elements, clip_of_the_mean
+
+PRIVACY = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
+
+
+def model_of_six_tensors(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Each unit's loss has a weight of its own: a hostile unit chooses the size and the sign of its gradient."""
+    values = (model(batch.tensors["x"]) - batch.tensors["y"]).square().mean(1) * batch.tensors["weight"]
+    return batch.per_unit(values)
+
+
+def hostile_batch(weight: float = -1e4, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+    """Four equal units, and a fifth with the same data whose gradient points the other way and is much larger."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(1, 8, dtype=dtype).expand(5, 8), torch.randn(1, 3, dtype=dtype).expand(5, 3) + 3
+    weights = torch.tensor([1e3, 1e3, 1e3, 1e3, weight], dtype=dtype)
+    present = {name: torch.ones(5, dtype=torch.bool) for name in ("x", "y", "weight")}
+    tensors = {"x": x.clone(), "y": y.clone(), "weight": weights}
+    return Batch(tensors=tensors, present=present, unit=torch.arange(5), num_units=5)
+
+
+def test_our_noise_is_never_less_than_claimed_for_the_most_hostile_unit():
+    model = model_of_six_tensors()
+    measured = effective_noise_multiplier(ours, model, losses, hostile_batch(), **PRIVACY)
+    slack = 5 / math.sqrt(2 * len(vector(model)))  # false alarm below 6e-7; seed fixed
+    assert measured >= PRIVACY["noise_multiplier"] * (1 - slack)
+    assert measured <= PRIVACY["noise_multiplier"] * (1 + slack)  # and the hostile unit really reaches the bound
+
+
+def test_clipping_the_mean_tensor_by_tensor_is_convicted():
+    model = model_of_six_tensors()
+    measured = effective_noise_multiplier(clip_of_the_mean.step, model, losses, hostile_batch(), **PRIVACY)
+    expected = clip_of_the_mean.NOISE_MULTIPLIER / (2 * math.sqrt(clip_of_the_mean.TENSORS))
+    assert measured == pytest.approx(expected, rel=0.2)
+    claimed = epsilon([Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=1.0)], 1e-5)
+    true = epsilon([Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=expected)], 1e-5)
+    assert claimed == pytest.approx(clip_of_the_mean.CLAIMED_EPSILON, abs=0.01)
+    assert true == pytest.approx(clip_of_the_mean.TRUE_EPSILON, abs=0.1)
+
+
+def test_clamping_elements_is_convicted():
+    model = model_of_six_tensors()
+    measured = effective_noise_multiplier(clamp_of_elements.step, model, losses, hostile_batch(), **PRIVACY)
+    assert measured < 0.1 * clamp_of_elements.NOISE_MULTIPLIER
+    true = epsilon([Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=measured)], 1e-5, "rdp")
+    assert true is not None
+    assert true > 10 * clamp_of_elements.CLAIMED_EPSILON
+    elements = 2 * math.sqrt(len(vector(model)))  # the worst case; the measured unit need not reach it
+    worst = epsilon([Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=1 / elements)], 1e-5, "rdp")
+    assert worst is not None
+    assert worst > clamp_of_elements.TRUE_EPSILON
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weight", [0.0, 1e-30, 1.0, -1e4, 1e9, math.inf, math.nan])
+def test_removing_one_unit_moves_the_sum_by_at_most_the_bound(weight, dtype):
+    """Whatever its gradient is, also if it is not finite; the others' sum is exactly what it was."""
+    batch = hostile_batch(weight, dtype=dtype)
+    model = model_of_six_tensors(dtype=dtype)
+    before = vector(model)
+    results = []
+    for data in (batch, without_last(batch)):
+        trained = model_of_six_tensors(dtype=dtype)
+        ours(trained, losses, data, **{**PRIVACY, "noise_multiplier": 0.0}, random=None)
+        results.append((before - vector(trained)) * PRIVACY["expected_batch_size"])
+    assert torch.isfinite(results[0]).all()
+    rounding = 1e-12 if dtype == torch.float64 else 2e-5  # of the parameters themselves, which the step is added to
+    assert float((results[0] - results[1]).norm()) <= 1.0 + rounding
+    assert float(results[1].norm()) == pytest.approx(4.0, rel=1e-3)
+
+
+def test_a_unit_of_many_rows_is_clipped_once():
+    """Forty rows that agree, each above the bound: together they move the sum by C, not by 40 C."""
+    model = model_of_six_tensors()
+    batch = hostile_batch(1e6)
+    tensors = {name: tensor[-1:].expand(40, *tensor.shape[1:]).clone() for name, tensor in batch.tensors.items()}
+    total, _ = released(model, losses, table_of(tensors, [40]))
+    assert 0.999 < float(total.norm()) <= 1.0 + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["wide linear", "linear with many positions", "convolution", "embedding"])
+def test_a_clipped_norm_is_never_above_the_bound_in_single_precision(kind):
+    """Layers of up to 4 million elements; the norm of what float32 arithmetic gave is measured in float64."""
+    torch.manual_seed(0)
+    x: torch.Tensor
+    if kind == "wide linear":
+        model, x = nn.Linear(2_000, 2_000, bias=False), torch.randn(1, 2_000)
+    elif kind == "linear with many positions":
+        model, x = nn.Linear(300, 400), torch.randn(1, 700, 300)
+    elif kind == "convolution":
+        model, x = nn.Conv2d(64, 128, 3), torch.randn(1, 64, 30, 30)
+    else:
+        model, x = nn.Embedding(20_000, 100), torch.randint(0, 20_000, (1, 300))
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return 1e3 * model(batch.tensors["x"]).square().flatten(1).sum(1)
+
+    engine = DifferentialPrivacyEngine(model, max_grad_norm=0.7, noise_multiplier=0.0, random=TestRandom(0))
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    for batch in engine.batches(table_of({"x": x}, [1]), expected_batch_size=1, steps=1):
+        loss(model, batch).mean().backward()
+        optimizer.step()
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))  # type: ignore[union-attr]
+    assert 0.7 * 0.995 < norm <= 0.7
