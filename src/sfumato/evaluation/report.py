@@ -142,7 +142,9 @@ def _facts_figures(
             "real held-out": measure(asked, of_real)[0],
             "shuffled captions": measure(shuffled, of_generated)[0],
         }
-        return Figure(name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common)
+        return Figure(
+            name=name, value=value, low=low, high=high, baseline=baseline, samples=samples, note=note, **common
+        )
 
     def of_fact(measure: Callable[..., tuple[float, float, float]], fact: str):
         def on(values: dict[str, list[str | None]], read: dict[str, list[str]]) -> tuple[float, float, float]:
@@ -159,7 +161,9 @@ def _facts_figures(
     ]
     if len(present) == 1:
         fact, count = next(iter(present.items()))
-        figures.append(figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked"))
+        figures.append(
+            figure(f"accuracy: {fact}", of_fact(agreement.accuracy, fact), count, "share of pictures read as asked")
+        )
     elif present:
         figures.append(figure("kappa: mean", agreement.mean_kappa, len(order), "mean of the facts' kappas"))
     return figures
@@ -202,7 +206,9 @@ def _retrieval_figures(
     ]
 
 
-def _frechet_figure(of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int) -> Figure:
+def _frechet_figure(
+    of_generated: np.ndarray, of_real: np.ndarray, extractor: str, covered_by: Covered, seed: int
+) -> Figure:
     a, b = slice(0, None, 2), slice(1, None, 2)
     wide = of_real.shape[1] > 256
     value, low, high = image.crossed_distance(
@@ -230,5 +236,7 @@ def _fact(record: Record, fact: str) -> str | None:
 def _stack(records: Sequence[Record]) -> np.ndarray:
     shapes = {record.image.shape for record in records if record.image is not None}
     if len(shapes) != 1:
-        raise UsageError(f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them.")
+        raise UsageError(
+            f"public pictures have {len(shapes)} shapes, {sorted(shapes)[:3]} · must have one", next="Resize them."
+        )
     return np.stack([record.image for record in records if record.image is not None])
