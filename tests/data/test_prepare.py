@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sfumato.data.card import personal_identifiers, public_card, stats
-from sfumato.data.prepare import load
+from sfumato.data.prepare import check, load
 from sfumato.data.settings import DataSettings
 from sfumato.errors import DataError, UsageError
 from sfumato.records import Record
@@ -26,7 +26,8 @@ def test_the_clinic_is_private_and_public_patients_in_one_array():
     assert prepared.facts["zone"] == ("upper", "middle", "lower")
     assert prepared.private[0].image.base is prepared.private[-1].image.base
     assert prepared.card["phantom"] is True
-    assert "PHANTOM" in prepared.card["what"]
+    assert "PHANTOM" in prepared.card["description"]
+    assert "No patient in it exists" in prepared.card["warning"]
 
 
 def test_the_public_part_does_not_depend_on_how_many_are_private():
@@ -166,7 +167,9 @@ def test_the_card_counts_and_the_public_card_leaves_private_counts_out(folder):
     assert card["rights"]["consent"] == {"yes": 9}
     shown = public_card(card)
     assert not {"records", "units", "personal_identifiers", "rights", "splits", "records_per_unit"} & set(shown)
-    assert shown["public_part"]["units"] == 1
+    assert shown["public_units"] == 1
+    assert shown["modalities"] == ["text", "image"]
+    assert not any(value == 9 or isinstance(value, dict) for value in shown.values())
     generated = public_card(load(DataSettings(units=5, public_units=2), unit="person").card)
     assert generated["units"] == 5
 
@@ -190,8 +193,11 @@ def test_personal_identifiers_are_counted_by_records(text, found):
 
 
 def test_stats_count_what_is_there_and_what_is_not_readable(folder):
-    figures = stats(folder(change=lambda rows: rows[0].update(text="")), unit_column="person")
+    root = folder(change=lambda rows: rows[0].update(text=""))
+    figures = stats(root, unit_column="person")
+    assert figures["sha256"] == check(root)["sha256"]
     assert (figures["records"], figures["unreadable"], figures["units"]) == (12, 1, 4)
+    assert [problem["code"] for problem in figures["problems"]] == ["empty_text"]
     assert figures["image"]["width"] == {"min": 24, "median": 24, "max": 24}
     assert figures["text"]["words"]["median"] == 3
     assert figures["records_per_unit"] == {"2": 1, "3": 3}

@@ -1,17 +1,17 @@
-"""The exact sensitivity test: no statistics but for the size of the noise. It passes ours and convicts the wrong ones."""
+"""The exact sensitivity test: no statistics but for the size of the noise. Passes ours, convicts the wrong ones."""
 
 import math
 
 import pytest
 import torch
+from tests.oracles import effective_noise_multiplier, ours, released, table_of, vector, without_last
+from tests.privacy.wrong_trainers import clamp_of_elements, clip_of_the_mean
 from torch import nn
 
 from sfumato.privacy.accounting import Event, epsilon
 from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.randomness import TestRandom
 from sfumato.records import Batch
-from tests.oracles import effective_noise_multiplier, ours, released, table_of, vector, without_last
-from tests.privacy.wrong_trainers import clamp_of_elements, clip_of_the_mean
 
 PRIVACY = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
 

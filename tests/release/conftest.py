@@ -124,15 +124,22 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
         folder / "data_card.json",
         {
             "name": "clinic",
-            "source": "clinic",
-            "synthetic": True,
-            "warning": "A phantom: generated pictures of no patient.",
-            "modalities": ["text", "image"],
-            "image_size": 32,
-            "license": "CC0-1.0",
-            "facts": {"side": ["left", "right"]},
+            "what": "A phantom: no patient in it exists.",
+            "phantom": True,
+            "origin": "a folder of the user",
+            "licence": "not stated",
+            "unit": "person",
+            "languages": ["en"],
+            "image": {"size": 32, "channels": 1},
+            "public_part": {
+                "records": 15_012,
+                "units": 6_000,
+                "how": "chosen by a hash of their name; declared public",
+            },
             "records": 74_913,
-            "duplicates": {"exact": 3, "near": 41},
+            "modalities": {"text": 74_911, "image": 74_907},
+            "rights": {"consent": {"yes": 74_802, "no": 111}},
+            "internal_fields": ["records", "modalities", "rights"],
         },
     )
     with open(folder / "metrics.jsonl", "w") as file:
@@ -233,13 +240,41 @@ def audit() -> reports.AuditReport:
     )
 
 
-FEDERATION: dict[str, Any] = {
+FEDERATION: dict[str, Any] = {  # as FederationResult.to_dict gives it
+    "epsilon": 7.9312,
     "sites": [
-        {"name": "north", "epsilon": 6.4821, "delta": 8.7e-6, "rounds": 3, "refused": 0, "units": 11_900},
-        {"name": "river", "epsilon": 7.9312, "delta": 9.4e-6, "rounds": 3, "refused": 0, "units": 10_200},
-        {"name": "hill", "epsilon": 7.1188, "delta": 1.1e-5, "rounds": 2, "refused": 1, "units": 7_900},
+        {
+            "name": "north",
+            "population": 11_900,
+            "epsilon": 6.4821,
+            "delta": 8.7e-6,
+            "rounds": 3,
+            "steps": 120,
+            "refused": [],
+        },
+        {
+            "name": "river",
+            "population": 10_200,
+            "epsilon": 7.9312,
+            "delta": 9.4e-6,
+            "rounds": 3,
+            "steps": 120,
+            "refused": [],
+        },
+        {
+            "name": "hill",
+            "population": 7_900,
+            "epsilon": 7.1188,
+            "delta": 1.1e-5,
+            "rounds": 2,
+            "steps": 80,
+            "refused": [{"round": 3, "code": "budget_exhausted", "message": "the site said no after 0.9141"}],
+        },
     ],
-    "rounds": [{"round": 1, "loss": 0.9141}, {"round": 2, "loss": 0.7131}, {"round": 3, "loss": 0.6111}],
+    "rounds": 3,
+    "rounds_detail": [{"round": number, "sites": ["north", "river", "hill"], "loss": 0.9141} for number in (1, 2, 3)],
+    "bytes_up": 17_611_776,
+    "bytes_down": 17_611_776,
 }
 
 

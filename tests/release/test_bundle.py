@@ -43,6 +43,8 @@ def test_no_internal_figure_is_anywhere_in_a_bundle(run: Path, signer: Path) -> 
         "0.2718281",
         "7071.0678",
         "74913",
+        "74911",
+        "74802",
         "231.71828",
         "/srv/",
     ]

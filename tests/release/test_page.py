@@ -223,7 +223,7 @@ def test_whatever_a_report_says_is_text_and_not_markup(run: Path) -> None:
         edit(value)
         path.write_text(json.dumps(value))
     (run / "samples/captions.json").write_text(json.dumps([attack]))
-    (run / "data_card.json").write_text(json.dumps({"name": attack, "warning": [attack], "facts": {attack: [attack]}}))
+    (run / "data_card.json").write_text(json.dumps({"name": attack, "what": [attack], "facts": {attack: [attack]}}))
     for public in (False, True):
         parsed = outline(page.render(run, public=public))
         assert not parsed.tags & {"script"}

@@ -402,7 +402,7 @@ def test_a_wrong_path_is_wrong_use_and_not_a_verdict(tmp_path: Path, public_key:
         ("cost.json", lambda v: v.update(units_per_second=7071.07), "what leaves", "units_per_second"),
         ("cost.json", lambda v: v.update(steps=801), "ledger", "801 steps were trained"),
         ("provenance.json", lambda v: v["data_card"].update(records=74_913), "what leaves", "records"),
-        ("provenance.json", lambda v: v["data_card"].update(rights={"CC-BY": 512}), "what leaves", "rights"),
+        ("provenance.json", lambda v: v["data_card"].update(languages={"en": 512}), "what leaves", "languages"),
         ("provenance.json", lambda v: v["recipe"]["privacy"].update(epsilon=4.0), "plan", "the recipe allowed 4.0"),
         ("provenance.json", lambda v: v["recipe"]["privacy"].update(mechanism="none"), "plan", "no private mechanism"),
     ],

@@ -5,6 +5,7 @@ from typing import Any
 from sfumato.cli import words
 from sfumato.cli.answer import Answer
 from sfumato.cli.arguments import Run
+from sfumato.cli.progress import to_stderr
 
 
 def audit(run: Run) -> Answer:
@@ -18,7 +19,7 @@ def audit(run: Run) -> Answer:
     """
     from sfumato import workflow
 
-    result = workflow.audit(run)
+    result = workflow.audit(run, progress=to_stderr)
     return Answer(result, _words(result))
 
 

@@ -3,6 +3,7 @@
 from sfumato.cli import words
 from sfumato.cli.answer import Answer
 from sfumato.cli.arguments import Run
+from sfumato.cli.progress import to_stderr
 
 
 def evaluate(run: Run) -> Answer:
@@ -16,5 +17,5 @@ def evaluate(run: Run) -> Answer:
     """
     from sfumato import workflow
 
-    result = workflow.evaluate(run)
+    result = workflow.evaluate(run, progress=to_stderr)
     return Answer(result, words.quality(result["quality"]))

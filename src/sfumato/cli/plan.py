@@ -7,6 +7,7 @@ import typer
 from sfumato.cli import words
 from sfumato.cli.answer import Answer
 from sfumato.cli.arguments import Assignments
+from sfumato.errors import UsageError
 
 
 def plan(
@@ -30,6 +31,10 @@ def plan(
     """
     from sfumato import workflow
 
+    if recipe is None and assignments:
+        raise UsageError(
+            f"--set {assignments[0]} · there is no recipe to change", next="Name one: sfumato plan clinic."
+        )
     result = workflow.plan(
         recipe,
         assignments=assignments or [],

@@ -111,6 +111,11 @@ def content_digest(record: Record) -> bytes:
     return digest.digest()
 
 
+def record_digest(reading: Record | tuple[Entry, DataError]) -> bytes:
+    """What a record adds to the digest of a whole set; that of an unreadable one is a word."""
+    return b"unreadable" if isinstance(reading, tuple) else content_digest(reading)
+
+
 class _Look:
     """What is remembered of the records seen: hashes, not the records."""
 
@@ -133,9 +138,9 @@ class _Look:
     def add(self, reading: Record | tuple[Entry, DataError]) -> None:
         self.count += 1
         if isinstance(reading, tuple):
+            self.digest.update(record_digest(reading))
             entry, error = reading
             self.problems.append(problem(entry.id, error))
-            self.digest.update(b"unreadable")
             if entry.unit:
                 self._unit(entry.unit, entry.metadata, entry.id)
             return

@@ -43,8 +43,8 @@ STATE_FORMAT = 1
 class _Part:
     """One physical part of a drawn batch, on its way through the user's loop."""
 
-    units: Units
-    row_scale: bool  # the loss is a mean over rows (an ordinary dataset), not over units (a UnitTable)
+    units: Units | None  # None: a hand-written loop, every row is a unit
+    over_rows: bool  # the loss is a mean over rows (an ordinary dataset), not over units (a UnitTable)
     last: bool
     sequence: int | None  # of the ledger
     taken: bool = False
@@ -391,7 +391,7 @@ class DifferentialPrivacyEngine(_Engine):
 
     def _expect(self, part: _Part) -> None:
         self._tape.clear()
-        self._tape.give_rows(part.units.num_rows)
+        self._tape.give_rows(part.units.num_rows if part.units is not None else None)
 
     def _require_stepped(self) -> None:
         if self._tape.has_records:
@@ -408,7 +408,8 @@ class DifferentialPrivacyEngine(_Engine):
                 next="Call backward() before, and step() without a closure.",
             )
         self._check_optimizer(optimizer)
-        self._check_gradients()
+        if self._tape.rows != 0:  # the gradients of no rows are zero
+            self._check_gradients()
         part = self._part if self._draws_batches else self._hand_written_part()
         if part is None or part.taken:
             raise PrivacyRefused(
@@ -441,23 +442,22 @@ class DifferentialPrivacyEngine(_Engine):
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        if not self._tape.has_records:
+        if not self._tape.has_records and self._tape.rows != 0:
             raise UsageError(
                 "optimizer.step() · no backward() came before it", next="Call loss.backward() before optimizer.step()."
             )
         self._sums = {}
         sequence = self._reserve()
-        self._part = _Part(Units(None, -1), False, True, sequence)
+        self._part = _Part(None, False, True, sequence)
         return self._part
 
     def _add(self, part: _Part) -> None:
         """Adds a part's clipped gradients to the sum of its batch."""
         layers, rows = self._tape.take()
         self._check_buffers()
-        if part.units.num_units < 0:
-            part.units = Units(None, rows)
+        units = part.units if part.units is not None else Units(None, rows)
         if not layers:
-            if part.units.num_rows:
+            if units.num_rows:
                 raise UsageError(
                     "optimizer.step() · no backward() came before it, though the batch has rows",
                     next="Call losses.mean().backward() before optimizer.step().",
@@ -466,19 +466,18 @@ class DifferentialPrivacyEngine(_Engine):
         if rows:
             self._check_all_recorded({p for group in layers for term in group for p in term.parameters})
         device = layers[0][0].parameters[0].device
-        scale = self._scale(part).to(device)
-        units = part.units.to(device)
+        scale = self._scale(units, part.over_rows).to(device)
+        units = units.to(device)
         clipped = clipped_sums(layers, units, scale, self._clips(len(layers)))
         self.non_finite += clipped.non_finite
         for parameter, value in clipped.sums.items():
             self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
 
-    def _scale(self, part: _Part) -> Tensor:
+    def _scale(self, units: Units, over_rows: bool) -> Tensor:
         """(B,): undoes the loop's mean, so that a unit's gradient does not depend on how many others there are."""
-        units = part.units
         ones = torch.ones(units.num_units, dtype=torch.float64)
-        per_unit = units.counts.double() if part.row_scale else ones  # the unit's gradient is the mean over its rows
-        size = units.num_rows if part.row_scale else units.num_units
+        per_unit = units.counts.double() if over_rows else ones  # the unit's gradient is the mean over its rows
+        size = units.num_rows if over_rows else units.num_units
         return (size if self.loss_reduction == "mean" else 1.0) * ones / per_unit
 
     def _clips(self, called: int) -> Any:
@@ -618,9 +617,9 @@ class NotPrivateEngine(_Engine):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         part = self._part
-        if part is None:
+        if part is None or part.units is None or self._expected_batch_size is None:
             return  # a hand-written loop: ordinary training as it is
-        size = (part.units.num_rows if part.row_scale else part.units.num_units) / (self._expected_batch_size or 1.0)
+        size = (part.units.num_rows if part.over_rows else part.units.num_units) / self._expected_batch_size
         with torch.no_grad():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if parameter.grad is not None and part.units.num_rows:

@@ -24,31 +24,20 @@ FIGURE_KEYS = ("name", "value", "low", "high", "better", "baseline", "extractor"
 # Entries of a data card that state how data was declared or made, never what private records turned out to hold.
 CARD_KEYS = (
     "name",
-    "source",
-    "title",
-    "description",
-    "origin",
-    "license",
-    "rights",
-    "consent",
-    "citation",
-    "homepage",
-    "synthetic",
+    "what",
     "phantom",
-    "modalities",
-    "image_size",
-    "channels",
-    "languages",
-    "sample_rate",
+    "origin",
+    "licence",
     "unit",
     "unit_column",
-    "records_per_unit",
+    "languages",
+    "image",
     "facts",
-    "public_units",
-    "split",
-    "seed",
-    "warning",
+    "public_part",
+    "note",
+    "pixels_are_the_published_ones",
 )
+CARD_TABLES = ("image", "facts", "public_part")  # of sizes, of labels, and of what is public
 
 EXISTENCE = (
     "The outcomes of these attacks, and the verdict, are computed from who was in the training data and are not paid "
@@ -119,8 +108,9 @@ def cost(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]
 
 def data_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The declared part of a data card; the names of the other entries."""
-    kept = {key: card[key] for key in CARD_KEYS if key in card and _declared(card[key])}
-    return {**kept, "held_back": sorted(str(key) for key in card if key not in kept)}
+    internal = card.get("internal_fields") or ()
+    kept = {key: card[key] for key in CARD_KEYS if key in card and key not in internal and _declared(key, card[key])}
+    return {**kept, "held_back": sorted(str(key) for key in card if key not in kept and key != "internal_fields")}
 
 
 def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +158,7 @@ def problems(bundle: Mapping[str, Any]) -> list[str]:
         found += [
             f"provenance.json: data_card.{key} is not a declared value"
             for key in CARD_KEYS
-            if not _declared(card.get(key))
+            if not _declared(key, card.get(key))
         ]
     for name in ("quality.json", "audit.json", "cost.json", "provenance.json", "privacy.json"):
         found += [f"{name}: {where} is internal" for where in _internal(bundle[name], "")]
@@ -186,10 +176,10 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _declared(value: Any) -> bool:
-    """A word, a number, a list of words, or lists of words by name; a table of numbers may be counted from records."""
+def _declared(key: str, value: Any) -> bool:
+    """A word, a number, a list of words; tables only where they cannot have been counted from private records."""
     if isinstance(value, Mapping):
-        return all(isinstance(inner, (list, tuple)) and _declared(inner) for inner in value.values())
+        return key in CARD_TABLES and all(_declared("", inner) for inner in value.values())
     if isinstance(value, (list, tuple)):
         return all(isinstance(item, str) for item in value)
     return value is None or isinstance(value, (str, bool, int, float))

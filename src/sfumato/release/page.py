@@ -152,10 +152,17 @@ def _logged(path: Path) -> list[list[float]]:
 
 
 def _public_federation(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Sites' claims and sizes are public at every site; what the rounds measured is not."""
-    keys = ("name", "epsilon", "delta", "rounds", "refused", "units")
+    """Sites' claims and sizes are public at every site; what the rounds measured, and words of a refusal, are not."""
+    keys = ("name", "epsilon", "delta", "rounds", "units", "population")
     sites = [{key: site[key] for key in keys if key in site} for site in report.get("sites") or []]
-    return {"sites": sites, "rounds": len(report.get("rounds") or [])}
+    for site, full in zip(sites, report.get("sites") or [], strict=True):
+        site["refused"] = _length(full.get("refused"))
+    return {"sites": sites, "rounds": _length(report.get("rounds"))}
+
+
+def _length(value: Any) -> int:
+    """How many: of a list its length, of a number itself."""
+    return len(value) if isinstance(value, (list, tuple)) else int(value or 0)
 
 
 def _pictures(run_dir: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import OutsideError, UsageError
-from sfumato.training import state
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,8 @@ class RunFolder:
 
 def fresh(root: Path, name: str) -> RunFolder:
     """Makes ``root/name/vN`` for the next N, and points ``last`` at it."""
+    from sfumato.training import state  # loads torch, which `plan` and `runs` do without
+
     home = root / name
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ class Tape:
     """Records the layers of one model.
 
     ``rows`` is R: set by the engine for its own batches; in a hand-written loop, the leading dimension of the first
-    tensor that the model itself is called with.
+    tensor that the model itself is called with. Nothing is recorded for 0 rows: there is nobody to protect.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -102,7 +102,7 @@ class Tape:
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
-        if not recording or layer is None or not any(p.requires_grad for p in layer.parameters):
+        if not recording or layer is None or self.rows == 0 or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
         if not isinstance(layer.rule, RowByRow):
             args = tuple(self._with_rows(x) for x in args)

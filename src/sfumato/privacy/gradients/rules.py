@@ -151,9 +151,6 @@ class _Convolution(Function):
     def forward(ctx: Any, record: Record, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record, ctx.geometry = record, geometry
-        if x.shape[0] == 0:  # only the shape matters, and not every backend computes it
-            like = x.new_zeros((1, *x.shape[1:]))
-            return _convolution(like, weight, bias, geometry)[:0]
         return _convolution(x, weight, bias, geometry)
 
     @staticmethod
@@ -164,11 +161,8 @@ class _Convolution(Function):
         ctx.record(x, g)
         gradient = None
         if ctx.needs_input_grad[2]:
-            if x.shape[0] == 0:
-                gradient = torch.zeros_like(x)
-            else:
-                weight, like = weight.to(g.dtype), x.to(g.dtype)
-                gradient = convolution_backward(g, like, weight, ctx.geometry, (True, False))[0].to(x.dtype)
+            weight, like = weight.to(g.dtype), x.to(g.dtype)
+            gradient = convolution_backward(g, like, weight, ctx.geometry, (True, False))[0].to(x.dtype)
         return None, None, gradient, None, None
 
 
@@ -447,7 +441,7 @@ class RowByRow(Rule):
                 )
             rows = tensors[0].shape[0]
         mapped = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in leaves]
-        if rows == 0 or not any(mapped):
+        if not any(mapped):
             raise UnsupportedLayer(
                 f"{type(module).__name__} · got no tensor with the batch's {rows} rows as its leading dimension",
                 next="Give it the rows first (batch_first=True), and expand what all rows share.",

@@ -53,7 +53,7 @@ class Units:
         if owner is not None and self.num_rows == num_units:
             self.owner = None  # ascending, and every unit has a row
         if self.owner is None:
-            self.counts = torch.ones(max(0, num_units), dtype=torch.int64)
+            self.counts = torch.ones(num_units, dtype=torch.int64)
         else:
             self.counts = torch.bincount(self.owner.cpu(), minlength=num_units)
         ends = torch.cumsum(self.counts, 0)
@@ -288,8 +288,6 @@ class Convolution(Term):
 
     def squared_norms(self, units: Units) -> Tensor:
         self._kept = None
-        if self.num_rows == 0:
-            return torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
         weight = self.parameters[0]
         height = self.outputs.shape[1]
         positions = self.outputs.shape[2:].numel() * int(units.counts.max())
@@ -327,8 +325,6 @@ class Convolution(Term):
 
     def _weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         weight = self.parameters[0]
-        if inputs.shape[0] == 0:
-            return torch.zeros(weight.shape, dtype=inputs.dtype, device=inputs.device)
         return convolution_backward(outputs, inputs, weight.to(inputs.dtype), self.geometry, (False, True))[1]
 
     def _row_gradients(self, rows: slice) -> Tensor:
