@@ -56,6 +56,7 @@ def _words(result: dict[str, Any]) -> str:
                 [
                     ("epsilon", result["epsilon"]),
                     ("delta", result["delta"]),
+                    ("accountant", result.get("accountant")),
                     ("valid", result["valid"]),
                     ("", result.get("detail")),
                 ]
