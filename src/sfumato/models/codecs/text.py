@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def _bucket(feature: str, buckets: int) -> int:
 def features(text: str, buckets: int) -> list[int]:
     """Buckets of a text's words and neighbouring pairs, each once; at most ``MOST_FEATURES``, first come first."""
     found = words(text)
-    pairs = [f"{a} {b}" for a, b in zip(found, found[1:], strict=False)]
+    pairs = [f"{a} {b}" for a, b in pairwise(found)]
     return list(dict.fromkeys(_bucket(f, buckets) for f in found + pairs))[:MOST_FEATURES]
 
 
