@@ -82,7 +82,7 @@ def test_uniform_numbers_fill_the_unit_interval_evenly_down_to_the_lowest_bits()
     """Two chi-square tests with 256 bins on 200,000 draws; false-alarm probability 1e-6 each."""
     draws = TestRandom(3).uniform(200_000)
     assert draws.dtype == np.float64
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     words = (draws * 2**53).astype(np.uint64)
     for bins in (words >> np.uint64(45), words & np.uint64(255)):
         counts = np.bincount(bins.astype(np.int64), minlength=256)

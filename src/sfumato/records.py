@@ -148,7 +148,7 @@ class UnitTable:
         chosen = np.asarray(units, dtype=np.int64)
         if records_per_unit < 1:
             raise UsageError(f"records_per_unit = {records_per_unit} · must be at least 1", next="Give 1 or more.")
-        if len(chosen) and not (0 <= chosen.min() and chosen.max() < self.num_units):
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_units):
             raise UsageError(
                 f"units = {chosen.min()} .. {chosen.max()} · must be between 0 and {self.num_units - 1}",
                 next="Draw from num_units of this table.",

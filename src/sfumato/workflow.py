@@ -71,10 +71,13 @@ def plan(
         raise UsageError(f"accountant = {accountant} · must be pld, rdp or zcdp", next="Choose one of these.")
     sizes = {"population": population, "expected_batch_size": expected_batch_size, "steps": steps}
     if recipe is None:
-        missing = [f"--{name.replace('_', '-')}" for name, value in {**sizes, "epsilon": epsilon}.items() if value is None]
+        missing = [
+            f"--{name.replace('_', '-')}" for name, value in {**sizes, "epsilon": epsilon}.items() if value is None
+        ]
         if missing:
             raise UsageError(
-                f"{', '.join(missing)} · must be given when there is no recipe", next="Or name a recipe: sfumato plan clinic."
+                f"{', '.join(missing)} · must be given when there is no recipe",
+                next="Or name a recipe: sfumato plan clinic.",
             )
         settings = plans.PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
         memory, parameters = None, None
@@ -106,7 +109,12 @@ def plan(
             "refusals": refused.refusals,
             "warnings": [],
         }
-    return {**_plan_values(found, accountant), "parameters": parameters, "refusals": [], "warnings": plans.warnings_of(found)}
+    return {
+        **_plan_values(found, accountant),
+        "parameters": parameters,
+        "refusals": [],
+        "warnings": plans.warnings_of(found),
+    }
 
 
 def _plan_values(found: PrivacyPlan, accountant: str) -> dict[str, Any]:
@@ -119,7 +127,14 @@ def _plan_values(found: PrivacyPlan, accountant: str) -> dict[str, Any]:
         "records_per_unit": found.records_per_unit,
     }
     if isinstance(found, NotPrivate):
-        return {**common, "noise_multiplier": None, "epsilon": None, "delta": None, "adjacency": None, "accountants": {}}
+        return {
+            **common,
+            "noise_multiplier": None,
+            "epsilon": None,
+            "delta": None,
+            "adjacency": None,
+            "accountants": {},
+        }
     accountants = accounting.accountants([found.event()], found.delta)
     return {
         **common,
@@ -172,7 +187,12 @@ def _memory(recipe: Recipe) -> tuple[int, int]:
 
 
 def train(
-    recipe: str, *, assignments: Sequence[str] = (), out: Path | str = "runs", resume: bool = False, progress: Progress = _quiet
+    recipe: str,
+    *,
+    assignments: Sequence[str] = (),
+    out: Path | str = "runs",
+    resume: bool = False,
+    progress: Progress = _quiet,
 ) -> dict[str, Any]:
     """One recipe, one run: trains, measures, attacks, reports, and releases if the gate approves."""
     wanted = resolve(recipe, assignments)
@@ -346,11 +366,17 @@ def _boundary(recipe: Recipe) -> list[str]:
     ]
     match text.kind:
         case "hashed_words":
-            sentences.append("The text encoder is trained inside the guarantee; its features are a fixed public hash of words.")
+            sentences.append(
+                "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
+            )
         case "frozen_sentence":
-            sentences.append(f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained.")
+            sentences.append(
+                f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."
+            )
     if data.source == "clinic":
-        sentences.append("The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it.")
+        sentences.append(
+            "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."
+        )
     return sentences
 
 
@@ -463,7 +489,12 @@ CONTROL_STEPS = 400
 
 
 def _control_scores(
-    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, losses_of: Callable[[Any], Any], progress: Progress
+    run: RunFolder,
+    recipe: Recipe,
+    plan: PrivacyPlan,
+    prepared: Any,
+    losses_of: Callable[[Any], Any],
+    progress: Progress,
 ) -> tuple[Any, Any]:
     """Scores of members and non-members of a model that was trained without noise on few units: it must be caught."""
     import numpy as np
@@ -548,7 +579,9 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
     """A finished run with its recipe and plan."""
     found = folders.existing(run)
     if not found.finished:
-        raise UsageError(f"run = {found.path} · its training is not finished", next="Run `sfumato train ... --resume` first.")
+        raise UsageError(
+            f"run = {found.path} · its training is not finished", next="Run `sfumato train ... --resume` first."
+        )
     return found, recipes_file.load(found.path / "resolved.yaml"), plans.plan_from_dict(found.read_json("plan.json"))
 
 
@@ -685,7 +718,9 @@ def federate(
 
     def on_round(result: Any, state: Any) -> None:
         load_trained(model, state)
-        progress(f"round {result.round}/{federation.rounds}: {len(result.sites)} of {len(members)} sites, {result.steps} steps")
+        progress(
+            f"round {result.round}/{federation.rounds}: {len(result.sites)} of {len(members)} sites, {result.steps} steps"
+        )
         if captions:
             pictures = model.generate(captions, seed=wanted.training.seed)
             write_grid(run.samples / f"step-{result.round:06d}.png", pictures, columns=6)
@@ -718,9 +753,12 @@ def federate(
                 processor_seconds=time.process_time() - processor,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 steps=sum(r.steps for r in result.rounds),
-                units_per_second=math.nan if seconds <= 0 else sum(
-                    r.steps for r in result.rounds
-                ) * wanted.training.expected_batch_size / federation.sites / seconds,
+                units_per_second=math.nan
+                if seconds <= 0
+                else sum(r.steps for r in result.rounds)
+                * wanted.training.expected_batch_size
+                / federation.sites
+                / seconds,
                 parameters=sum(p.numel() for p in model.parameters()),
                 bytes_sent=result.bytes_up + result.bytes_down,
                 machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, all sites in one process",
@@ -728,7 +766,9 @@ def federate(
         ),
     )
     run.write_json("reports/privacy.json", to_dict(_federated_claim(wanted, members, result)))
-    _evaluate(run, replace(wanted, evaluation=replace(wanted.evaluation, twin=False)), members[0].plan, prepared, progress)
+    _evaluate(
+        run, replace(wanted, evaluation=replace(wanted.evaluation, twin=False)), members[0].plan, prepared, progress
+    )
     pages = _render(run, public=False)
     return {
         "run": str(run.path),

@@ -82,6 +82,26 @@ def test_blind_features_of_the_same_split_are_fair():
     assert membership.blind_baseline(*seen) <= membership.blind_limit(300, 300)
 
 
+def test_how_far_a_table_is_padded_is_not_taken_for_a_difference_of_its_units():
+    """The longest text of either table decides its width; the texts themselves are drawn alike."""
+    rng = np.random.default_rng(0)
+    members, others = table(300, rng), table(300, rng)
+    for padded, width in ((members, 12), (others, 20)):
+        text = torch.full((300, width), 500, dtype=torch.int16)
+        for row in range(300):
+            length = rng.integers(6, 12)
+            text[row, :length] = padded.tensors["text"][row, :length]
+        padded.tensors["text"] = text
+    seen = [membership.blind_features(t, units=np.arange(300), records_per_unit=1) for t in (members, others)]
+    assert membership.blind_baseline(*seen) <= membership.blind_limit(300, 300)
+
+
+def test_padding_is_what_fills_the_rest_of_a_row():
+    rows = torch.tensor([[3, 9, 9], [4, 5, 9]])
+    assert membership._padding(rows).tolist() == [[False, True, True], [False, False, True]]
+    assert not membership._padding(torch.tensor([[9, 3, 9], [4, 5, 9]])).any()
+
+
 def test_the_logistic_regression_minimises_its_loss():
     """Oracle: a general minimiser."""
     from scipy.optimize import minimize

@@ -10,7 +10,7 @@ def columns(records):
     return images, {fact: [r.metadata["facts"][fact] for r in records] for fact in records[0].metadata["facts"]}
 
 
-@pytest.mark.parametrize(("pixels", "channels"), [(32, 1), (28, 1), (64, 3)])
+@pytest.mark.parametrize(("pixels", "channels"), [(32, 1), (28, 1), pytest.param(64, 3, marks=pytest.mark.slow)])
 def test_the_judge_reads_visible_facts_of_pictures_it_has_not_seen(make_records, pixels, channels):
     images, facts = columns(make_records(160, seed=1, pixels=pixels, channels=channels))
     reader = judge.train(images, facts, seconds=20, seed=0)

@@ -96,7 +96,7 @@ def test_more_noise_fewer_steps_and_rarer_sampling_never_cost_more_and_pld_never
 
 
 def test_many_tiny_losses_get_a_finer_grid_instead_of_a_false_alarm():
-    """Each of 10^5 steps loses about 3e-6, far below the grid of 1e-4, where PLD comes out at 0.0144 and RDP at 0.0061."""
+    """Each of 10^5 steps loses about 3e-6, far below 1e-4, where PLD comes out at 0.0144, RDP at 0.0061."""
     event = Event(sampling_rate=1e-4, noise_multiplier=38.433, count=100_000)
     figures = accountants([event], 1e-6)
     assert figures["pld"] is not None and figures["rdp"] is not None

@@ -141,9 +141,9 @@ def test_a_ledger_without_a_plan_counts_without_a_limit(path):
 
 
 def test_a_run_without_privacy_has_nothing_to_reserve(path):
-    with Ledger.open(path, run="r", plan=NotPrivate(population=10, expected_batch_size=2, steps=3)) as ledger:
-        with pytest.raises(LedgerError, match="nothing to reserve"):
-            ledger.reserve(EVENT, 0)
+    plan = NotPrivate(population=10, expected_batch_size=2, steps=3)
+    with Ledger.open(path, run="r", plan=plan) as ledger, pytest.raises(LedgerError, match="nothing to reserve"):
+        ledger.reserve(EVENT, 0)
     assert show(path)["epsilon"] is None
 
 
@@ -278,19 +278,26 @@ def test_after_kills_at_random_moments_no_computed_step_is_missing_and_the_budge
     Ledger.open(path, run="r", plan=plan, account=account).close()
     chance = random.Random(1)
     kills = 0
+
+    def size(path: Path) -> int:
+        return path.stat().st_size if path.exists() else 0
+
     for _ in range(30):
         process = subprocess.Popen(
             [sys.executable, "-c", TRAINER, str(path), str(account), str(computed)], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None and process.stdout.readline() == "open\n"
         if kills < 10:
-            time.sleep(chance.random() * 0.15)
+            target = size(computed) + chance.randrange(40)
+            while size(computed) < target:
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.003)  # anywhere between two instructions
             process.send_signal(signal.SIGKILL)
             kills += 1
         done = process.stdout.read() == "done\n"
         process.stdout.close()
         process.wait()
-        assert spent(path) >= (computed.stat().st_size if computed.exists() else 0)
+        assert spent(path) >= size(computed)
         assert show(account)["events"] == [] or sum(e["count"] for e in show(account)["events"]) >= spent(path)
         if done:
             break
@@ -326,9 +333,9 @@ def test_a_checkpoint_newer_than_the_ledger_is_refused(path):
         with pytest.raises(LedgerError, match="hides spending"):
             ledger.require_at_least(ledger.sequence + 1)
     os.replace(path.with_name("old.db"), path)
-    with Ledger.open(path, run="r", plan=PLAN) as ledger:
-        with pytest.raises(LedgerError, match="older than the checkpoint"):
-            ledger.require_at_least(sequence)
+    refusal = pytest.raises(LedgerError, match="older than the checkpoint")
+    with Ledger.open(path, run="r", plan=PLAN) as ledger, refusal:
+        ledger.require_at_least(sequence)
 
 
 def test_the_entry_of_the_new_attempt_does_not_make_an_old_ledger_look_new(path):
@@ -341,7 +348,7 @@ def test_the_entry_of_the_new_attempt_does_not_make_an_old_ledger_look_new(path)
     with Ledger.open(path, run="r", plan=PLAN) as ledger:
         for step in range(5):
             with pytest.raises(LedgerError):
-                ledger.require_at_least(ledger.sequence + 1)
+                ledger.require_at_least(ledger.sequence + (step > 0))
             ledger.reserve(EVENT, step)
         ledger.require_at_least(sequence)
 

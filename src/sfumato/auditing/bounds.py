@@ -1,7 +1,7 @@
 """What an attack proves about epsilon: lower bounds with a confidence, and the statistics around them.
 
 Scores are "higher means more likely a member". A threshold is chosen on one half of the scores and measured on the other:
-a bound taken as the largest over all thresholds is too large under the null (docs/pitfalls.md).
+a bound taken as the largest over all thresholds is too large under the null.
 """
 
 import numpy as np

@@ -115,7 +115,7 @@ def blind_features(table: UnitTable, *, units: np.ndarray, records_per_unit: int
         rows = tensor.flatten(1)
         if not rows.is_floating_point():
             counts = torch.zeros(len(rows), 1024, dtype=torch.float64)
-            rows = counts.scatter_add(1, rows.long() % 1024, torch.ones(rows.shape, dtype=torch.float64))
+            rows = counts.scatter_add(1, rows.long() % 1024, (~_padding(rows)).double())
         rows = rows.double() * batch.present[name][:, None]
         # The same seed for members and non-members: the same projection.
         generator = torch.Generator().manual_seed(seed)
@@ -126,6 +126,16 @@ def blind_features(table: UnitTable, *, units: np.ndarray, records_per_unit: int
         total = torch.zeros(batch.num_units, rows.shape[1], dtype=torch.float64).index_add(0, batch.unit, rows)
         columns.append(total / columns[0].clamp(min=1))
     return torch.cat(columns, 1).nan_to_num().numpy()
+
+
+def _padding(rows: "Tensor") -> "Tensor":
+    """Where integer rows (N, L) are filled up: how far depends on the table's longest row, not on the unit, and would give
+    the table away. A value that fills the rest of the row wherever it occurs is taken for padding. Returns: (N, L) bool."""
+    if not rows.numel():
+        return rows != rows
+    same = rows == rows[:, -1].mode().values
+    fills_the_rest = same.flip(1).long().cummin(1).values.flip(1).bool()
+    return same if same.equal(fills_the_rest) else same & False
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, *, ridge: float = 1.0, rounds: int = 12) -> np.ndarray:

@@ -140,20 +140,26 @@ class TextToImage(nn.Module):
 
     def _record_losses(self, batch: Batch, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         values = diffusion.record_losses(
-            self.denoiser, batch.tensors["image"], condition, sigma, noise, self.scale, self.settings.objective.sigma_data
+            self.denoiser,
+            batch.tensors["image"],
+            condition,
+            sigma,
+            noise,
+            self.scale,
+            self.settings.objective.sigma_data,
         )
         return values * batch.present["image"]  # a record without a picture has nothing to lose
 
     @torch.no_grad()
-    def generate(
-        self, texts: Sequence[str | None], *, seed: int, sampling: Sampling | None = None
-    ) -> np.ndarray:
+    def generate(self, texts: Sequence[str | None], *, seed: int, sampling: Sampling | None = None) -> np.ndarray:
         """Pictures for texts (None: unconditional), (N, H, W, C) uint8. The same seed gives the same pictures."""
         sampling = sampling or self.settings.sampling
         generator = torch.Generator().manual_seed(seed)
         training = self.training
         self.eval()
-        pictures = [self._draw(texts[i : i + ROWS_AT_ONCE], sampling, generator) for i in range(0, len(texts), ROWS_AT_ONCE)]
+        pictures = [
+            self._draw(texts[i : i + ROWS_AT_ONCE], sampling, generator) for i in range(0, len(texts), ROWS_AT_ONCE)
+        ]
         self.train(training)
         return np.concatenate(pictures) if pictures else np.zeros((0, *self.picture_shape), np.uint8)
 
@@ -246,7 +252,9 @@ class TextToImage(nn.Module):
 
     def _text_config(self) -> dict[str, Any]:
         kind = self.settings.text.kind
-        frozen = sentence.fingerprint(self.settings.text.name) if isinstance(self.settings.text, FrozenSentence) else None
+        frozen = (
+            sentence.fingerprint(self.settings.text.name) if isinstance(self.settings.text, FrozenSentence) else None
+        )
         return {"_class_name": "TextEncoder", "features": kind, "frozen_encoder_sha256": frozen}
 
     def _mlp_config(self) -> dict[str, Any]:

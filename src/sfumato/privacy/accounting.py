@@ -4,9 +4,9 @@ An event says what happened to the data, and nothing else does: the plan, the le
 compute epsilon from the same ``Event`` values.
 
 PLD (privacy-loss distributions, Koskela et al. 2020; Doroshenko et al. 2022, "connect the dots", always an upper bound)
-decides, on a grid of 1e-4 or finer. RDP (Mironov 2017; Wang et al. 2019) is computed beside it: PLD above RDP would mean that
-one of the two is wrong, so that stops. zCDP (Bun & Steinke 2016) has no useful form for Poisson sampling and is given
-for unsampled Gaussians only. Adjacency is add-or-remove throughout; under replace-one the two accountants of
+decides, on a grid of 1e-4 or finer. RDP (Mironov 2017; Wang et al. 2019) is computed beside it: PLD above RDP would
+mean that one of the two is wrong, so that stops. zCDP (Bun & Steinke 2016) has no useful form for Poisson sampling and
+is given for unsampled Gaussians only. Adjacency is add-or-remove throughout; under replace-one the two accountants of
 dp_accounting disagree about who doubles the sensitivity (docs/pitfalls.md).
 """
 
@@ -142,7 +142,7 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int)
     """The least noise multiplier, to about 5 digits, whose PLD epsilon on the fine grid is at most ``epsilon``.
 
     RDP, which is cheap and never below PLD, says where to begin; a grid ten times coarser comes near; the answer itself
-    is confirmed on the 1e-4 grid: it spends between 0.9998 ``epsilon`` and ``epsilon``, or one digit less would spend more.
+    is confirmed on the 1e-4 grid: it spends between 0.9998 ``epsilon`` and ``epsilon``, or a digit less is too little.
     """
     checks.positive(epsilon=epsilon, steps=steps)
     _check_delta(delta)

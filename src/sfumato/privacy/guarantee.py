@@ -94,7 +94,10 @@ def guarantee(
 def in_words(claim: Guarantee) -> str:
     """One paragraph for a reader who wants to know what is protected."""
     if claim.epsilon is None or claim.delta is None:
-        return "This model was trained without differential privacy. It may repeat what it was trained on, and must not be released."
+        return (
+            "This model was trained without differential privacy. It may repeat what it was trained on, and must "
+            "not be released."
+        )
     whose = {
         "record": "one record",
         "person": f"all records of one person (at most {claim.records_per_unit} in a step)",

@@ -12,7 +12,7 @@ reserved. Its transactions are short. A run takes events from it in blocks of ``
 and gives the rest of a block back when it closes; after a crash the rest stays charged until the run is resumed.
 
 **Durable**: write-ahead log with ``synchronous=FULL``, which syncs the log to disk at every COMMIT, before it returns.
-That is one sync, about 1 to 8 ms; a rollback journal needs three or four (17 ms and more where this was measured). If the
+That is one sync, about 1 to 8 ms; a rollback journal needs three or four (17 ms where this was measured). If the
 file system cannot do write-ahead logging, SQLite falls back to a journal, and we to ``synchronous=EXTRA``: slower, as
 durable. Commit marks are written together with the next reservation, because a lost one only makes us pessimistic.
 
@@ -118,9 +118,10 @@ def _beginning(header_text: str) -> _History:
         raise LedgerError(f"header = {header_text[:200]} · is not one of ours", next=_RESTORE, code="ledger_torn")
     if header["format"] != LEDGER_FORMAT:
         raise LedgerError(
-            f"format = {header['format']!r} · must be {LEDGER_FORMAT}", next="Use the version of sfumato that wrote it.",
+            f"format = {header['format']!r} · must be {LEDGER_FORMAT}",
+            next="Use the version of sfumato that wrote it.",
             code="ledger_format",
-        )  # fmt: skip
+        )
     texts = (header["ledger"], header["run"], "" if header["account"] is None else header["account"])
     if not all(isinstance(text, str) for text in texts):
         raise LedgerError(f"header = {header_text[:200]} · names must be text", next=_RESTORE, code="ledger_torn")
@@ -150,7 +151,7 @@ def _must_fit(event: Event, history: _History) -> None:
             raise BudgetExhausted(
                 f"steps = {history.total} spent + {event.count} · the plan ends at {plan.steps}, where epsilon is "
                 f"{plan.target_epsilon if plan.target_epsilon is not None else plan.epsilon():.4g}",
-                next="The run is done: what was learnt so far can be released. More steps need a new plan and more budget.",
+                next="The run is done: what was learnt so far can be released. More steps need a new plan.",
             )
 
 
@@ -222,7 +223,7 @@ class Ledger:
 
         Args:
           run: the run's name; an existing ledger must bear it.
-          plan: the limit. It is written into a new ledger; an existing one must hold the same (None takes what it holds).
+          plan: the limit. It is written into a new ledger; an existing one must hold the same (None takes its own).
             A ledger without a plan has no limit: it only keeps count.
           account: the account of the data set, made at first use. A ledger that began with one continues with it.
           create: whether a missing ledger is made; give False when resuming, when a missing one is a loss.
@@ -319,8 +320,8 @@ class Ledger:
         """Raises LedgerError if a checkpoint that holds ``sequence`` is newer than this ledger."""
         if sequence > self._found and sequence not in self._handed:
             raise LedgerError(
-                f"sequence = {self._found} when the ledger was opened · the checkpoint was made at {sequence}: the ledger "
-                "is older than the checkpoint, so it hides spending",
+                f"sequence = {self._found} when the ledger was opened · the checkpoint was made at {sequence}: the "
+                "ledger is older than the checkpoint, so it hides spending",
                 next="Restore the ledger that belongs to the checkpoint, or resume from a checkpoint that is older.",
                 code="ledger_older_than_checkpoint",
             )
@@ -415,9 +416,10 @@ class Ledger:
     def _check_identity(self, run: str, plan: PrivacyPlan | None) -> None:
         if self.run != run:
             raise LedgerError(
-                f"run = {run!r} · the ledger {self.path} belongs to {self.run!r}", next="Give each run its own folder.",
+                f"run = {run!r} · the ledger {self.path} belongs to {self.run!r}",
+                next="Give each run its own folder.",
                 code="ledger_not_ours",
-            )  # fmt: skip
+            )
         if plan is not None and plan != self.plan:
             held = plan_to_dict(self.plan) if self.plan is not None else {}
             changed = [key for key, value in plan_to_dict(plan).items() if held.get(key, "nothing") != value]
@@ -429,7 +431,7 @@ class Ledger:
         identity = self._account.identity if self._account is not None else None
         if identity != self._history.header["account"]:
             raise LedgerError(
-                f"account = {identity} · the ledger {self.path} is kept with account {self._history.header['account']}",
+                f"account = {identity} · the ledger {self.path} is kept with {self._history.header['account']}",
                 next="Give the account that the run began with (privacy.account).",
                 code="ledger_account",
             )
@@ -495,8 +497,8 @@ class _Account:
             ahead = charged - history.total > (0 if closed else block)
             if ahead or (closed and (sequence > history.sequence or hash_at(sequence) != head)):
                 raise LedgerError(
-                    f"ledger = {history.total} events · the account {self.path} has {charged} of this run: the ledger is "
-                    "an older copy",
+                    f"ledger = {history.total} events · the account {self.path} has {charged} of this run: the ledger "
+                    "is an older copy",
                     next=_RESTORE,
                     code="ledger_set_back",
                 )
@@ -662,10 +664,9 @@ def _shortened(bodies: list[str]) -> Iterator[dict[str, Any]]:
         if entry["kind"] == "reserve" and following == _commit_body(number + 1):
             number += 2
             line = {**entry, "kind": "steps", "repeat": 1}
-            if steps is not None and line == {**steps, "step": entry["step"], "repeat": 1}:
-                if entry["step"] == steps["step"] + steps["repeat"]:
-                    steps["repeat"] += 1
-                    continue
+            if steps is not None and line == {**steps, "step": steps["step"] + steps["repeat"], "repeat": 1}:
+                steps["repeat"] += 1
+                continue
         else:
             number += 1
             line = entry
@@ -749,7 +750,7 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "account": _account_identity(connection, path),
         "runs": runs,
         "events": [event.to_dict() for event in accounting.merged(events)],
-        # Later runs are chosen after seeing earlier ones: RDP allows that (Feldman & Zrnic 2021), PLD assumes fixed ones.
+        # Later runs are chosen after seeing earlier ones: RDP allows that (Feldman & Zrnic 2021), PLD does not.
         "epsilon": accounting.epsilon(events, max(deltas), "rdp") if comparable else None,
         "delta": max(deltas) if comparable else None,
         "accountant": "rdp",
@@ -764,7 +765,8 @@ _ACCOUNT_TABLES = (
     "CREATE TABLE runs (ledger TEXT PRIMARY KEY, run TEXT NOT NULL, plan TEXT NOT NULL, sequence INTEGER NOT NULL, "
     "head TEXT NOT NULL, closed INTEGER NOT NULL, block INTEGER NOT NULL, "
     "session TEXT NOT NULL)",
-    "CREATE TABLE spent (ledger TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (ledger, event))",
+    "CREATE TABLE spent (ledger TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL, "
+    "PRIMARY KEY (ledger, event))",
 )
 _LAST = "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
 

@@ -25,7 +25,7 @@ class DpSgd:
 
     Guarantee: ``steps`` steps, each of which samples every unit with ``sampling_rate``, scales each unit's gradient
     (the mean over at most ``records_per_unit`` records) to L2 norm at most ``max_grad_norm``, adds up, adds
-    N(0, (noise_multiplier max_grad_norm)^2) to each coordinate, and divides by the constant ``expected_batch_size``, are
+    N(0, (noise_multiplier max_grad_norm)^2) to each coordinate, and divides by ``expected_batch_size``, are
     (epsilon(), delta)-differentially private for adding or removing one unit.
 
     Attributes:
@@ -190,8 +190,8 @@ def make_plan(
             refusals.append(
                 _refusal(
                     "too_few_units",
-                    f"population = {units} {settings.unit}s · at least {MIN_UNITS} are needed for a guarantee that means anything",
-                    "Add data, choose a smaller unit if that is what must be protected, or set privacy.mechanism: none.",
+                    f"population = {units} {settings.unit}s · a guarantee that means anything needs {MIN_UNITS}",
+                    "Add data, or set privacy.mechanism: none and say so.",
                 )
             )
         delta = settings.delta if settings.delta != "auto" else automatic_delta(max(units, 3))
@@ -199,7 +199,8 @@ def make_plan(
             refusals.append(
                 _refusal(
                     "delta_too_large",
-                    f"delta = {delta:g} · must be below 1/N = {1 / units:.3g}: otherwise giving away a whole {settings.unit} is allowed",
+                    f"delta = {delta:g} · must be below 1/N = {1 / units:.3g}: otherwise a whole {settings.unit} may "
+                    "be given away",
                     f"Set privacy.delta: auto, which is {automatic_delta(max(units, 3)):.2g}.",
                 )
             )
@@ -236,8 +237,8 @@ def _dp_sgd(
         refusals.append(
             _refusal(
                 "noise_multiplier_out_of_range",
-                f"noise_multiplier = {noise:g} · must be between {accounting.SMALLEST_NOISE_MULTIPLIER:g} (below, nothing "
-                f"is hidden) and {accounting.LARGEST_NOISE_MULTIPLIER:g} (above, nothing is learnt)",
+                f"noise_multiplier = {noise:g} · must be between {accounting.SMALLEST_NOISE_MULTIPLIER:g} (below, "
+                f"nothing is hidden) and {accounting.LARGEST_NOISE_MULTIPLIER:g} (above, nothing is learnt)",
                 "Give privacy.epsilon instead: the noise is then found for you.",
             )
         )
@@ -256,8 +257,8 @@ def _dp_sgd(
         refusals.append(
             _refusal(
                 "epsilon_too_large",
-                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {plan.steps} steps, more than "
-                f"{LARGEST_EPSILON:g}",
+                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {plan.steps} steps, "
+                f"more than {LARGEST_EPSILON:g}",
                 "Raise the noise, lower the steps or the batch size, or give privacy.epsilon instead.",
             )
         )
@@ -282,8 +283,8 @@ def _size_refusals(steps: int, batch: float, units: int, records: int | None) ->
         refusals.append(
             _refusal(
                 "batch_larger_than_population",
-                f"expected_batch_size = {batch:g} · must be at most the population, {units}: the sampling rate would be "
-                f"{batch / units if units > 0 else math.inf:.3g}, above 1",
+                f"expected_batch_size = {batch:g} · must be at most the population, {units}: the sampling rate would "
+                f"be {batch / units if units > 0 else math.inf:.3g}, above 1",
                 f"Set the expected batch size to {max(units // 10, 1)} or so.",
             )
         )
@@ -298,8 +299,8 @@ def _memory_refusals(parameters: int | None, memory_bytes: int | None) -> list[d
     return [
         _refusal(
             "memory",
-            f"parameters = {parameters:,} · need {parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB for weights, sums, noise "
-            f"and optimiser before the first example; {memory_bytes / 2**30:.2f} GiB are there",
+            f"parameters = {parameters:,} · need {parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB for weights, sums, "
+            f"noise and optimiser before the first example; {memory_bytes / 2**30:.2f} GiB are there",
             "Choose a smaller model, or train fewer of its parameters.",
         )
     ]
@@ -323,7 +324,7 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
         warnings.append(
             _refusal(
                 "epsilon_small",
-                f"epsilon = {epsilon:.3g} · below 2 a generator usually needs hundreds of thousands of units to show structure",
+                f"epsilon = {epsilon:.3g} · below 2 a generator usually needs hundreds of thousands of units",
                 "Expect coarse output, or raise privacy.epsilon.",
             )
         )
@@ -331,7 +332,7 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
         warnings.append(
             _refusal(
                 "epsilon_large",
-                f"epsilon = {epsilon:.3g} · above 10 the formal guarantee is weak: e^epsilon = {math.exp(min(epsilon, 700)):.2g}",
+                f"epsilon = {epsilon:.3g} · above 10 the guarantee is weak: it bounds odds by e^{epsilon:.3g}",
                 "Lower privacy.epsilon, or do not rest the case on the guarantee alone.",
             )
         )
@@ -349,8 +350,8 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
             warnings.append(
                 _refusal(
                     "noise_drowns_signal",
-                    f"population = {plan.population} · over the whole run the noise is {1 / signal:.3g} times longer than the "
-                    "longest possible sum of gradients that all agree",
+                    f"population = {plan.population} · over the whole run the noise is {1 / signal:.3g} times longer "
+                    "than the longest possible sum of gradients that all agree",
                     "Add data, train fewer parameters, or expect little.",
                 )
             )

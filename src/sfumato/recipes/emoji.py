@@ -12,7 +12,7 @@ def emoji() -> Recipe:
     """Captions to emoji, not private: 5,674 pairs, split by concept. ``--set privacy.mechanism=dp_sgd`` adds privacy."""
     return Recipe(
         name="emoji",
-        data=DataSettings(source="emoji", public_units=600, image_size=32, channels=3),
+        data=DataSettings(source="emoji", public_units=190, image_size=32, channels=3),
         model=ModelSettings(
             image=Cosine(kept=20),
             text=HashedWords(buckets=4096, width=256),

@@ -63,7 +63,8 @@ class RunFolder:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"run = {self.path} · has no readable {name} ({error})", next="Give a run's folder, such as runs/clinic/last."
+                f"run = {self.path} · has no readable {name} ({error})",
+                next="Give a run's folder, such as runs/clinic/last.",
             ) from None
 
 
@@ -83,7 +84,9 @@ def fresh(root: Path, name: str) -> RunFolder:
                 number += 1
         state.point_at(home / "last", f"v{number}")
     except OSError as error:
-        raise OutsideError(f"out = {home} · cannot be written to ({error})", next="Choose another folder with --out.") from None
+        raise OutsideError(
+            f"out = {home} · cannot be written to ({error})", next="Choose another folder with --out."
+        ) from None
     return RunFolder(home / f"v{number}")
 
 
@@ -92,7 +95,8 @@ def existing(path: Path | str) -> RunFolder:
     resolved = Path(path).resolve()
     if not (resolved / "resolved.yaml").is_file():
         raise UsageError(
-            f"run = {path} · is not a run's folder", next="See `sfumato runs`, and give a folder such as runs/clinic/last."
+            f"run = {path} · is not a run's folder",
+            next="See `sfumato runs`, and give a folder such as runs/clinic/last.",
         )
     return RunFolder(resolved)
 

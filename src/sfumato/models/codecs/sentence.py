@@ -75,5 +75,3 @@ def fingerprint(name: str) -> str:
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-

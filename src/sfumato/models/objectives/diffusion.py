@@ -6,14 +6,19 @@ spectrum for cosine coefficients. With a spectrum the untrained denoiser is the 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sfumato.models.settings import Diffusion, Sampling
 
-Backbone = Callable[[Tensor, Tensor, Tensor], Tensor]  # latents (R, K, D), level (R, K), condition (R, K, E) -> (R, K, D)
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy (R, K, D), sigma (R, K) -> estimate of the clean latents (R, K, D)
+Backbone = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # latents (R, K, D), level (R, K), condition (R, K, E) -> (R, K, D)
+Denoiser = Callable[
+    [Tensor, Tensor], Tensor
+]  # noisy (R, K, D), sigma (R, K) -> estimate of the clean latents (R, K, D)
 
 
 def denoise(backbone: Backbone, noisy: Tensor, sigma: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def sample(
     levels = schedule(settings.sigma_min, settings.sigma_max, sampling.steps)
     x = start[:, None] * levels[0]
     rows = x.shape[0]
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
+    for now, then in pairwise(levels):
         if sampling.churn > 0:
             raised = now * (1 + sampling.churn)
             x = x + torch.randn(x.shape, generator=generator) * (raised**2 - now**2).sqrt()
