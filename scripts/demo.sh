@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The main job on the phantom clinic: train privately, measure, attack, report, release, and verify as a stranger would.
+#   scripts/demo.sh [PATIENTS [--set path=value ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 patients="${1:-30000}"
 sfumato=.venv/bin/sfumato
 
-answer="$("$sfumato" train clinic --set "data.units=$patients" --json | tail -n 1)"
+answer="$("$sfumato" train clinic --set "data.units=$patients" "${@:2}" --json | tail -n 1)"
 field() { .venv/bin/python -c 'import json, sys; print(json.loads(sys.argv[1]).get(sys.argv[2]) or "")' "$answer" "$1"; }
 run="$(field run)"
 bundle="$(field bundle)"
