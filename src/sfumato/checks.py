@@ -8,14 +8,14 @@ from sfumato.errors import UsageError
 def positive(*, next: str = "Give a larger value.", **values: float) -> None:
     """Raises UsageError unless every value is a finite number > 0 (NaN is refused)."""
     for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
+        if not (value > 0 and _is_finite(value)):
             raise UsageError(f"{name} = {value} · must be a finite number > 0", next=next)
 
 
 def non_negative(*, next: str = "Give zero or more.", **values: float) -> None:
     """Raises UsageError unless every value is a finite number >= 0 (NaN is refused)."""
     for name, value in values.items():
-        if not (value >= 0 and math.isfinite(value)):
+        if not (value >= 0 and _is_finite(value)):
             raise UsageError(f"{name} = {value} · must be a finite number >= 0", next=next)
 
 
@@ -31,3 +31,10 @@ def one_of(allowed: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in allowed:
             raise UsageError(f"{name} = {value!r} · must be one of {', '.join(allowed)}", next="Choose one of these.")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False

@@ -4,9 +4,10 @@ A recipe is YAML with the sections below; a key that is not known is refused by 
 """
 
 import difflib
+import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sfumato.auditing.settings import AuditSettings
 from sfumato.data.settings import DataSettings
@@ -23,7 +24,7 @@ from sfumato.training.settings import PerformanceSettings, TrainingSettings
 class Recipe:
     """Everything that a run does. ``name`` becomes the run's folder."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # also for everything nested
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # also for everything nested
 
     name: str
     data: DataSettings = field(default_factory=DataSettings)
@@ -72,8 +73,10 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe = {path} · a readable YAML file ({error})", next="Check the path, or use a named recipe.") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that cannot be one
+        raise UsageError(
+            f"recipe = {path} · a readable YAML file ({error})", next="Check the path, or use a named recipe."
+        ) from None
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -102,7 +105,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                 raise UsageError(f"--set {assignment} · {key} is a value, not a section", next="Check the path.")
         try:
             target[keys[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--set {assignment} · the value must be YAML ({error})", next="Quote it.") from None
     return values
 
@@ -148,6 +151,18 @@ def _as_usage_error(error: Any) -> UsageError:
         return UsageError(f"{path}: {cause.message}" if path else cause.message, next=cause.next)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return UsageError(f"{path} · is not a key of the recipe{more}", next="Remove or correct it.", code="unknown_key")
-    given = str(first.get("input"))[:80]
+        return UsageError(
+            f"{path} · is not a key of the recipe{more}", next="Remove or correct it.", code="unknown_key"
+        )
+    given = _shortly(first.get("input"))
     return UsageError(f"{path} = {given} · {first['msg']}{more}", next="Correct the recipe.")
+
+
+def _shortly(value: Any) -> str:
+    """Bounded work and length, whatever it is: YAML can name one list a billion times, or hold a number of any size."""
+    words = reprlib.Repr()
+    words.maxlevel = 2
+    try:
+        return words.repr(value)[:80]
+    except ValueError:  # an integer too long to be written in decimals
+        return type(value).__name__

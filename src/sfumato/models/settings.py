@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sfumato import checks
+from sfumato.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +18,16 @@ class Pixels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cosine:
-    """Images by their lowest ``kept`` x ``kept`` discrete cosine frequencies: a fixed, public, orthonormal transform."""
+    """Images by their lowest ``kept`` x ``kept`` discrete cosine frequencies: a fixed, public, orthonormal transform.
+
+    Pictures have little at high frequencies. The denoiser is told so by an assumed spectrum, a public constant: the
+    standard deviation of a coefficient at distance r from the mean is amplitude / (1 + r) ** decay.
+    """
 
     kind: Literal["cosine"] = "cosine"
     kept: int = 16  # frequencies per side
+    amplitude: float = 1.2
+    decay: float = 1.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +72,9 @@ class Diffusion:
 
     kind: Literal["diffusion"] = "diffusion"
     noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
-    log_sigma_mean: float = -1.2
+    log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
-    sigma_data: float = 0.5
+    sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
     sigma_min: float = 0.02
     sigma_max: float = 20.0
     condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
@@ -96,5 +103,15 @@ class ModelSettings:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        checks.positive(
+            sigma_data=self.objective.sigma_data, sigma_min=self.objective.sigma_min,
+            log_sigma_std=self.objective.log_sigma_std,
+        )  # fmt: skip
+        if self.objective.sigma_max <= self.objective.sigma_min:
+            raise UsageError(
+                f"sigma_max = {self.objective.sigma_max} · must be above sigma_min = {self.objective.sigma_min}",
+                next="Raise model.objective.sigma_max.",
+            )
+        checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
         checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
         checks.probability(condition_dropout=self.objective.condition_dropout)

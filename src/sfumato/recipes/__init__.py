@@ -1,1 +1,26 @@
-"""sfumato.recipes"""
+"""Named, complete recipes. ``sfumato train NAME`` runs one; each docstring says what it costs and gives."""
+
+from collections.abc import Callable
+
+from sfumato.errors import UsageError
+from sfumato.recipe import Recipe
+from sfumato.recipes.clinic import clinic
+from sfumato.recipes.emoji import emoji
+from sfumato.recipes.mnist import fashion_mnist, mnist
+
+NAMED: dict[str, Callable[[], Recipe]] = {
+    "clinic": clinic,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+    "emoji": emoji,
+}
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name. Raises UsageError with the known names."""
+    if name not in NAMED:
+        raise UsageError(
+            f"recipe = {name} · is neither a file nor one of {', '.join(NAMED)}",
+            next="Name one of these, or give the path of a YAML file (`sfumato init` writes one).",
+        )
+    return NAMED[name]()

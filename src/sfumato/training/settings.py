@@ -24,12 +24,16 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         checks.positive(
-            steps=self.steps, expected_batch_size=self.expected_batch_size, learning_rate=self.learning_rate,
+            steps=self.steps,
+            expected_batch_size=self.expected_batch_size,
+            learning_rate=self.learning_rate,
             log_every=self.log_every,
         )
         checks.non_negative(
-            weight_decay=self.weight_decay, warmup_steps=self.warmup_steps,
-            picture_every_seconds=self.picture_every_seconds, checkpoint_every_seconds=self.checkpoint_every_seconds,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            picture_every_seconds=self.picture_every_seconds,
+            checkpoint_every_seconds=self.checkpoint_every_seconds,
         )
         checks.probability(ema_decay=self.ema_decay)
 

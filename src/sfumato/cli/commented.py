@@ -1,0 +1,108 @@
+"""A recipe as YAML that explains itself: every key with its value and one comment."""
+
+import json
+from typing import Any
+
+from sfumato import recipe as recipes
+from sfumato.recipe import Recipe
+
+EXPLAINED = {
+    "name": "the run's folder: runs/NAME/v1, v2, ...",
+    "data": "Where the records come from, and which of them are declared public.",
+    "data.source": "folder (metadata.jsonl), parquet, or a built-in set: clinic, emoji, mnist, fashion-mnist",
+    "data.path": "the folder or file; relative to where sfumato is started",
+    "data.units": "clinic only: how many patients to make up",
+    "data.public_units": "set aside by a hash of their name, shown in reports, never trained on: they are NOT protected",
+    "data.unit_column": "the column that names the person; null makes every record its own unit",
+    "data.limit_units": "a number here tries the recipe on few units first",
+    "data.image_size": "pixels per side after resizing",
+    "data.channels": "1 grey, 3 colour",
+    "data.languages": "clinic only: en, ru, zh",
+    "data.seed": "of made-up data and of the split; of nothing private",
+    "model": "Codecs (what becomes a tensor), a backbone (what learns), an objective (what it learns).",
+    "model.image": "pixels as they are, or kind: cosine with kept: 16 (the lowest frequencies only)",
+    "model.text": "hashed_words is trained privately; frozen_sentence is a public encoder, outside the guarantee",
+    "model.backbone": "mlp is fast on few cores; unet is the one of diffusers",
+    "model.objective": "diffusion, preconditioned as in Karras et al. 2022",
+    "model.sampling": "how pictures are drawn afterwards; changes no guarantee",
+    "privacy": "The guarantee. These lines say everything that it depends on, together with steps and batch size below.",
+    "privacy.mechanism": "dp_sgd, or none: not private, and marked so everywhere",
+    "privacy.unit": "what is protected: one record, or all the records of one person",
+    "privacy.records_per_unit": "at most this many records of a person are used in a step (their mean gradient counts)",
+    "privacy.population": "the public number of units; null counts them and DECLARES THE COUNT PUBLIC",
+    "privacy.adjacency": "two data sets differ by one unit more or less",
+    "privacy.epsilon": "the budget: below 2 strong and hard to learn with, 5 to 10 usual, above 10 weak",
+    "privacy.noise_multiplier": "instead of epsilon (then set epsilon: null)",
+    "privacy.delta": "the slack of the guarantee, far below 1/N; auto is 1/(N ln N)",
+    "privacy.max_grad_norm": "each unit's gradient is cut to this length",
+    "privacy.accountant": "how the events are added up",
+    "privacy.on_exhausted": "what happens when the budget is spent",
+    "privacy.account": "the ledger that all runs on these data share; null is .sfumato/account.db beside them",
+    "training": "The loop. Steps and batch size belong to the guarantee; the rest only to how well it learns.",
+    "training.steps": "each step is one event in the ledger",
+    "training.expected_batch_size": "units in a batch, on average; larger hides the noise better",
+    "training.optimizer": "adamw or sgd",
+    "training.learning_rate": "",
+    "training.schedule": "cosine or constant",
+    "training.warmup_steps": "",
+    "training.weight_decay": "",
+    "training.ema_decay": "the released weights are a running mean; this is its memory",
+    "training.seed": "of the first weights and of sample grids; never of sampling or noise",
+    "training.log_every": "steps",
+    "training.picture_every_seconds": "a grid of samples in the run's folder",
+    "training.checkpoint_every_seconds": "",
+    "training.tensorboard": "true needs the package tensorboard",
+    "federation": "Only for `sfumato federate`.",
+    "federation.sites": "",
+    "federation.rounds": "",
+    "federation.local_steps": "steps of one site in one round",
+    "evaluation": "What is measured after training, on public records.",
+    "evaluation.samples": "pictures made and measured",
+    "evaluation.judge_seconds": "training time of the classifier that reads them",
+    "evaluation.twin": "true also trains without privacy, to say what privacy cost: NEVER release the twin",
+    "audit": "How hard the attacks try.",
+    "audit.members": "units of each side, trained on and not",
+    "audit.draws": "losses averaged for one record",
+    "audit.confidence": "of the lower bound on epsilon",
+    "release": "What the gate asks before a bundle is written.",
+    "release.max_epsilon": "above this a bundle is refused",
+    "release.require_audit": "",
+    "release.require_quality": "",
+    "performance": "Speed and memory; nothing here can change the guarantee.",
+    "performance.max_physical_batch_size": "units computed at once; smaller needs less memory; null is the whole batch",
+    "performance.threads": "null is torch's own choice",
+}
+
+
+def to_commented_yaml(recipe: Recipe, heading: str) -> str:
+    """The recipe with all its values; ``recipe.load`` of it gives the same recipe."""
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
+    for section, values in recipes.to_mapping(recipe).items():
+        if isinstance(values, dict):
+            lines += ["", f"# {EXPLAINED.get(section, '')}".rstrip(), f"{section}:"]
+            for key, value in values.items():
+                lines += _lines(key, value, EXPLAINED.get(f"{section}.{key}", ""))
+        else:
+            lines += ["", _with_comment(f"{section}: {_scalar(values)}", EXPLAINED.get(section, ""))]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(key: str, value: Any, comment: str) -> list[str]:
+    if isinstance(value, dict):
+        inner = [f"    {name}: {_scalar(inner)}" for name, inner in value.items()]
+        return [_with_comment(f"  {key}:", comment), *inner]
+    return [_with_comment(f"  {key}: {_scalar(value)}", comment)]
+
+
+def _scalar(value: Any) -> str:
+    """One value on one line; JSON is YAML, and quotes whatever could be misread."""
+    plain = isinstance(value, str) and value.replace("_", "").replace("-", "").isalpha()
+    plain = plain and value.isascii() and value.lower() not in _NOT_STRINGS
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+_NOT_STRINGS = ("null", "none", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", "inf")
+
+
+def _with_comment(line: str, comment: str) -> str:
+    return f"{line:<38} # {comment}" if comment else line

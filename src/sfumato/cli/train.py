@@ -1,0 +1,57 @@
+"""``sfumato train``: one recipe, one run, from records to a bundle."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato.cli import words
+from sfumato.cli.answer import INTERRUPTED, Answer
+from sfumato.cli.arguments import Assignments, Out, Recipe
+from sfumato.cli.progress import to_stderr
+
+
+def train(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    out: Out = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run of this recipe.")] = False,
+) -> Answer:
+    """Trains, measures, attacks, reports and bundles.
+
+    Pictures appear in the run's folder while it trains.
+
+    \b
+    Example:
+      sfumato train clinic --set data.units=3000
+      sfumato train my-recipe.yaml --resume
+    """
+    from sfumato import workflow
+
+    result = workflow.train(recipe, assignments=assignments or [], out=out, resume=resume, progress=to_stderr)
+    interrupted = result.get("stopped") == "interrupted"
+    return Answer(result, _words(result), exit_code=INTERRUPTED if interrupted else 0)
+
+
+def _words(result: dict[str, Any]) -> str:
+    parts = [
+        words.pairs(
+            [
+                ("run", result["run"]),
+                ("epsilon", "none: this run is not private" if result.get("epsilon") is None else result["epsilon"]),
+                ("delta", result.get("delta")),
+                ("steps", result.get("steps")),
+                ("seconds", result.get("seconds")),
+                ("stopped by", None if result.get("stopped") == "steps" else result.get("stopped")),
+                ("report", result.get("html")),
+                ("bundle", result.get("bundle")),
+            ]
+        )
+    ]
+    if result.get("quality"):
+        parts.append(words.quality(result["quality"]))
+    if result.get("reasons"):
+        parts.append("Not released:\n" + words.reasons(result["reasons"]))
+    if result.get("stopped") == "interrupted":
+        parts.append("Interrupted; what was spent is in the ledger. next: the same command with --resume.")
+    return "\n\n".join(parts)

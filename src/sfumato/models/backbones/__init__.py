@@ -1,0 +1,1 @@
+"""sfumato.models.backbones: tensors to tensors."""

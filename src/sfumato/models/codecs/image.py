@@ -1,0 +1,89 @@
+"""Pictures to numbers and back, by fixed public maps.
+
+Shapes: R records, H W pixels, C channels, F frequencies kept per side.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import UsageError
+from sfumato.models.settings import Cosine, ImageCodec, Pixels
+
+
+@dataclass(frozen=True)
+class ImageCoder:
+    """Pictures (R, H, W, C) uint8 <-> latents (R, C, h, w) float32.
+
+    ``pixels``: h = H, the value is the grey level in [-1, 1].
+    ``cosine``: h = w = F, the lowest orthonormal DCT-II coefficients times F/H, so that a latent entry has the scale of a
+    pixel of the picture shrunk to F x F. A picture is then band-limited: what is above frequency F is never modelled.
+    """
+
+    settings: ImageCodec
+    height: int
+    width: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        match self.settings:
+            case Pixels():
+                pass
+            case Cosine(kept=kept):
+                if not 1 <= kept <= min(self.height, self.width):
+                    raise UsageError(
+                        f"model.image.kept = {kept} · must be between 1 and the picture's side, "
+                        f"{min(self.height, self.width)}",
+                        next="Keep fewer frequencies, or enlarge data.image_size.",
+                    )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        match self.settings:
+            case Pixels():
+                return self.channels, self.height, self.width
+            case Cosine(kept=kept):
+                return self.channels, kept, kept
+
+    def spectrum(self, sigma_data: float) -> Tensor:
+        """The assumed standard deviation of each latent entry, (C, h, w): a public constant, fitted to nothing."""
+        match self.settings:
+            case Pixels():
+                return torch.full(self.latent_shape, sigma_data)
+            case Cosine(kept=kept, amplitude=amplitude, decay=decay):
+                axis = torch.arange(kept, dtype=torch.float32)
+                radius = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
+                return (amplitude / (1.0 + radius) ** decay).expand(self.latent_shape).clone()
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(R, H, W, C) uint8 -> (R, C, h, w) float32."""
+        x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        match self.settings:
+            case Pixels():
+                return x.contiguous()
+            case Cosine(kept=kept):
+                down = cosine_matrix(self.height, kept).to(x) * math.sqrt(kept / self.height)
+                across = cosine_matrix(self.width, kept).to(x) * math.sqrt(kept / self.width)
+                return (down @ x @ across.T).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(R, C, h, w) float -> (R, H, W, C) uint8, values outside the grey range clipped."""
+        match self.settings:
+            case Pixels():
+                x = latents
+            case Cosine(kept=kept):
+                down = cosine_matrix(self.height, kept).to(latents) * math.sqrt(self.height / kept)
+                across = cosine_matrix(self.width, kept).to(latents) * math.sqrt(self.width / kept)
+                x = down.T @ latents @ across
+        return ((x.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def cosine_matrix(length: int, kept: int) -> Tensor:
+    """The first ``kept`` rows of the orthonormal DCT-II matrix, (kept, length) float64."""
+    n = torch.arange(length, dtype=torch.float64)
+    k = torch.arange(kept, dtype=torch.float64)[:, None]
+    matrix = torch.cos(math.pi / length * (n + 0.5) * k) * math.sqrt(2.0 / length)
+    matrix[0] /= math.sqrt(2.0)
+    return matrix

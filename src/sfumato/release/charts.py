@@ -1,0 +1,170 @@
+"""Charts as inline SVG: no script, no fonts, colours from the page's style so that dark mode and print work.
+
+Every function takes plain numbers and returns markup. Labels are escaped here.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 460, 280  # of the drawing area's coordinates; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 44
+
+Point = Sequence[float]
+
+
+def trajectory(points: Sequence[Point], *, budget: float | None, planned_steps: int | None) -> str:
+    """Epsilon after each step as a line, the budget as a dashed one. Points: [[step, epsilon], ...], ascending."""
+    steps = max([planned_steps or 0, *(int(p[0]) for p in points), 1])
+    top = 1.12 * max([budget or 0.0, *(p[1] for p in points), 1e-9])
+    frame = _Frame((0, steps), (0, top))
+    marks = [frame.axes(_ticks(0, steps), _ticks(0, top), "step", "ε spent so far")]
+    if budget is not None:
+        y = frame.y(budget)
+        marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(_text(LEFT + 6, y - 6, f"budget ε = {budget:.4g}", "mark"))
+    marks.append(frame.line([(0.0, 0.0), *((p[0], p[1]) for p in points)], "line"))
+    last = points[-1]
+    marks.append(frame.dot(last[0], last[1], "dot"))
+    below = budget is not None and last[1] > 0.85 * budget
+    marks.append(
+        _text(frame.x(last[0]) - 8, frame.y(last[1]) + (22 if below else -10), f"ε = {last[1]:.4g}", "value end")
+    )
+    return _svg("Epsilon spent after each step", marks)
+
+
+def curve(points: Sequence[Point], *, at: Point | None) -> str:
+    """The whole epsilon(delta) curve, delta logarithmic. Points: [[delta, epsilon], ...]; ``at`` is the claim."""
+    pairs = sorted((math.log10(p[0]), p[1]) for p in points if p[0] > 0)
+    low, high = math.floor(pairs[0][0]), math.ceil(pairs[-1][0])
+    top = 1.12 * max([pair[1] for pair in pairs] + ([at[1]] if at else []) + [1e-9])
+    frame = _Frame((low, high if high > low else low + 1), (0, top))
+    decades = [(float(power), _power(power)) for power in range(low, high + 1, 1 if high - low <= 7 else 2)]
+    marks = [frame.axes(decades, _ticks(0, top), "δ", "ε"), frame.line(pairs, "line")]
+    if at is not None:
+        x, y = frame.x(math.log10(at[0])), frame.y(at[1])
+        marks.append(f'<path class="guide" d="M{LEFT} {y:.1f}H{x:.1f}V{HEIGHT - BOTTOM}"/>')
+        marks.append(frame.dot(math.log10(at[0]), at[1], "dot"))
+        marks.append(
+            _text(x + 8, y - 8, "the claim", "value")
+            if x < WIDTH - 100
+            else _text(x - 8, y - 8, "the claim", "value end")
+        )
+    return _svg("Epsilon as a function of delta", marks)
+
+
+def roc(series: Mapping[str, Sequence[Point]], *, floor: float) -> str:
+    """Log-log ROC curves: [[false positive rate, true positive rate], ...] by name, the first drawn strongest.
+
+    ``floor`` is the smallest rate shown: one in the number of non-members, below which nothing was measured.
+    """
+    low = max(-5, min(-1, math.floor(math.log10(floor)))) if floor > 0 else -3
+    frame = _Frame((low, 0), (low, 0))
+    decades = [(float(power), _power(power)) for power in range(low, 1)]
+    marks = [frame.axes(decades, decades, "false positive rate", "true positive rate")]
+    marks.append(frame.line([(low, low), (0, 0)], "chance"))
+    marks.append(_text(frame.x(low) + 42, frame.y(low) - 12, "guessing", "mark"))
+    for index, points in enumerate(series.values()):
+        logs = [
+            (math.log10(p[0]), math.log10(p[1]))
+            for p in sorted((p[0], p[1]) for p in points)
+            if p[0] >= 10**low and p[1] >= 10**low
+        ]
+        if logs:
+            marks.append(frame.line(logs, ("line", "line second", "line third")[min(index, 2)]))
+    return _svg("ROC curves of the attacks, both axes logarithmic", marks)
+
+
+def row(
+    value: float, low: float | None, high: float | None, baselines: Mapping[str, float], scale: tuple[float, float]
+) -> str:
+    """One figure on a horizontal scale: a dot with its interval, a mark for each baseline."""
+    span = scale[1] - scale[0] or 1.0
+
+    def place(number: float) -> str:
+        return f"{100 * min(1.0, max(0.0, (number - scale[0]) / span)):.2f}%"
+
+    marks = ['<line class="rail" x1="0%" x2="100%" y1="12" y2="12"/>']
+    for name, number in baselines.items():
+        shape = {
+            "real held-out": '<path class="real" d="M0 3V21"/>',
+            "shuffled captions": '<circle class="shuffled" cx="0" cy="12" r="4"/>',
+            "non-private twin": '<path class="twin" d="M-5.5 12L0 6.5L5.5 12L0 17.5Z"/>',
+        }.get(name, '<path class="other" d="M-4 8L4 16M4 8L-4 16"/>')
+        title = f"<title>{escape(name)}: {number:.4g}</title>"
+        marks.append(f'<svg class="at" x="{place(number)}" overflow="visible">{title}{shape}</svg>')
+    if low is not None and high is not None:
+        marks.append(f'<line class="interval" x1="{place(low)}" x2="{place(high)}" y1="12" y2="12"/>')
+    marks.append(
+        f'<circle class="dot" cx="{place(value)}" cy="12" r="5"><title>this model: {value:.4g}</title></circle>'
+    )
+    label = f"this model: {value:.4g}"
+    return f'<svg class="row" role="img" aria-label="{label}" width="100%" height="24">{"".join(marks)}</svg>'
+
+
+def bar(value: float, limit: float) -> str:
+    """A share of a limit, as a bar."""
+    share = 0.0 if limit <= 0 else min(1.0, max(0.0, value / limit))
+    return (
+        f'<svg class="bar" role="img" aria-label="{value:.4g} of {limit:.4g}" width="100%" height="10">'
+        '<rect class="rest" width="100%" height="10" rx="2"/>'
+        f'<rect class="part" width="{100 * share:.2f}%" height="10" rx="2"/></svg>'
+    )
+
+
+class _Frame:
+    """Data coordinates to drawing coordinates."""
+
+    def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
+        self.xs, self.ys = xs, ys
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM)
+
+    def line(self, points: Sequence[tuple[float, float]], style: str) -> str:
+        path = "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+        return f'<path class="{style}" d="M{path}"/>'
+
+    def dot(self, x: float, y: float, style: str) -> str:
+        return f'<circle class="{style}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4.5"/>'
+
+    def axes(self, xs: Sequence[tuple[float, str]], ys: Sequence[tuple[float, str]], x_label: str, y_label: str) -> str:
+        marks: list[str] = []
+        for value, label in ys:
+            y = f"{self.y(value):.1f}"
+            marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            marks.append(_text(LEFT - 8, self.y(value) + 4, label, "tick end"))
+        for value, label in xs:
+            marks.append(_text(self.x(value), HEIGHT - BOTTOM + 18, label, "tick middle"))
+        marks.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        )
+        marks.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "label middle"))
+        turn = f"translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)"
+        marks.append(f'<text class="label middle" transform="{turn}">{escape(y_label)}</text>')
+        return "".join(marks)
+
+
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About five round numbers."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    first = math.ceil(low / step)
+    return [(index * step, f"{index * step:.6g}") for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _power(power: int) -> str:
+    return "1" if power == 0 else "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _text(x: float, y: float, text: str, style: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _svg(title: str, marks: Sequence[str]) -> str:
+    box = f"0 0 {WIDTH} {HEIGHT}"
+    return f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="{box}">{"".join(marks)}</svg>'

@@ -1,0 +1,140 @@
+"""Whether a run may be released, and every reason why not."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import SfumatoError
+from sfumato.release import provenance
+from sfumato.release.settings import ReleaseSettings
+
+SLACK = 1e-6  # of epsilon, as in verify
+
+
+def check(run_dir: Path, settings: ReleaseSettings) -> tuple[bool, list[dict[str, str]]]:
+    """Approves a run, or refuses it with all reasons: dicts with code, message, next. Approved means no reason.
+
+    An audit that is INCONCLUSIVE does not refuse: it proves neither side. One that found a VIOLATION does.
+    """
+    run_dir = Path(run_dir)
+    reasons: list[dict[str, str]] = []
+    try:
+        _check_run(run_dir, settings, reasons)
+    except SfumatoError as error:  # an unreadable file of the run is a reason too
+        reasons.append(error.as_dict())
+    return not reasons, reasons
+
+
+def _check_run(run_dir: Path, settings: ReleaseSettings, reasons: list[dict[str, str]]) -> None:
+    def refuse(code: str, message: str, next: str) -> None:
+        reasons.append({"code": code, "message": message, "next": next})
+
+    name = run_dir.name
+    if (run_dir / "reports" / "federation.json").is_file():
+        refuse(
+            "federated",
+            f"run = {name} · was trained at several sites, each with a ledger; a bundle states one ledger",
+            "Keep the sites' ledgers with the run; release a run of one site.",
+        )
+    if not (run_dir / "resolved.yaml").is_file():
+        refuse("no_recipe", "resolved.yaml · is not there", "Release from the folder that `sfumato train` wrote.")
+    for report, needed, how in (
+        ("privacy", True, "Finish the training of this run."),
+        ("cost", True, "Finish the training of this run."),
+        (
+            "quality",
+            settings.require_quality,
+            "Run `sfumato evaluate` on this run, or set release.require_quality: false.",
+        ),
+        ("audit", settings.require_audit, "Run `sfumato audit` on this run, or set release.require_audit: false."),
+    ):
+        if needed and not (run_dir / "reports" / f"{report}.json").is_file():
+            refuse(f"no_{report}_report", f"reports/{report}.json · is not there", how)
+    audit = provenance.read_json(run_dir / "reports" / "audit.json")
+    if audit is not None and audit.get("verdict") not in ("CONSISTENT", "INCONCLUSIVE"):
+        refuse(
+            "audit_violation",
+            f"audit = {audit.get('verdict')} · the measured leakage is above the claim",
+            "Do not release this model: either the claim or the code is wrong. See reports/audit.json.",
+        )
+    _check_model(run_dir, refuse)
+    privacy = provenance.read_json(run_dir / "reports" / "privacy.json")
+    if privacy is not None:
+        _check_claim(run_dir, privacy, settings, refuse)
+
+
+def _check_model(run_dir: Path, refuse: Any) -> None:
+    found, unsafe = provenance.model_files(run_dir / "model")
+    if not any(shapes is not None for shapes in found.values()):
+        refuse("no_model", "model/ · has no safetensors file", "Finish the training of this run.")
+        return
+    if unsafe:
+        refuse(
+            "unsafe_file",
+            f"model/ · may not hold {', '.join(unsafe[:5])}",
+            "Save weights as safetensors and settings as JSON; no links.",
+        )
+    wrong = provenance.taint_problems(provenance.read_json(run_dir / "taint.json"), found)
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        refuse(
+            "taint_incomplete",
+            f"taint.json · {'; '.join(wrong[:5])}{more}",
+            "Say of each tensor whether it is dp-sgd, public or constant; what is none of these may not leave.",
+        )
+
+
+def _check_claim(run_dir: Path, privacy: dict[str, Any], settings: ReleaseSettings, refuse: Any) -> None:
+    from sfumato.privacy import ledger
+
+    if privacy.get("not_for_release"):
+        refuse("not_for_release", f"NOT FOR RELEASE · {privacy['not_for_release']}", "Train again without it.")
+    epsilon, delta = privacy.get("epsilon"), privacy.get("delta")
+    if (
+        privacy.get("definition") != "(epsilon, delta)-DP"
+        or not isinstance(epsilon, (int, float))
+        or not math.isfinite(epsilon)
+    ):
+        refuse("not_private", "privacy = none · this run has no guarantee", "Train with privacy.mechanism: dp_sgd.")
+        return
+    if epsilon > settings.max_epsilon + SLACK:
+        refuse(
+            "epsilon_above_policy",
+            f"epsilon = {epsilon:.4g} · the policy allows {settings.max_epsilon:g}",
+            "Train with a smaller privacy.epsilon, or let whoever owns the policy raise release.max_epsilon.",
+        )
+    path = run_dir / "ledger.db"
+    if not path.is_file():
+        refuse("no_ledger", "ledger.db · is not there", "A run without its ledger cannot show what it spent.")
+        return
+    spent = ledger.show(path)
+    if not spent.get("valid"):
+        refuse(
+            "ledger_invalid",
+            "ledger.db · its chain of entries is broken",
+            "Do not release: find out who changed the ledger.",
+        )
+        return
+    if spent.get("delta") is not None and spent["delta"] != delta:
+        refuse(
+            "ledger_delta",
+            f"delta = {delta} · the ledger was planned for {spent['delta']}",
+            "Write the privacy report again.",
+        )
+    recomputed = spent.get("epsilon")
+    planned = (privacy.get("mechanism") or {}).get("target_epsilon")
+    if recomputed is None or not math.isfinite(recomputed):
+        refuse("ledger_empty", "ledger.db · gives no finite epsilon", "Finish the training of this run.")
+        return
+    if recomputed > epsilon + SLACK:
+        refuse(
+            "ledger_above_claim",
+            f"epsilon = {epsilon:.6g} · the ledger's events give {recomputed:.6g}",
+            "Write the privacy report again from the ledger.",
+        )
+    if isinstance(planned, (int, float)) and recomputed > planned + SLACK:
+        refuse(
+            "ledger_above_plan",
+            f"epsilon = {recomputed:.6g} · the plan allowed {planned:.6g}",
+            "Do not release: the run passed its budget.",
+        )

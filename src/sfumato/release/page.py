@@ -1,0 +1,313 @@
+"""The report: one HTML page without network, scripts or fonts of its own, and the same values as JSON.
+
+Both are views of a run's reports. The internal version shows everything; the public one what ``boundary`` lets through.
+"""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.release import boundary, charts, provenance, templates, wording
+from sfumato.release.settings import ReleaseSettings
+
+MAX_PICTURE = 8 * 2**20  # bytes of one PNG that is put into the page
+STRIP = 6  # pictures over time
+POINTS = 10  # of the trajectory when it is computed from the plan
+
+MISSING = {
+    "privacy": "What this run guarantees was not written yet: finish the training with `sfumato train --resume`.",
+    "quality": "Quality was not measured: run `sfumato evaluate` on this run.",
+    "audit": "No attack was run: run `sfumato audit` on this run.",
+    "cost": "Cost was not written yet: finish the training with `sfumato train --resume`.",
+}
+
+
+def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
+    """Every value of the page.
+
+    Raises: UsageError where ``run_dir`` is not a run; PrivacyRefused for the public version of a run without guarantee,
+      whose samples and figures nothing covers.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UsageError(f"run = {run_dir} · must be the folder of a run", next="See `sfumato runs`.")
+    everything = provenance.collect(run_dir)
+    reports = {name: provenance.read_json(run_dir / "reports" / f"{name}.json") for name in MISSING}
+    recipe, guarantee = everything["recipe"], reports["privacy"]
+    private = _is_private(guarantee, recipe)
+    marker = str((guarantee or {}).get("not_for_release") or "")
+    if public and (not private or guarantee is None or marker):
+        raise PrivacyRefused(
+            f"public report of {run_dir.name} · {marker or 'nothing covers what a run without guarantee shows'}",
+            next="Read the internal report (without --public), or train with privacy.mechanism: dp_sgd.",
+            code="not_private" if not marker else "not_for_release",
+        )
+    if public and (reports["audit"] or {}).get("verdict") == "VIOLATION":
+        raise PrivacyRefused(
+            f"public report of {run_dir.name} · the audit found more leakage than the claim allows",
+            next="Publish nothing of this run: either the claim or the code is wrong. See reports/audit.json.",
+            code="audit_violation",
+        )
+    federation = provenance.read_json(run_dir / "reports" / "federation.json")
+    if public:
+        recipe = boundary.recipe(recipe)
+        everything = {**everything, "recipe": recipe, "data_card": boundary.data_card(everything["data_card"])}
+        reports["quality"] = None if reports["quality"] is None else boundary.quality(reports["quality"])
+        reports["audit"] = (
+            None if reports["audit"] is None else boundary.audit(reports["audit"], recipe, guarantee or {})
+        )
+        reports["cost"] = None if reports["cost"] is None else boundary.cost(reports["cost"], recipe)
+        federation = None if federation is None else _public_federation(federation)
+    return {
+        "run": f"{run_dir.resolve().parent.name}/{run_dir.resolve().name}",
+        "name": str(recipe.get("name") or run_dir.name),
+        "public": public,
+        "private": private,
+        "not_for_release": marker,
+        "guarantee": guarantee,
+        "trajectory": _trajectory(run_dir, guarantee, public=public) if private else [],
+        "quality": reports["quality"],
+        "audit": reports["audit"],
+        "cost": reports["cost"],
+        "federation": federation,
+        "pictures": _pictures(run_dir),
+        "provenance": everything,
+        "missing": {name: text for name, text in MISSING.items() if reports[name] is None},
+    }
+
+
+def render(run_dir: Path | str, *, public: bool = False) -> str:
+    """The page as HTML."""
+    run_dir = Path(run_dir)
+    values = as_json(run_dir, public=public)
+    return templates.fill(
+        "report.html",
+        **values,
+        words=wording,
+        bar=charts.bar,
+        growth=None if values["guarantee"] is None else _growth(values["guarantee"].get("epsilon")),
+        charts=_charts(values),
+        quality_groups=_quality_groups(values["quality"]),
+        images={name: _picture(run_dir / "samples" / name) for name in _shown(values["pictures"])},
+        settings=_flat(values["provenance"]["recipe"]),
+        posterior=_posterior(values["guarantee"]),
+        detection=_detection(values["guarantee"]),
+        max_epsilon=_policy(values["provenance"]["recipe"]),
+    )
+
+
+def _is_private(guarantee: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> bool:
+    if guarantee is not None:
+        return guarantee.get("definition") == "(epsilon, delta)-DP" and isinstance(
+            guarantee.get("epsilon"), (int, float)
+        )
+    return (recipe.get("privacy") or {}).get("mechanism", "dp_sgd") != "none"
+
+
+def _policy(recipe: Mapping[str, Any]) -> float:
+    return float((recipe.get("release") or {}).get("max_epsilon") or ReleaseSettings().max_epsilon)
+
+
+def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: bool) -> list[list[float]]:
+    """[[step, epsilon], ...]: as logged; in the public version, and without a log, computed from the plan alone."""
+    logged = [] if public else _logged(run_dir / "metrics.jsonl")
+    if logged or guarantee is None:
+        return logged
+    mechanism = guarantee.get("mechanism") or {}
+    steps, delta = mechanism.get("steps_spent"), guarantee.get("delta")
+    rate, noise = mechanism.get("sampling_rate"), mechanism.get("noise_multiplier")
+    if rate is None and mechanism.get("expected_batch_size") and guarantee.get("population"):
+        rate = mechanism["expected_batch_size"] / guarantee["population"]
+    if not (isinstance(steps, int) and steps > 0 and delta and rate and noise):
+        return []
+    from sfumato.privacy import accounting
+
+    counts = sorted({max(1, round(steps * (index / POINTS) ** 2)) for index in range(1, POINTS + 1)})
+    events = (
+        accounting.Event(sampling_rate=float(rate), noise_multiplier=float(noise), count=count) for count in counts
+    )
+    points = [(event.count, accounting.epsilon([event], delta)) for event in events]
+    return [[count, epsilon] for count, epsilon in points if epsilon is not None and math.isfinite(epsilon)]
+
+
+def _logged(path: Path) -> list[list[float]]:
+    """Step and epsilon of a log; a torn last line (a killed run) is left out, as it is when a run resumes."""
+    points: dict[int, float] = {}
+    if not path.is_file():
+        return []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        step, epsilon = (entry.get("step"), entry.get("epsilon")) if isinstance(entry, dict) else (None, None)
+        if isinstance(step, int) and isinstance(epsilon, (int, float)) and math.isfinite(epsilon):
+            points[step] = max(float(epsilon), points.get(step, 0.0))  # after a resume a step may be logged twice
+    return [[step, points[step]] for step in sorted(points)]
+
+
+def _public_federation(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Sites' claims and sizes are public at every site; what the rounds measured, and words of a refusal, are not."""
+    keys = ("name", "epsilon", "delta", "rounds", "units", "population")
+    sites = [{key: site[key] for key in keys if key in site} for site in report.get("sites") or []]
+    for site, full in zip(sites, report.get("sites") or [], strict=True):
+        site["refused"] = _length(full.get("refused"))
+    return {"sites": sites, "rounds": _length(report.get("rounds"))}
+
+
+def _length(value: Any) -> int:
+    """How many: of a list its length, of a number itself."""
+    return len(value) if isinstance(value, (list, tuple)) else int(value or 0)
+
+
+def _pictures(run_dir: Path) -> dict[str, Any]:
+    """Names of the sample files, and the captions of the grids."""
+    folder = run_dir / "samples"
+    steps = sorted(path.name for path in folder.glob("step-*.png")) if folder.is_dir() else []
+    captions: Any = []
+    if (folder / "captions.json").is_file():
+        try:
+            captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / 'captions.json'} · must be JSON ({error})", next="Remove it.") from None
+    if isinstance(captions, dict):
+        captions = captions.get("captions") or []
+    return {
+        "final": "final.png" if (folder / "final.png").is_file() else (steps[-1] if steps else None),
+        "real": "real.png" if (folder / "real.png").is_file() else None,
+        "steps": _spread(steps, STRIP),
+        "captions": [str(caption) for caption in captions],
+    }
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the names, first and last among them, evenly."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(index * (len(names) - 1) / (count - 1))] for index in range(count)]
+
+
+def _shown(pictures: Mapping[str, Any]) -> list[str]:
+    return [name for name in (pictures["final"], pictures["real"], *pictures["steps"]) if name]
+
+
+def _picture(path: Path) -> dict[str, Any] | None:
+    """A PNG as a data address with its size in pixels; None for what is no PNG of reasonable size."""
+    if path.stat().st_size > MAX_PICTURE:
+        return None
+    data = path.read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        return None
+    step = re.search(r"step-0*(\d+)", path.name)
+    return {
+        "src": "data:image/png;base64," + base64.b64encode(data).decode("ascii"),
+        "width": int.from_bytes(data[16:20], "big"),
+        "height": int.from_bytes(data[20:24], "big"),
+        "step": int(step.group(1)) if step else None,
+    }
+
+
+def _charts(values: Mapping[str, Any]) -> dict[str, str]:
+    """The SVG charts that the run has values for, by name."""
+    drawn: dict[str, str] = {}
+    guarantee, audit = values["guarantee"] or {}, values["audit"] or {}
+    mechanism = guarantee.get("mechanism") or {}
+    target = mechanism.get("target_epsilon")
+    if values["trajectory"]:
+        drawn["trajectory"] = charts.trajectory(
+            values["trajectory"],
+            budget=target if isinstance(target, (int, float)) else None,
+            planned_steps=mechanism.get("steps_planned"),
+        )
+    curve = [point for point in guarantee.get("curve") or [] if point[1] is not None and math.isfinite(point[1])]
+    if len(curve) > 1 and values["private"]:
+        drawn["curve"] = charts.curve(
+            curve, at=(guarantee["delta"], guarantee["epsilon"]) if guarantee.get("delta") else None
+        )
+    if not values["public"]:
+        control = audit.get("positive_control")
+        attacks = [*audit.get("attacks", []), *([control] if control else [])]
+        series = {
+            f"{index} {attack['name']}": attack["roc"] for index, attack in enumerate(attacks) if attack.get("roc")
+        }
+        if series:
+            drawn["roc"] = charts.roc(
+                series, floor=1 / max(2, max(attack.get("nonmembers") or 2 for attack in attacks))
+            )
+    return drawn
+
+
+def _quality_groups(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Figures with their drawn rows, those that agree with facts or captions first."""
+    groups: dict[str, list[dict[str, Any]]] = {
+        "Does the picture say what its text says?": [],
+        "Do the pictures look like real ones?": [],
+    }
+    for figure in (report or {}).get("figures", []):
+        agrees = re.search(r"agree|kappa|retriev|recall|R@|accuracy", figure.get("name", ""), re.IGNORECASE)
+        baseline = figure.get("baseline") or {}
+        scale = _scale(
+            [
+                figure["value"],
+                *baseline.values(),
+                *(v for v in (figure.get("low"), figure.get("high")) if v is not None),
+            ]
+        )
+        drawn = charts.row(figure["value"], figure.get("low"), figure.get("high"), baseline, scale)
+        groups[list(groups)[0 if agrees else 1]].append(
+            {**figure, "baseline": baseline, "drawn": drawn, "scale": scale}
+        )
+    return [{"title": title, "figures": figures} for title, figures in groups.items() if figures]
+
+
+def _scale(numbers: Sequence[float]) -> tuple[float, float]:
+    """0 to 1 where that fits (a little below 0 for kappa), else 0 to a bit more than the largest."""
+    low, high = min(numbers), max(numbers)
+    if high <= 1:
+        return (0.0, 1.0) if low >= 0 else (max(-1.0, low * 1.1), 1.0)
+    return (min(0.0, low * 1.1), high * 1.08)
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """The recipe as rows by section, nested keys joined by dots."""
+
+    def rows(value: Any, path: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping):
+            return [row for key, inner in value.items() for row in rows(inner, f"{path}.{key}" if path else str(key))]
+        return [(path, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else wording.number(value))]
+
+    return {section: rows(value, "") for section, value in recipe.items() if isinstance(value, Mapping)}
+
+
+def _growth(epsilon: Any) -> str | None:
+    """e^epsilon in digits, while it can be read; rounded up."""
+    return wording.bound(math.exp(epsilon)) if isinstance(epsilon, (int, float)) and epsilon < 9.2 else None
+
+
+def _posterior(guarantee: Mapping[str, Any] | None) -> float | None:
+    """The largest belief in membership that can grow from one half under pure epsilon; delta is said beside it."""
+    epsilon = (guarantee or {}).get("epsilon")
+    return None if not isinstance(epsilon, (int, float)) else 1 / (1 + math.exp(-epsilon))
+
+
+def _detection(guarantee: Mapping[str, Any] | None) -> list[tuple[float, float]]:
+    """[(false positive rate, largest true positive rate of any attack)], over all (delta, epsilon) that are claimed.
+
+    TPR <= min(e^epsilon FPR + delta, 1 - e^-epsilon (1 - delta - FPR)). Source: Kairouz et al. 2015, Theorem 2.1.
+    """
+    points = [*((guarantee or {}).get("curve") or [])]
+    if guarantee and isinstance(guarantee.get("epsilon"), (int, float)) and guarantee.get("delta"):
+        points.append([guarantee["delta"], guarantee["epsilon"]])
+    points = [point for point in points if point[1] is not None and math.isfinite(point[1])]
+    if not points:
+        return []
+
+    def largest(rate: float) -> float:
+        return min(min(math.exp(min(50.0, e)) * rate + d, 1 - math.exp(-e) * (1 - d - rate)) for d, e in points)
+
+    return [(rate, min(1.0, largest(rate))) for rate in (0.01, 0.001)]

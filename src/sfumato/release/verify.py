@@ -1,0 +1,404 @@
+"""Whether a bundle is what its signer says, recomputed by a stranger without torch, network or trust. [shell]
+
+In this order, and nothing later is looked at before what it rests on holds:
+
+1. layout      only the known files, plain files, no links, within the limits
+2. signature   canonical manifest, known signer, valid Ed25519
+3. files       exactly the manifest's files, with its sizes and hashes
+4. the claims  release marker, taint of tensors, what may leave, epsilon recomputed from the events, plan, card
+
+What it cannot tell: that the training did what its ledger says. That is what the signature vouches for, and what
+conformance tests and audits are for.
+"""
+
+import hashlib
+import math
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from sfumato.errors import SfumatoError, UsageError, VerificationFailed
+from sfumato.release import boundary, canonical, card, keys, manifest, provenance, tensors
+from sfumato.release.keys import PublicKey
+from sfumato.release.manifest import FileEntry
+
+if TYPE_CHECKING:
+    from sfumato.privacy.accounting import Event
+
+TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
+MAX_EVENTS = 100_000
+MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
+
+MECHANISM_KEYS = ("sampling_rate", "expected_batch_size", "noise_multiplier", "max_grad_norm", "target_epsilon")
+PRIVACY_KEYS = (
+    "definition",
+    "epsilon",
+    "delta",
+    "unit",
+    "records_per_unit",
+    "adjacency",
+    "population",
+    "accountants",
+    "curve",
+    "boundary",
+    "trust_model",
+    "mechanism",
+    "composed_with",
+    "not_promised",
+    "not_for_release",
+    "taint",
+    "covered_by",
+)
+
+
+def verify(
+    bundle_dir: Path | str, *, key_file: Path | str | None = None, trusted_dir: Path | str | None = None
+) -> dict[str, Any]:
+    """Checks a bundle.
+
+    Args:
+      key_file: the signer's public key; no other is then accepted.
+      trusted_dir: a folder of public keys; without both, the user's own list.
+
+    Returns: valid, checks [{name, ok, detail}], epsilon and delta (recomputed; None if not reached), signer.
+    Raises: UsageError where there is no such folder or the key cannot be read. A bad bundle is a result, not an
+      exception; ``require_valid`` makes it one.
+    """
+    folder = Path(bundle_dir)
+    if not folder.is_dir():
+        raise UsageError(f"bundle = {folder} · must be a folder", next="Give the folder that holds manifest.json.")
+    if key_file is not None:
+        key = keys.read_public(Path(key_file))
+        return verify_with(folder, {key.id: key})
+    return verify_with(folder, keys.trusted(None if trusted_dir is None else Path(trusted_dir)))
+
+
+def require_valid(result: Mapping[str, Any]) -> None:
+    """Raises VerificationFailed (exit code 4) naming the first check that failed."""
+    for check in result["checks"]:
+        if not check["ok"]:
+            raise VerificationFailed(
+                f"{check['name']} · {check['detail']}",
+                next=check.get("next", "Do not use this bundle; ask for it again."),
+                code=check.get("code", VerificationFailed.code),
+            )
+
+
+def verify_with(folder: Path, trusted: Mapping[str, PublicKey]) -> dict[str, Any]:
+    """As ``verify``, with the keys that may have signed, by id."""
+    result: dict[str, Any] = {"valid": False, "checks": [], "epsilon": None, "delta": None, "signer": None}
+    bundle = _Bundle(folder, trusted)
+    for name, step in (("layout", bundle.layout), ("signature", bundle.signature), ("files", bundle.files)):
+        if not _record(result, name, step):
+            return result
+    result["signer"] = bundle.signer
+    for name, step in (
+        ("reports", bundle.reports),
+        ("release marker", bundle.release_marker),
+        ("taint", bundle.taint),
+        ("what leaves", bundle.what_leaves),
+        ("plan", bundle.plan),
+        ("ledger", bundle.ledger),
+        ("epsilon", bundle.epsilon),
+    ):
+        if not _record(result, name, step) and name == "reports":
+            return result
+    if all(check["ok"] for check in result["checks"]):  # what is wrong already is not worth comparing
+        _record(result, "card", bundle.card)
+    result["epsilon"], result["delta"] = bundle.recomputed
+    result["valid"] = all(check["ok"] for check in result["checks"])
+    return result
+
+
+def _record(result: dict[str, Any], name: str, step: Callable[[], str]) -> bool:
+    """Runs one check; whatever is wrong with the bundle becomes its detail."""
+    try:
+        result["checks"].append({"name": name, "ok": True, "detail": step()})
+        return True
+    except VerificationFailed as error:
+        failed = {"name": name, "ok": False, "detail": error.message, "next": error.next, "code": error.code}
+    except OSError as error:
+        failed = {"name": name, "ok": False, "detail": f"a file could not be read ({error.strerror})"}
+    result["checks"].append(failed)
+    return False
+
+
+class _Bundle:
+    """The bundle as read so far: each method is one check, and returns its detail in words."""
+
+    def __init__(self, folder: Path, trusted: Mapping[str, PublicKey]) -> None:
+        self.folder = folder
+        self.trusted = trusted
+        self.found: dict[str, int] = {}  # size by name, of every file but manifest and signature
+        self.manifest_bytes = b""
+        self.listed: dict[str, FileEntry] = {}
+        self.signer: str | None = None
+        self.text: dict[str, bytes] = {}  # the very bytes that were hashed, of all but weights
+        self.weights: dict[str, dict[str, tuple[int, ...]] | None] = {}
+        self.json: dict[str, dict[str, Any]] = {}
+        self.events: Sequence[Event] = ()
+        self.recomputed: tuple[float | None, float | None] = (None, None)
+
+    def layout(self) -> str:
+        self.found = _walk(self.folder)
+        for name in (manifest.MANIFEST, manifest.SIGNATURE):
+            if name not in self.found:
+                raise _failed(f"{name} is not there")
+            del self.found[name]
+        for name in self.found:
+            manifest.check_name(name)
+        manifest.check_names(self.found)
+        return f"{len(self.found) + 2} plain files, no links"
+
+    def signature(self) -> str:
+        self.manifest_bytes = _read(self.folder, manifest.MANIFEST, manifest.MAX_MANIFEST)
+        signature = _read(self.folder, manifest.SIGNATURE, manifest.MAX_SIGNATURE)
+        self.signer = manifest.check_signature(self.manifest_bytes, signature, self.trusted).id
+        return f"Ed25519 by key {self.signer}"
+
+    def files(self) -> str:
+        self.listed = manifest.read(self.manifest_bytes)
+        extra, missing = sorted(set(self.found) - set(self.listed)), sorted(set(self.listed) - set(self.found))
+        if extra or missing:
+            raise _failed(
+                f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}"
+            )
+        for name, entry in self.listed.items():
+            if self.found[name] != entry.size:
+                raise _failed(f"{name} has {self.found[name]} bytes, the manifest says {entry.size}")
+        for name, entry in self.listed.items():
+            if name.endswith(".safetensors"):
+                sha256 = self._read_weights(name, entry.size)
+            else:
+                self.text[name] = _read(self.folder, name, entry.size)
+                sha256 = hashlib.sha256(self.text[name]).hexdigest()
+            if sha256 != entry.sha256:
+                raise _failed(f"{name} is not the file that was signed")
+        return f"{len(self.listed)} files have the signed sizes and SHA-256"
+
+    def _read_weights(self, name: str, size: int) -> str:
+        """Hashes a file of weights and reads its header in the same reading."""
+        digest = hashlib.sha256()
+        with _open(self.folder, name) as file:
+            first = file.read(8)
+            digest.update(first)
+            length = tensors.header_length(first, name)
+            header = file.read(length)
+            digest.update(header)
+            data = 0
+            while part := file.read(2**20):
+                digest.update(part)
+                data += len(part)
+                if data > size:
+                    raise _failed(f"{name} grew while it was read")
+        self.weights[name] = tensors.read_header(header, data, name)
+        return digest.hexdigest()
+
+    def reports(self) -> str:
+        self.json = {name: canonical.decode_object(self.text[name], name) for name in manifest.REPORTS}
+        privacy = self.json["privacy.json"]
+        unknown = [key[:80] for key in privacy if key not in PRIVACY_KEYS]
+        if unknown:
+            raise _failed(f"privacy.json: unknown entries {', '.join(map(ascii, unknown[:5]))}")
+        for key in ("mechanism", "accountants", "taint"):
+            if not isinstance(privacy.get(key), dict):
+                raise _failed(f"privacy.json: {key} must be an object")
+        for key in ("epsilon", "delta"):
+            if not _number(privacy.get(key)) or not privacy[key] > 0:
+                raise _failed(f"privacy.json: {key} = {str(privacy.get(key))[:40]} must be a number > 0")
+        for key in ("boundary", "not_promised"):
+            if not isinstance(privacy.get(key), list) or not all(isinstance(item, str) for item in privacy[key]):
+                raise _failed(f"privacy.json: {key} must be a list of sentences")
+        if privacy["delta"] >= 1 or privacy["epsilon"] > MAX_CLAIM:
+            raise _failed("privacy.json: the claim is void (delta >= 1, or epsilon too large to mean anything)")
+        provenance_json = self.json["provenance.json"]
+        for key in ("recipe", "code", "dependencies"):
+            if not isinstance(provenance_json.get(key), dict):
+                raise _failed(f"provenance.json: {key} must be an object")
+        return f"{len(self.json)} reports are plain JSON with the entries they need"
+
+    def release_marker(self) -> str:
+        privacy = self.json["privacy.json"]
+        if privacy.get("not_for_release") != "":
+            raise _failed(f"NOT FOR RELEASE: {str(privacy.get('not_for_release'))[:200]}")
+        if privacy.get("definition") != "(epsilon, delta)-DP":
+            raise _failed(f"definition = {str(privacy.get('definition'))[:60]!r}: there is no guarantee to verify")
+        return "not marked as unfit for release"
+
+    def taint(self) -> str:
+        found = {name: self.weights.get(name) for name in self.listed if name.startswith(manifest.MODEL)}
+        wrong = provenance.taint_problems(self.json["privacy.json"]["taint"], found)
+        if wrong:
+            raise _failed("; ".join(wrong[:5]))
+        count = sum(len(names) for names in found.values() if names is not None)
+        return f"all {count} tensors are listed as dp-sgd, public or constant"
+
+    def what_leaves(self) -> str:
+        wrong = boundary.problems(self.json)
+        if wrong:
+            raise _failed("; ".join(wrong[:5]))
+        return "no internal figure, no outcome of an attack on members"
+
+    def plan(self) -> str:
+        """The recipe, the plan and the claim speak of one mechanism."""
+        privacy, recipe = self.json["privacy.json"], self.json["provenance.json"]["recipe"]
+        asked = recipe.get("privacy")
+        if not isinstance(asked, dict) or asked.get("mechanism") != "dp_sgd":
+            raise _failed("provenance.json: the recipe has no private mechanism")
+        for key in ("unit", "records_per_unit", "adjacency"):
+            if asked.get(key) != privacy.get(key):
+                raise _failed(
+                    f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
+                )
+        target = asked.get("epsilon")
+        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
+            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
+        population = privacy.get("population")
+        if not (type(population) is int and 0 < population < 2**53):
+            raise _failed("population must be a whole number > 0")
+        if privacy["delta"] >= 1 / population:
+            raise _failed(f"delta = {privacy['delta']} must be below 1/N = {1 / population:.3g}")
+        return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
+
+    def ledger(self) -> str:
+        """The ledger's chain, its plan and its events are those of the claim."""
+        from sfumato.privacy import ledger
+        from sfumato.privacy.plan import DpSgd
+
+        privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
+        try:
+            text = self.text["ledger.jsonl"].decode("utf-8")
+            self.events, plan = ledger.events_of_jsonl(text), ledger.plan_of_jsonl(text)
+        except (SfumatoError, ValueError, RecursionError) as error:
+            raise _failed(str(error)[:300]) from None
+        if not isinstance(plan, DpSgd):
+            raise _failed("ledger.jsonl was kept under no private plan")
+        if not self.events or len(self.events) > MAX_EVENTS:
+            raise _failed(
+                f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
+            )
+        steps = sum(event.count for event in self.events)
+        stated = {
+            **{
+                key: (privacy.get(key), getattr(plan, key))
+                for key in ("delta", "population", "unit", "records_per_unit", "adjacency")
+            },
+            **{key: (mechanism.get(key), getattr(plan, key)) for key in MECHANISM_KEYS},
+            "steps_planned": (mechanism.get("steps_planned"), plan.steps),
+            "steps_spent": (mechanism.get("steps_spent"), steps),
+        }
+        for key, (claimed, kept) in stated.items():
+            if claimed != kept or isinstance(claimed, bool):
+                raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {kept}")
+        for event in self.events:
+            if (event.sampling_rate, event.noise_multiplier) != (plan.sampling_rate, plan.noise_multiplier):
+                raise _failed("an event of the ledger is not one of its plan")
+        if steps > plan.steps:
+            raise _failed(f"the ledger charges {steps} steps, its plan allows {plan.steps}")
+        trained = self.json["cost.json"].get("steps")
+        if type(trained) is not int or trained > steps:
+            raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {steps}")
+        return f"{steps} events of {plan.steps} planned, the chain is whole"
+
+    def epsilon(self) -> str:
+        from sfumato.privacy import accounting
+
+        delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
+        if not self.events:
+            raise _failed("there are no events to recompute it from")
+        try:
+            recomputed = accounting.epsilon(self.events, delta)
+        except (SfumatoError, ValueError, OverflowError) as error:
+            raise _failed(f"the events cannot be accounted ({str(error)[:200]})") from None
+        if recomputed is None or not math.isfinite(recomputed):
+            raise _failed("the events give no finite epsilon")
+        self.recomputed = (recomputed, delta)
+        if claimed + TOLERANCE < recomputed:
+            raise _failed(f"the claim is {claimed:.6f}, the events give {recomputed:.6f} at delta = {delta:.3g}")
+        wrong = self._other_figures(delta, claimed)
+        if wrong:
+            raise _failed("; ".join(wrong))
+        return f"{recomputed:.6f} at delta = {delta:.3g} by PLD; the claim is {claimed:.6f}"
+
+    def _other_figures(self, delta: float, claimed: float) -> list[str]:
+        """The claim's other accountants and its curve, held against the same events."""
+        from sfumato.privacy import accounting
+
+        accountants, curve = self.json["privacy.json"]["accountants"], self.json["privacy.json"].get("curve")
+        if accountants.get("pld") != claimed:
+            return ["accountants: pld is not the claimed epsilon"]
+        for name, value in accountants.items():
+            if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
+                return [f"accountants: {name[:20]!a} is not known, or no number"]
+            expected = None if value is None else accounting.epsilon(self.events, delta, name)
+            if value is not None and (expected is None or value + TOLERANCE < expected):
+                return [f"accountants: {name} says {value}, the events give {expected}"]
+        if not isinstance(curve, list) or len(curve) > 32:
+            return ["curve must be a list of at most 32 points"]
+        for point in curve:
+            if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
+                return ["curve: a point must be [delta, epsilon]"]
+            expected = accounting.epsilon(self.events, point[0])
+            if expected is None or point[1] + TOLERANCE < expected:
+                return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
+        return []
+
+    def card(self) -> str:
+        wrong = card.problems(self.text["README.md"], self.json)
+        if wrong:
+            raise _failed("README.md: " + "; ".join(wrong[:5]))
+        return "the figures of README.md are those of the reports"
+
+
+def _walk(folder: Path) -> dict[str, int]:
+    """Name to size of every file. Refuses links, devices, empty folders and too many files; follows nothing."""
+    found: dict[str, int] = {}
+    todo = [("", 0)]
+    while todo:
+        prefix, depth = todo.pop()
+        entries = 0
+        with os.scandir(folder / prefix) as listing:
+            for entry in listing:
+                entries += 1
+                name = prefix + entry.name
+                info = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode) and depth < 8:
+                    todo.append((f"{name}/", depth + 1))
+                elif stat.S_ISREG(info.st_mode):
+                    found[name] = info.st_size
+                else:
+                    raise _failed(f"{name[:120]!a} must be a plain file")
+                if len(found) + len(todo) > manifest.MAX_FILES:
+                    raise _failed(f"there are more than {manifest.MAX_FILES} files")
+        if entries == 0 and prefix:
+            raise _failed(f"{prefix[:120]!a} is an empty folder")
+    return found
+
+
+def _open(folder: Path, name: str) -> BinaryIO:
+    """Opens a plain file of the bundle; a link that appeared since it was listed is refused."""
+    descriptor = os.open(
+        folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _failed(f"{name} must be a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read(folder: Path, name: str, limit: int) -> bytes:
+    with _open(folder, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise _failed(f"{name} is larger than {limit} bytes")
+    return data
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _failed(detail: str) -> VerificationFailed:
+    return VerificationFailed(detail, next="Do not use this bundle; ask its signer for it again.")

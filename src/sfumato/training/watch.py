@@ -1,0 +1,138 @@
+"""What is looked at while a model trains: a line of figures, and pictures. [shell]
+
+A watcher is called by the loop and returns nothing; it cannot change what is trained.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sfumato.errors import OutsideError
+
+
+class Watcher(Protocol):
+    """``figures`` comes every few steps, ``picture`` now and then, with the averaged weights in the model."""
+
+    def figures(self, values: dict[str, Any]) -> None: ...
+
+    def picture(self, step: int, model: Any) -> None: ...
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object a line. Internal: losses are computed from private records and are not released."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def figures(self, values: dict[str, Any]) -> None:
+        line = json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()})
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise OutsideError(
+                f"metrics = {self._path} · could not be written ({error})", next="Free some disk space, then --resume."
+            ) from None
+
+    def picture(self, step: int, model: Any) -> None:
+        """Metrics are numbers only."""
+
+
+class Pictures:
+    """``samples/step-NNNNNN.png``: a grid for the same public captions and the same seed each time."""
+
+    def __init__(self, folder: Path, captions: Sequence[str], *, columns: int = 6, seed: int = 0) -> None:
+        self._folder = folder
+        self._captions = list(captions)
+        self._columns = columns
+        self._seed = seed
+
+    def figures(self, values: dict[str, Any]) -> None:
+        """Pictures are drawn, not counted."""
+
+    def picture(self, step: int, model: Any) -> None:
+        if self._captions:
+            pictures = model.generate(self._captions, seed=self._seed)
+            write_grid(self._folder / f"step-{step:06d}.png", pictures, columns=self._columns)
+
+
+class Board:
+    """TensorBoard, where asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            from sfumato.errors import MissingDependency
+
+            raise MissingDependency(
+                "training.tensorboard = true · tensorboard is not installed", next="pip install 'sfumato[track]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def figures(self, values: dict[str, Any]) -> None:
+        for name in ("loss", "epsilon", "examples_per_second", "learning_rate"):
+            if isinstance(values.get(name), float) and math.isfinite(values[name]):
+                self._writer.add_scalar(name, values[name], values["step"])
+        self._writer.flush()
+
+    def picture(self, step: int, model: Any) -> None:
+        """The grids are in samples/."""
+
+
+class Line:
+    """One line of progress now and then: rate, time left, loss, epsilon spent."""
+
+    def __init__(self, say: Callable[[str], None], *, every_seconds: float = 5.0) -> None:
+        self._say = say
+        self._every = every_seconds
+        self._last = -math.inf
+
+    def figures(self, values: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every and values["step"] < values["steps"]:
+            return
+        self._last = now
+        spent = "not private"
+        if values["epsilon"] is not None:
+            spent = f"epsilon {values['epsilon']:.2f} of {values['epsilon_planned']:.2f}"
+        self._say(
+            f"step {values['step']}/{values['steps']} · {values['examples_per_second']:.0f} units/s · "
+            f"{_duration(values['seconds_left'])} left · loss {values['loss']:.4f} · {spent}"
+        )
+
+    def picture(self, step: int, model: Any) -> None:
+        """A line cannot show a picture."""
+
+
+def write_grid(path: Path, pictures: np.ndarray, *, columns: int, scale: int | None = None) -> None:
+    """Writes (N, H, W, C) uint8 as one PNG, enlarged to be looked at. Raises OutsideError where the disk says no."""
+    from PIL import Image
+
+    count, height, width, channels = pictures.shape
+    rows = -(-count // columns)
+    scale = scale or max(1, 96 // max(height, width))
+    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), 128, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + 2), i % columns * (width + 2)
+        grid[top : top + height, left : left + width] = picture
+    image = Image.fromarray(grid[..., 0] if channels == 1 else grid)
+    scratch = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(scratch, format="PNG")
+        scratch.replace(path)
+    except OSError as error:
+        raise OutsideError(
+            f"picture = {path} · could not be written ({error})", next="Free some disk space, then --resume."
+        ) from None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(max(0.0, seconds)), 60)
+    return f"{minutes}:{rest:02d}"

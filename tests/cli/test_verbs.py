@@ -1,0 +1,230 @@
+"""Each verb hands over what was typed, prints what came back, and gives a no its exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sfumato.cli.progress import to_stderr
+from sfumato.errors import PrivacyRefused
+
+FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6, "extractor": "judge", "baseline": {"real held-out": 0.9}}
+REASON = {"code": "epsilon", "message": "epsilon = 20 · at most 10", "next": "Train with less."}
+TRAINED = {
+    "run": "runs/clinic/v1", "epsilon": 8.0, "delta": 1e-6, "steps": 3, "seconds": 1.5, "quality": {"side": FIGURE},
+    "bundle": "runs/clinic/v1/bundle",
+}  # fmt: skip
+
+
+def test_plan_hands_over_what_was_asked(workflow, sfu):
+    workflow.answers["plan"] = {
+        "noise_multiplier": 16.92,
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "accountants": {"pld": 1.0},
+        "refusals": [],
+    }
+    ran = sfu(
+        "plan", "--population", "60000", "--expected-batch-size", "4096", "--steps", "4394", "--epsilon", "1",
+        "--delta", "1e-5", "--json",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert ran.json == workflow.answers["plan"]
+    assert workflow.asked == [
+        (
+            "plan",
+            (None,),
+            {
+                "assignments": [], "population": 60000, "expected_batch_size": 4096, "steps": 4394, "epsilon": 1.0,
+                "delta": 1e-5, "accountant": "pld",
+            },
+        )
+    ]  # fmt: skip
+
+
+def test_plan_in_words_shows_noise_and_warnings(workflow, sfu):
+    workflow.answers["plan"] = {"noise_multiplier": 16.92, "epsilon": 1.0, "warnings": [REASON], "refusals": []}
+    ran = sfu("plan", "clinic")
+    assert "16.92" in ran.out
+    assert REASON["next"] in ran.out
+
+
+@pytest.mark.parametrize(
+    "answer", [{"refusals": [REASON]}, PrivacyRefused("no", refusals=[REASON])], ids=["told", "raised"]
+)
+def test_a_refused_plan_is_exit_3_with_its_refusals(answer, workflow, sfu):
+    workflow.answers["plan"] = answer
+    ran = sfu("plan", "clinic", "--json")
+    assert ran.code == 3
+    assert ran.json["refusals"] == [REASON]
+    ran = sfu("plan", "clinic")
+    assert ran.code == 3
+    assert REASON["message"] in ran.out + ran.err
+    assert REASON["next"] in ran.out + ran.err
+
+
+def test_train_hands_over_and_prints(workflow, sfu):
+    workflow.answers["train"] = TRAINED
+    ran = sfu(
+        "train", "clinic", "--set", "data.units=3000", "--set", "privacy.epsilon=4", "--out", "elsewhere", "--resume"
+    )
+    assert ran.code == 0
+    ((_, positional, named),) = workflow.asked
+    assert positional == ("clinic",)
+    assert named == {
+        "assignments": ["data.units=3000", "privacy.epsilon=4"], "out": Path("elsewhere"), "resume": True, "progress": to_stderr,
+    }  # fmt: skip
+    assert "runs/clinic/v1/bundle" in ran.out
+    assert "real held-out 0.9" in ran.out
+
+
+def test_a_training_that_stopped_at_its_budget_is_done(workflow, sfu):
+    workflow.answers["train"] = {**TRAINED, "stopped": "budget"}
+    ran = sfu("train", "clinic", "--json")
+    assert ran.code == 0
+    assert ran.json["stopped"] == "budget"
+
+
+def test_a_training_that_was_interrupted_says_how_to_go_on(workflow, sfu):
+    workflow.answers["train"] = {"run": "runs/clinic/v1", "stopped": "interrupted", "epsilon": 3.0}
+    assert sfu("train", "clinic", "--json").code == 130
+    assert "--resume" in sfu("train", "clinic").out
+
+
+def test_a_run_without_privacy_says_so(workflow, sfu):
+    workflow.answers["train"] = {**TRAINED, "epsilon": None, "bundle": None, "reasons": [REASON]}
+    ran = sfu("train", "emoji")
+    assert "not private" in ran.out
+    assert REASON["message"] in ran.out
+
+
+def test_federate(workflow, sfu):
+    site = {"name": "north", "epsilon": 4.2, "rounds": 3, "refused": False}
+    workflow.answers["federate"] = {
+        "run": "runs/x/v1",
+        "rounds": 3,
+        "sites": [site],
+        "bytes_up": 10,
+        "bytes_down": 20,
+        "quality": {},
+    }
+    ran = sfu("federate", "clinic", "--sites", "3", "--rounds", "3", "--json")
+    assert ran.json["sites"] == [site]
+    ((_, _, named),) = workflow.asked
+    assert (named["sites"], named["rounds"], named["engine"]) == (3, 3, "simulation")
+    assert "north" in sfu("federate", "clinic").out
+    assert sfu("federate", "clinic", "--engine", "deployment").code == 2
+
+
+def test_generate(workflow, sfu):
+    workflow.answers["generate"] = {"files": ["generated/0.png"], "model": "runs/x/v1", "watermarked": False}
+    ran = sfu(
+        "generate", "runs/x/last", "--text", "a seven", "--text", "a two", "--count", "2", "--seed", "7", "--json"
+    )
+    assert ran.json["files"] == ["generated/0.png"]
+    ((_, positional, named),) = workflow.asked
+    assert positional == (Path("runs/x/last"),)
+    assert named == {"texts": ["a seven", "a two"], "count": 2, "out": Path("generated"), "seed": 7}
+    assert "generated/0.png" in sfu("generate", "runs/x/last", "--text", "a").out
+
+
+def test_evaluate_audit_report_and_runs(workflow, sfu):
+    attack = {
+        "name": "loss", "auc": 0.51, "tpr_at_fpr": {"0.01": 0.01}, "epsilon_lower_bound": 0.0, "confidence": 0.95, "blind_baseline": 0.5,
+    }  # fmt: skip
+    workflow.answers = {
+        "evaluate": {"quality": {"side": FIGURE}},
+        "audit": {"verdict": "CONSISTENT", "because": "0 <= 8", "attacks": [attack], "conformance": []},
+        "report": {"html": "a/report.html", "json": "a/report.json"},
+        "runs": {"runs": [{"run": "runs/x/v1", "epsilon": None, "steps": 3, "state": "done"}]},
+    }
+    for arguments, shown in [
+        (("evaluate", "r"), "side"),
+        (("audit", "r"), "CONSISTENT"),
+        (("report", "r", "--public"), "a/report.html"),
+        (("runs",), "runs/x/v1"),
+    ]:
+        assert shown in sfu(*arguments).out
+        assert sfu(*arguments, "--json").json == workflow.answers[arguments[0]]
+    assert ("report", (Path("r"),), {"public": True}) in workflow.asked
+
+
+def test_a_refused_release_is_exit_3_with_reasons(workflow, sfu):
+    workflow.answers["release"] = {"bundle": None, "approved": False, "reasons": [REASON]}
+    ran = sfu("release", "runs/x/last", "--policy", "p.yaml", "--json")
+    assert ran.code == 3
+    assert ran.json["reasons"] == [REASON]
+    assert workflow.asked == [("release", (Path("runs/x/last"),), {"policy": Path("p.yaml")})]
+    workflow.answers["release"] = {"bundle": "b", "approved": True, "reasons": []}
+    assert sfu("release", "runs/x/last").code == 0
+
+
+def test_verify_of_what_is_no_bundle_fails_with_a_code(tmp_path, sfu):
+    assert sfu("verify", str(tmp_path / "missing"), "--json").code == 2
+    (tmp_path / "bundle").mkdir()
+    ran = sfu("verify", str(tmp_path / "bundle"), "--json")
+    assert ran.code == 4
+    assert ran.json["valid"] is False
+    assert any(not check["ok"] for check in ran.json["checks"])
+    assert "NOT VALID" in sfu("verify", str(tmp_path / "bundle")).out
+
+
+def test_ledger_show_and_verify_of_a_real_ledger(tmp_path, sfu):
+    from sfumato.privacy.ledger import Ledger
+    from sfumato.privacy.plan import DpSgd
+
+    plan = DpSgd(population=10_000, expected_batch_size=100, steps=50, noise_multiplier=1.0, delta=1e-5)
+    with Ledger.open(tmp_path / "ledger.db", run="x", plan=plan) as ledger:
+        for step in range(3):
+            ledger.commit(ledger.reserve(plan.event(1), step))
+    shown = sfu("ledger", "show", str(tmp_path), "--json")
+    assert shown.code == 0
+    assert shown.json["events"][0]["count"] == 3
+    assert shown.json["epsilon"] > 0
+    assert sfu("ledger", "verify", str(tmp_path / "ledger.db")).code == 0
+
+
+def test_a_changed_ledger_fails_verification(tmp_path, sfu):
+    import sqlite3
+
+    from sfumato.privacy.ledger import Ledger
+    from sfumato.privacy.plan import DpSgd
+
+    plan = DpSgd(population=10_000, expected_batch_size=100, steps=50, noise_multiplier=1.0, delta=1e-5)
+    path = tmp_path / "ledger.db"
+    with Ledger.open(path, run="x", plan=plan) as ledger:
+        ledger.commit(ledger.reserve(plan.event(1), 0))
+        ledger.commit(ledger.reserve(plan.event(1), 1))
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM entries WHERE sequence = 2")
+    connection.close()
+    ran = sfu("ledger", "verify", str(path), "--json")
+    assert ran.code == 4
+    assert ran.json["valid"] is False
+
+
+def test_a_ledger_that_is_not_there_is_wrong_use(tmp_path, sfu):
+    assert sfu("ledger", "show", str(tmp_path / "ledger.db"), "--json").code == 2
+
+
+def test_data_fetch_of_an_unknown_set_is_wrong_use(sfu):
+    ran = sfu("data", "fetch", "imagenet", "--json")
+    assert ran.code == 2
+    assert "imagenet" in ran.json["error"]["message"]
+
+
+def test_data_check_and_stats_of_a_folder(tmp_path, sfu):
+    from PIL import Image
+
+    lines = []
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": f"grey {i}", "patient": f"p{i // 2}"})
+    (tmp_path / "3.png").write_bytes(b"not an image")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    ran = sfu("data", "check", str(tmp_path), "--unit-column", "patient", "--json")
+    assert ran.code == 0
+    assert ran.json["records"] == 6
+    assert any("3.png" in problem["problem"] for problem in ran.json["problems"])
+    assert "3.png" in sfu("data", "check", str(tmp_path), "--unit-column", "patient").out
+    assert sfu("data", "stats", str(tmp_path), "--unit-column", "patient", "--json").json["units"] == 3

@@ -1,0 +1,68 @@
+"""The pages say what is there: verbs, exit codes, files, and the example of the README."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sfumato import errors
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    for path in re.findall(
+        r"`((?:src|tests|scripts|docs|examples|benchmarks)/[\w/.-]+)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_page_of_the_command_line_has_the_verbs_of_the_command_line():
+    import typer
+
+    from sfumato.cli.main import app
+
+    told = set(re.findall(r"`((?:data |ledger )?[a-z]+) ?[A-Z\[`-]", _text("docs/cli.md").split("## Verbs")[1]))
+    told |= set(re.findall(r"^\| `([a-z]+)`", _text("docs/cli.md"), flags=re.MULTILINE))
+    there = set()
+    for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+        there |= {f"{name} {inner}" for inner in command.commands} if hasattr(command, "commands") else {name}
+    assert there <= told, there - told
+
+
+def test_the_page_of_the_command_line_has_the_exit_codes_of_the_errors():
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", _text("docs/cli.md"), flags=re.MULTILINE)}
+    raised = {
+        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    assert codes == {0, 130} | raised
+
+
+def test_the_engine_example_of_the_readme_runs():
+    import torch
+
+    class Model(torch.nn.Linear):
+        def losses(self, batch: torch.Tensor) -> torch.Tensor:
+            return self(batch).square().sum(dim=1)
+
+    (example,) = re.findall(r"```python\n(.*?)```", _text("README.md"), flags=re.DOTALL)
+    assert "steps=1_000" in example
+    printed = []
+    names = {"torch": torch, "model": Model(3, 2), "dataset": torch.randn(1_000, 3), "print": printed.append}
+    before = names["model"].weight.detach().clone()
+    exec(example.replace("steps=1_000", "steps=2"), names)
+    assert 0 < printed[0] < 100
+    assert not torch.equal(before, names["model"].weight)
