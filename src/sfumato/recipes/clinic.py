@@ -20,7 +20,7 @@ def clinic() -> Recipe:
             text=HashedWords(buckets=1024, width=128),
             backbone=Mlp(width=384, depth=2),
             objective=Diffusion(noise_multiplicity=1, log_sigma_mean=-0.3, log_sigma_std=1.4),
-            sampling=Sampling(guidance=1.5),
+            sampling=Sampling(guidance=1.0),
         ),
         privacy=PrivacySettings(unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=0.5),
         training=TrainingSettings(steps=1_000, expected_batch_size=2_048, learning_rate=1e-2),
