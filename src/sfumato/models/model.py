@@ -109,7 +109,7 @@ class TextToImage(nn.Module):
         """Encoded texts -> (R, E); zero where a text is missing, which is what "no condition" means to the denoiser."""
         match self.settings.text:
             case HashedWords(buckets=buckets):
-                features = text.bag(encoded, buckets)
+                features = text.bag(encoded, buckets).to(self.text_encoder.project.weight.dtype)
             case FrozenSentence():
                 features = encoded
         return self.text_encoder(features) * present[:, None]

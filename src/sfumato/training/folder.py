@@ -53,9 +53,13 @@ class RunFolder:
         scratch = path.with_name(f".{path.name}-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             scratch.replace(path)
         except OSError as error:
+            scratch.unlink(missing_ok=True)
             raise OutsideError(f"{path} · could not be written ({error})", next="Free some disk space.") from None
 
     def read_json(self, name: str) -> Any:
