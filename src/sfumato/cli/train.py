@@ -42,7 +42,7 @@ def _words(result: dict[str, Any]) -> str:
                 ("delta", result.get("delta")),
                 ("steps", result.get("steps")),
                 ("seconds", result.get("seconds")),
-                ("stopped", result.get("stopped")),
+                ("stopped by", None if result.get("stopped") == "steps" else result.get("stopped")),
                 ("report", result.get("html")),
                 ("bundle", result.get("bundle")),
             ]

@@ -401,8 +401,8 @@ def squares(rows: Tensor) -> Tensor:
 def _ghost_squares(inputs: Tensor, outputs: Tensor, with_bias: bool) -> Tensor:
     """inputs (n, T, D), outputs (n, T, O) -> (n,) float64, an upper bound.
 
-    It is above the true value by about 2 (D + O) T u of it for positions that have nothing in common: in float32 1e-4 for
-    D = O = 500 and T = 2. Where positions cancel it may be above by more: that unit is scaled down too far.
+    It is above the true value by about 2 (D + O) T u of it for positions that have nothing in common: in float32 1e-4
+    for D = O = 500 and T = 2. Where positions cancel it may be above by more: that unit is scaled down too far.
     """
     count, positions, width = inputs.shape
     out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
