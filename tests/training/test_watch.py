@@ -73,7 +73,8 @@ def test_without_captions_no_picture_is_drawn(tmp_path):
 def test_a_grid_shows_every_picture_in_its_place(tmp_path, channels):
     pictures = np.stack([np.full((4, 5, channels), 40 * i, np.uint8) for i in range(5)])
     write_grid(tmp_path / "grid.png", pictures, columns=3, scale=1)
-    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    with Image.open(tmp_path / "grid.png") as image:
+        grid = np.asarray(image.convert("L"))
     assert grid.shape == (2 * 4 + 2, 3 * 5 + 2 * 2)
     for i in range(5):
         top, left = i // 3 * 6, i % 3 * 7
@@ -83,7 +84,8 @@ def test_a_grid_shows_every_picture_in_its_place(tmp_path, channels):
 
 def test_small_pictures_are_enlarged(tmp_path):
     write_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 1), np.uint8), columns=1)
-    assert Image.open(tmp_path / "grid.png").size == (96, 96)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (96, 96)
 
 
 def test_a_picture_that_cannot_be_written_is_an_outside_error(tmp_path):

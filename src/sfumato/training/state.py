@@ -7,6 +7,7 @@ A checkpoint is written beside its place and renamed into it, so it is there who
 
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,7 @@ def save(
     scratch = folder / f".writing-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _tidy(folder)
         scratch.mkdir()
         save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
         save_file({k: v.contiguous() for k, v in average.tensors.items()}, scratch / "average.safetensors")
@@ -135,10 +135,17 @@ def restore(
 
 def point_at(link: Path, target: str) -> None:
     """Makes ``link`` a symbolic link to ``target``, replacing an older one in one step."""
-    fresh = link.with_name(f".{link.name}-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
+    fresh = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
     fresh.symlink_to(target)
     os.replace(fresh, link)
+
+
+def _tidy(folder: Path) -> None:
+    """What a process left that died within a save. The ledger's lock keeps other writers away."""
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".last-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _target(link: Path) -> str | None:
