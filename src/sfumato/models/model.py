@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import DataError, UsageError
+from sfumato.errors import DataError, OutsideError, UsageError
 from sfumato.models.backbones.mlp import ResidualMlp
 from sfumato.models.codecs import sentence, text
 from sfumato.models.codecs.image import ImageCoder
@@ -109,7 +109,7 @@ class TextToImage(nn.Module):
         """Encoded texts -> (R, E); zero where a text is missing, which is what "no condition" means to the denoiser."""
         match self.settings.text:
             case HashedWords(buckets=buckets):
-                features = text.bag(encoded, buckets)
+                features = text.bag(encoded, buckets).to(self.text_encoder.project.weight.dtype)
             case FrozenSentence():
                 features = encoded
         return self.text_encoder(features) * present[:, None]
@@ -197,10 +197,22 @@ class TextToImage(nn.Module):
     # -- on disk: the folders of a diffusers pipeline --
 
     def save(self, folder: Path | str) -> None:
-        """Writes the model as ``model_index.json`` and one folder a component, weights in safetensors. [shell]"""
+        """Writes the model as ``model_index.json`` and one folder a component, weights in safetensors. [shell]
+
+        Raises OutsideError where the disk does not take it.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            self._write(Path(folder))
+        except (OSError, SafetensorError) as error:  # a full disk is an OSError to some, and not to safetensors
+            raise OutsideError(
+                f"model = {folder} · could not be written ({error})", next="Free some disk space, then --resume."
+            ) from None
+
+    def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        folder = Path(folder)
         name, part = self._denoiser_part()
         for sub in ("text_encoder", name, "scheduler"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -272,6 +284,7 @@ def build(settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed:
 def load(folder: Path | str) -> TextToImage:
     """Reads what ``save`` wrote. [shell] Raises UsageError where something is missing or does not fit."""
     from pydantic import TypeAdapter, ValidationError
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -282,7 +295,7 @@ def load(folder: Path | str) -> TextToImage:
         name, part = model._denoiser_part()
         model.text_encoder.load_state_dict(load_file(folder / "text_encoder" / "model.safetensors"))
         part.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise UsageError(
             f"model = {folder} · is not a model that this version wrote ({type(error).__name__}: {str(error)[:200]})",
             next="Give the folder of a run or a bundle.",

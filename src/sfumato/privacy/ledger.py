@@ -241,6 +241,12 @@ class Ledger:
             lock = _Lock(path, run)
             with contextlib.ExitStack() as undo:
                 undo.callback(lock.release)
+                if account is not None and path.exists() and not Path(account).exists():
+                    raise LedgerError(
+                        f"account = {account} · does not exist, though the ledger {path} was begun with one",
+                        next="Restore the account of this data set from a copy: a new one would hide what was spent.",
+                        code="account_missing",
+                    )
                 book = _Account(Path(account)) if account is not None else None
                 if book is not None:
                     undo.callback(book.close)

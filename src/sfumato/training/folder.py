@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def begun(self) -> bool:
+        """It has a ledger, and can be resumed."""
+        return (self.path / "resolved.yaml").is_file()
+
+    @property
     def finished(self) -> bool:
         """Training is over and the model is written; what comes after may still be missing."""
         return (self.path / "reports" / "privacy.json").is_file()
@@ -53,9 +58,13 @@ class RunFolder:
         scratch = path.with_name(f".{path.name}-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             scratch.replace(path)
         except OSError as error:
+            scratch.unlink(missing_ok=True)
             raise OutsideError(f"{path} · could not be written ({error})", next="Free some disk space.") from None
 
     def read_json(self, name: str) -> Any:
@@ -92,13 +101,13 @@ def fresh(root: Path, name: str) -> RunFolder:
 
 def existing(path: Path | str) -> RunFolder:
     """The folder of a run that is there; ``last`` is followed. Raises UsageError otherwise."""
-    resolved = Path(path).resolve()
-    if not (resolved / "resolved.yaml").is_file():
+    run = RunFolder(Path(path).resolve())
+    if not run.begun:
         raise UsageError(
             f"run = {path} · is not a run's folder",
             next="See `sfumato runs`, and give a folder such as runs/clinic/last.",
         )
-    return RunFolder(resolved)
+    return run
 
 
 def listed(root: Path) -> list[RunFolder]:

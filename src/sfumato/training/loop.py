@@ -5,8 +5,6 @@ Shapes: B units in a batch.
 """
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +18,11 @@ from torch import nn
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import NotPrivate, PrivacyPlan
-from sfumato.privacy.spending import Spending
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
 from sfumato.training import state
+from sfumato.training.interrupt import interruptible
+from sfumato.training.meter import Meter, Timer
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
 from sfumato.training.watch import Watcher
 
@@ -64,24 +63,24 @@ def train(
     model.train()
     engine = make_engine(model, plan, ledger=ledger, random=random)
     optimizer = make_optimizer(model, settings)
-    engine.attach(optimizer)
     average = state.Average(model, settings.ema_decay)
-    progress = state.restore(checkpoints, model, average, optimizer, engine)
-    if progress.step == 0:
-        engine.check_independence(model.losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
+    with interruptible() as stop, _attached(engine, optimizer):
+        progress = state.restore(checkpoints, model, average, optimizer, engine)
+        if progress.step == 0:
+            engine.check_independence(model.losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
 
-    spending = Spending(plan)
-    wasted = plan.steps - _steps_left(plan, ledger, progress.step) - progress.step  # charged by attempts that died
-    step, units_seen, losses_seen = progress.step, progress.units_seen, _Mean()
-    began = pictured = saved = time.monotonic()
-    first_step, first_units = step, units_seen
-    interrupted = False
+        step = first_step = progress.step  # taken by the weights
+        steps_left = _steps_left(plan, ledger, step)
+        wasted = plan.steps - steps_left - step  # charged by attempts that died, lost to the weights
+        meter = Meter(plan, charged=step + wasted, seconds=progress.seconds, units_seen=progress.units_seen)
+        pictures, saves = time.monotonic(), Timer(settings.checkpoint_every_seconds)
 
-    with _interruptible() as stop:
+        def save() -> None:
+            here = state.Progress(step=step, seconds=meter.seconds, units_seen=meter.units_seen)
+            state.save(checkpoints, model, average, optimizer, engine, here)
+
         for batch in engine.batches(
-            table,
-            steps=_steps_left(plan, ledger, step),
-            max_physical_batch_size=performance.max_physical_batch_size,
+            table, steps=steps_left, max_physical_batch_size=performance.max_physical_batch_size
         ):
             losses = model.losses(batch)  # (B,): one loss per unit
             losses.mean().backward()
@@ -89,57 +88,38 @@ def train(
                 set_learning_rate(optimizer, settings, (step + wasted) / plan.steps, step)
             optimizer.step()
             optimizer.zero_grad()
-            losses_seen.add(losses.detach())
-            units_seen += batch.num_units
+            meter.add(losses)
             if not batch.last:
                 continue
 
             average.update(model, step)
             step += 1
-            now = time.monotonic()
-            done = step + wasted >= plan.steps
-            if step % settings.log_every == 0 or done or step == first_step + 1:
-                rate = (step - first_step) / (now - began)
-                epsilon = spending.after(step + wasted)
-                values = {
-                    "step": step + wasted,
-                    "steps": plan.steps,
-                    "loss": losses_seen.take(),
-                    "epsilon": epsilon if math.isfinite(epsilon) else None,
-                    "epsilon_planned": spending.after(plan.steps) if math.isfinite(epsilon) else None,
-                    "seconds": progress.seconds + now - began,
-                    "seconds_left": (plan.steps - step - wasted) / rate,
-                    "examples_per_second": (units_seen - first_units) / (now - began),
-                    "learning_rate": float(optimizer.param_groups[0]["lr"]),
-                }
+            charged = step + wasted
+            if step % settings.log_every == 0 or step == first_step + 1 or charged == plan.steps:
+                figures = meter.figures(charged, float(optimizer.param_groups[0]["lr"]))
                 for watcher in watchers:
-                    watcher.figures(values)
-            if step == first_step + 10 or now - pictured > settings.picture_every_seconds:
+                    watcher.figures(figures)
+            if step == first_step + 10 or time.monotonic() - pictures > settings.picture_every_seconds:
                 average.swap(model)
                 for watcher in watchers:
-                    watcher.picture(step + wasted, model)
+                    watcher.picture(charged, model)
                 average.swap(model)
-                pictured = time.monotonic()
-            if now - saved > settings.checkpoint_every_seconds:
-                here = state.Progress(step=step, seconds=progress.seconds + now - began, units_seen=units_seen)
-                state.save(checkpoints, model, average, optimizer, engine, here)
-                saved = time.monotonic()
+                pictures = time.monotonic()
+            if saves.due:
+                save()
+                saves.restart()
             if stop.is_set():
-                interrupted = True
                 break
+        save()
 
-    seconds = progress.seconds + time.monotonic() - began
-    here = state.Progress(step=step, seconds=seconds, units_seen=units_seen)
-    state.save(checkpoints, model, average, optimizer, engine, here)
-    engine.detach()
     average.swap(model)
     model.eval()
     return Trained(
-        stopped="interrupted" if interrupted else "budget" if engine.stopped == "budget" else "steps",
+        stopped="interrupted" if stop.is_set() else "budget" if engine.stopped == "budget" else "steps",
         step=step,
         charged=ledger.spent_steps if ledger is not None else step,
-        seconds=seconds,
-        units_seen=units_seen,
+        seconds=meter.seconds,
+        units_seen=meter.units_seen,
         for_release=engine.for_release,
     )
 
@@ -170,37 +150,11 @@ def _steps_left(plan: PrivacyPlan, ledger: Ledger | None, taken: int) -> int:
     return max(0, ledger.remaining_steps)
 
 
-class _Mean:
-    """Mean over the units since it was last asked."""
-
-    def __init__(self) -> None:
-        self._total, self._count = 0.0, 0
-
-    def add(self, values: torch.Tensor) -> None:
-        self._total += float(values.sum())
-        self._count += values.numel()
-
-    def take(self) -> float:
-        mean = self._total / self._count if self._count else math.nan
-        self._total, self._count = 0.0, 0
-        return mean
-
-
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C lets the step finish and sets the event; the second raises KeyboardInterrupt as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
+def _attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """However the training ends, the model is an ordinary one afterwards."""
+    engine.attach(optimizer)
     try:
-        yield stop
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        engine.detach()

@@ -7,6 +7,7 @@ A checkpoint is written beside its place and renamed into it, so it is there who
 
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,16 @@ def save(
     folder: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, engine: Any, progress: Progress
 ) -> Path:
     """Writes ``folder/step-NNNNNN`` and points ``folder/last`` at it. Raises OutsideError where the disk says no."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / f"step-{progress.step:06d}"
+    if _target(folder / "last") == final.name and final.is_dir():
+        return final  # restored from there, and no step since: to replace it would leave a moment without any
     scratch = folder / f".writing-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _tidy(folder)
         scratch.mkdir()
         save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
         save_file({k: v.contiguous() for k, v in average.tensors.items()}, scratch / "average.safetensors")
@@ -83,12 +86,13 @@ def save(
         (scratch / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in scratch.iterdir():
             _sync(path)
+        _sync(scratch)
         if final.exists():
-            shutil.rmtree(final)
+            shutil.rmtree(final)  # of an attempt that died before ``last`` pointed there
         scratch.rename(final)
         point_at(folder / "last", final.name)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # safetensors raises its own error for a full disk
+    except (OSError, SafetensorError) as error:  # a full disk is an OSError to some, and not to safetensors
         shutil.rmtree(scratch, ignore_errors=True)
         raise OutsideError(
             f"checkpoint = {final} · could not be written ({error})",
@@ -106,19 +110,21 @@ def restore(
 
     Raises: LedgerError if the checkpoint is newer than the ledger; UsageError if it is not of this model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     last = folder / "last"
-    if not last.exists():
+    if not last.exists() and not last.is_symlink():
         return Progress()
     try:
         state = json.loads((last / "state.json").read_text(encoding="utf-8"))
         engine.load_state_dict(state["engine"])
         model.load_state_dict(load_file(last / "model.safetensors"))
-        average.tensors = {k: v.clone() for k, v in load_file(last / "average.safetensors").items()}
+        held = load_file(last / "average.safetensors")
+        average.tensors = {name: held[name].clone() for name in average.tensors}  # in the model's order, not the file's
         _unflatten(optimizer, load_file(last / "optimizer.safetensors"), state["optimizer"])
         return Progress(step=int(state["step"]), seconds=float(state["seconds"]), units_seen=int(state["units_seen"]))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
@@ -129,10 +135,21 @@ def restore(
 
 def point_at(link: Path, target: str) -> None:
     """Makes ``link`` a symbolic link to ``target``, replacing an older one in one step."""
-    fresh = link.with_name(f".{link.name}-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
+    fresh = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
     fresh.symlink_to(target)
     os.replace(fresh, link)
+
+
+def _tidy(folder: Path) -> None:
+    """What a process left that died within a save. The ledger's lock keeps other writers away."""
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".last-*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _target(link: Path) -> str | None:
+    return os.readlink(link) if link.is_symlink() else None
 
 
 def _sync(path: Path) -> None:

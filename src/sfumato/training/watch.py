@@ -28,6 +28,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        _drop_half_line(path)
 
     def figures(self, values: dict[str, Any]) -> None:
         line = json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()})
@@ -131,6 +132,12 @@ def write_grid(path: Path, pictures: np.ndarray, *, columns: int, scale: int | N
         raise OutsideError(
             f"picture = {path} · could not be written ({error})", next="Free some disk space, then --resume."
         ) from None
+
+
+def _drop_half_line(path: Path) -> None:
+    """What a killed attempt left unfinished would swallow the next line."""
+    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def _duration(seconds: float) -> str:

@@ -39,6 +39,8 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, latents: Tensor, level: Tensor, condition: Tensor) -> Tensor:
         rows = latents.shape[0]
+        if rows == 0:  # Poisson sampling may draw nobody; the attention of diffusers cannot view no rows
+            return latents * condition.sum(dim=-1, keepdim=True)  # still a function of the weights, so backward() works
         draws = [
             self.unet(
                 latents[:, k].reshape(rows, *self.latent_shape),

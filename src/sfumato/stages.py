@@ -1,0 +1,426 @@
+"""One stage of a run each: its folder, its training, what is measured, what is written. ``workflow`` puts them in order.
+
+[shell: reads the clock, and files through the packages below]
+"""
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sfumato import recipe as recipes_file
+from sfumato.errors import DataError, PrivacyRefused
+from sfumato.privacy import ledger
+from sfumato.privacy import plan as plans
+from sfumato.privacy.guarantee import guarantee
+from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.recipe import Recipe
+from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
+from sfumato.training import folder as folders
+from sfumato.training.folder import RunFolder
+
+Progress = Callable[[str], None]
+GRID = 18  # pictures in a sample grid
+
+
+def quiet(line: str) -> None:
+    """Progress for callers who do not want any."""
+
+
+# -- before training --
+
+
+def load(recipe: Recipe) -> Any:
+    from sfumato.data import prepare
+
+    return prepare.load(recipe.data, unit=recipe.privacy.unit)
+
+
+def build(recipe: Recipe) -> Any:
+    from sfumato.models import model
+
+    side = recipe.data.image_size
+    return model.build(recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed)
+
+
+def memory_left(recipe: Recipe) -> tuple[int, int]:
+    """Bytes left for weights and optimizer when a physical batch is on its way; and the number of parameters."""
+    model = build(recipe)
+    units = recipe.training.expected_batch_size * 1.2 + 20  # a sampled batch is seldom larger
+    units = min(units, recipe.performance.max_physical_batch_size or units)
+    batch = int(units * recipe.privacy.records_per_unit) * model.bytes_per_row()
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return there - batch, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
+    memory, parameters = memory_left(recipe)
+    return plans.make_plan(
+        recipe.privacy,
+        steps=recipe.training.steps,
+        expected_batch_size=recipe.training.expected_batch_size,
+        population=table.num_units,
+        records=table.num_records,
+        parameters=parameters,
+        memory_bytes=memory,
+    )
+
+
+def say_plan(plan: PrivacyPlan, progress: Progress) -> None:
+    if isinstance(plan, DpSgd):
+        progress(
+            f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
+            f"noise multiplier {plan.noise_multiplier:.4g}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
+        )
+    for warning in plans.warnings_of(plan):
+        progress(f"note: {warning['message']} · {warning['next']}")
+
+
+def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:
+    """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
+    run = folders.fresh(out, recipe.name)
+    run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
+    run.write_json("plan.json", plans.plan_to_dict(plan))
+    run.write_json("data_card.json", prepared.card)
+    _examples(run, prepared)
+    return run
+
+
+def mark_begun(run: RunFolder, recipe: Recipe) -> None:
+    if not run.begun:
+        run.write_text("resolved.yaml", recipes_file.to_yaml(recipe))
+
+
+def require_same_data(run: RunFolder, prepared: Any) -> None:
+    """Raises DataError if the private records are no longer as many as when the run began: its plan would be of others."""
+    before = run.read_json("data_card.json")
+    changed = [
+        f"{name} {before[name]}, now {prepared.card[name]}"
+        for name in ("units", "records")
+        if before.get(name) != prepared.card.get(name)
+    ]
+    if changed:
+        raise DataError(
+            f"data = others than {run.path} began with ({'; '.join(changed)}) · a run keeps its data",
+            next="Restore the data, or start a new run without --resume.",
+        )
+
+
+def _examples(run: RunFolder, prepared: Any) -> list[str]:
+    """Captions for the sample grids, of public records, beside the pictures that they really belong to."""
+    from sfumato.training.watch import write_grid
+
+    chosen, units = [], set()
+    for record in prepared.public:
+        if record.unit not in units and record.text and record.image is not None:
+            chosen.append(record)
+            units.add(record.unit)
+    chosen = chosen[:: max(1, len(chosen) // GRID)][:GRID]
+    if chosen:
+        import numpy as np
+
+        write_grid(run.samples / "real.png", np.stack([record.image for record in chosen]), columns=6)
+    captions = [record.text for record in chosen]
+    run.write_json("samples/captions.json", captions)
+    return captions
+
+
+# -- training --
+
+
+def train(
+    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, model: Any, table: Any, prepared: Any, progress: Progress
+) -> str:
+    """Trains to the end of the plan and writes the model and its claim. Returns how it stopped."""
+    from sfumato.training import loop, watch
+
+    processor = time.process_time()
+    with _ledger(run, recipe, plan, prepared) as book:  # held to the end: nobody else writes to this run
+        mark_begun(run, recipe)
+        watchers: list[watch.Watcher] = [
+            watch.Line(progress),
+            watch.MetricsFile(run.path / "metrics.jsonl"),
+            watch.Pictures(run.samples, run.read_json("samples/captions.json"), seed=recipe.training.seed),
+        ]
+        if recipe.training.tensorboard:
+            watchers.append(watch.Board(run.path / "tensorboard"))
+        trained = loop.train(
+            model,
+            table,
+            plan,
+            recipe.training,
+            recipe.performance,
+            checkpoints=run.checkpoints,
+            ledger=book if isinstance(plan, DpSgd) else None,
+            watchers=watchers,
+        )
+        if trained.stopped == "interrupted":
+            return trained.stopped
+        write_model(run, model, recipe)
+        run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
+        claim = guarantee(
+            plan,
+            book.spent() if isinstance(plan, DpSgd) else [],
+            boundary=boundary(recipe),
+            not_for_release="" if trained.for_release else "chance came from a test source",
+            composed_with=book.other_runs(),
+        )
+        run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
+    return trained.stopped
+
+
+def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
+    return CostReport(
+        seconds=trained.seconds,
+        processor_seconds=time.process_time() - processor_before,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        steps=trained.step,
+        units_per_second=trained.units_seen / max(trained.seconds, 1e-9),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no accelerator used",
+    )
+
+
+def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
+    account = None
+    if isinstance(plan, DpSgd):
+        account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
+    return Ledger.open(run.ledger, run=run.name, plan=plan, account=account, create=not run.begun)
+
+
+def boundary(recipe: Recipe) -> list[str]:
+    data, text = recipe.data, recipe.model.text
+    sentences = [
+        "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
+        "the weights, their moving average and everything computed from them.",
+        f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
+        "quality and are shown in the report.",
+        "Declared public: the recipe, its settings, and the choice of them.",
+        "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
+    ]
+    match text.kind:
+        case "hashed_words":
+            sentences.append(
+                "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
+            )
+        case "frozen_sentence":
+            sentences.append(
+                f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."
+            )
+    if data.source == "clinic":
+        sentences.append(
+            "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."
+        )
+    return sentences
+
+
+def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
+    """The weights, a last grid, and by what each tensor is covered."""
+    from sfumato.models.model import named_tensors
+    from sfumato.release import provenance
+    from sfumato.training.watch import write_grid
+
+    model.save(run.model)
+    captions = run.read_json("samples/captions.json")
+    if captions:
+        write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    trained = set(named_tensors(model))  # all of it by the mechanism; what the model cannot name stays uncovered
+    provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
+
+
+# -- after training --
+
+
+def evaluate(
+    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress, *, table: Any = None
+) -> QualityReport:
+    from sfumato.evaluation import report
+    from sfumato.models import model as models
+
+    twin = None
+    if recipe.evaluation.twin and isinstance(plan, DpSgd):
+        twin = _twin(run, recipe, plan, table, prepared, progress)
+    progress("evaluation: generating and reading pictures")
+    trained = models.load(run.model)
+    quality = report.evaluate(
+        lambda captions: trained.generate(captions, seed=1),
+        prepared.public,
+        prepared.facts,
+        recipe.evaluation,
+        covered_by="post-processing" if isinstance(plan, DpSgd) else "internal",
+        twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
+    )
+    run.write_json("reports/quality.json", to_dict(quality))
+    return quality
+
+
+def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any, progress: Progress) -> Any:
+    """The same model, data, steps and batches without clipping and noise. Internal: it protects nobody."""
+    from sfumato.training import watch
+
+    progress("twin: the same training without privacy, to say what privacy costs (never released)")
+    model = build(recipe)
+    table = model.encode(prepared.private) if table is None else table
+    settings = replace(recipe.training, checkpoint_every_seconds=60.0)
+    internal = run.path / "internal" / "twin"
+    _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)
+    captions = run.read_json("samples/captions.json")
+    if captions:
+        watch.write_grid(internal / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    return model
+
+
+def _train_openly(
+    model: Any, table: Any, plan: PrivacyPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
+) -> None:
+    """Trains as ``plan`` says, without its privacy. Raises KeyboardInterrupt where Ctrl-C ended it: half of it is no answer."""
+    from sfumato.training import loop, watch
+
+    trained = loop.train(
+        model,
+        table,
+        NotPrivate(
+            population=plan.population,
+            expected_batch_size=plan.expected_batch_size,
+            steps=plan.steps,
+            unit=plan.unit,
+            records_per_unit=plan.records_per_unit,
+        ),
+        settings,
+        recipe.performance,
+        checkpoints=checkpoints,
+        watchers=[watch.Line(progress)],
+    )
+    if trained.stopped == "interrupted":
+        raise KeyboardInterrupt
+
+
+def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress) -> Any:
+    import torch
+
+    from sfumato.auditing import membership, report
+    from sfumato.models import model as models
+
+    progress("audit: attacking the model, and a model trained without noise")
+    trained = models.load(run.model)
+    members, outsiders = trained.encode(prepared.private), trained.encode(prepared.public)
+
+    def losses_of(model: Any) -> membership.RowLosses:
+        def row_losses(batch: Any) -> Any:
+            with torch.no_grad():
+                return model.row_losses(batch, recipe.audit.draws, torch.Generator().manual_seed(0))
+
+        return row_losses
+
+    def control() -> tuple[Any, Any]:
+        return _control_scores(run, recipe, plan, prepared, losses_of, progress)
+
+    audit = report.audit(
+        losses_of(trained),
+        members,
+        outsiders,
+        recipe.audit,
+        delta=plan.delta if isinstance(plan, DpSgd) else None,
+        claimed_epsilon=claim_of(run).epsilon,
+        control=control,
+        records_per_unit=plan.records_per_unit,
+    )
+    run.write_json("reports/audit.json", to_dict(audit))
+    return audit
+
+
+CONTROL_UNITS = 300  # few, so that a model without noise learns them by heart
+CONTROL_STEPS = 400
+FEWEST_CONTROL_STEPS = 100
+
+
+def _control_scores(
+    run: RunFolder,
+    recipe: Recipe,
+    plan: PrivacyPlan,
+    prepared: Any,
+    losses_of: Callable[[Any], Any],
+    progress: Progress,
+) -> tuple[Any, Any]:
+    """Scores of members and non-members of a model that was trained without noise on few units: it must be caught."""
+    import numpy as np
+
+    from sfumato.auditing import membership
+
+    names = sorted({record.unit for record in prepared.private})[:CONTROL_UNITS]
+    kept = set(names)
+    model = build(recipe)
+    inside = model.encode([record for record in prepared.private if record.unit in kept])
+    outside = model.encode(prepared.public)
+    few = NotPrivate(
+        population=inside.num_units,
+        expected_batch_size=inside.num_units / 2,
+        steps=max(FEWEST_CONTROL_STEPS, CONTROL_STEPS * inside.num_units // CONTROL_UNITS),  # fewer units, fewer steps
+        unit=plan.unit,
+        records_per_unit=plan.records_per_unit,
+    )
+    settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
+    _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
+    units = np.arange(inside.num_units)
+    others = np.arange(min(outside.num_units, 2 * inside.num_units))
+    return (
+        membership.scores(losses_of(model), inside, units=units, records_per_unit=plan.records_per_unit),
+        membership.scores(losses_of(model), outside, units=others, records_per_unit=plan.records_per_unit),
+    )
+
+
+def release(run: RunFolder, recipe: Recipe, progress: Progress) -> list[dict[str, str]]:
+    """Writes the bundle if the gate approves. Returns the reasons if not."""
+    from sfumato.release import bundle, keys
+
+    progress("release: asking the gate")
+    try:
+        bundle.write(run.path, run.path / "bundle", keys.own(), settings=recipe.release)
+    except PrivacyRefused as refused:
+        return refused.refusals
+    return []
+
+
+def render(run: RunFolder, *, public: bool) -> dict[str, str]:
+    from sfumato.release import page
+
+    name = "public-report" if public else "report"
+    run.write_text(f"reports/{name}.html", page.render(run.path, public=public))
+    run.write_json(f"reports/{name}.json", page.as_json(run.path, public=public))
+    return {"html": str(run.path / "reports" / f"{name}.html"), "json": str(run.path / "reports" / f"{name}.json")}
+
+
+def claim_of(run: RunFolder) -> Guarantee:
+    return Guarantee(**run.read_json("reports/privacy.json"))
+
+
+def result(run: RunFolder) -> dict[str, Any]:
+    """What ``train`` answers, from what lies in the run's folder; of an unfinished run, what was spent so far."""
+    bundle, html = run.path / "bundle", run.path / "reports" / "report.html"
+    cost = run.read_json("reports/cost.json") if run.report("cost").is_file() else {}
+    answer = {
+        "run": str(run.path),
+        "epsilon": None,
+        "delta": None,
+        "steps": cost.get("steps"),
+        "seconds": cost.get("seconds"),
+        "quality": quality_values(run),
+        "bundle": str(bundle) if (bundle / "manifest.json").is_file() else None,
+        "html": str(html) if html.is_file() else None,
+    }
+    if run.finished:
+        claim = claim_of(run)
+        return {**answer, "epsilon": claim.epsilon, "delta": claim.delta}
+    spent = ledger.show(run.ledger)
+    return {**answer, "epsilon": spent["epsilon"], "delta": spent["delta"], "steps": spent["steps"]}
+
+
+def quality_values(run: RunFolder) -> dict[str, Any]:
+    if not run.report("quality").is_file():
+        return {}
+    return {figure["name"]: figure for figure in run.read_json("reports/quality.json")["figures"]}

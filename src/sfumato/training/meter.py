@@ -1,0 +1,85 @@
+"""What is counted and timed while a model trains: the loss, the rate, epsilon; and when the next checkpoint is due."""
+
+import math
+import time
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.spending import Spending
+
+
+class RunningMean:
+    """Mean over the values since it was last asked; NaN if there were none."""
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+
+    def add(self, values: Tensor) -> None:
+        self._total += float(values.sum())
+        self._count += values.numel()
+
+    def take(self) -> float:
+        mean = self._total / self._count if self._count else math.nan
+        self._total, self._count = 0.0, 0
+        return mean
+
+
+class Meter:
+    """The figures of one attempt at a run. They are computed from private records: internal, never released.
+
+    Args: charged: steps in the ledger when the attempt begins; seconds: of training in earlier attempts.
+    """
+
+    def __init__(self, plan: PrivacyPlan, *, charged: int, seconds: float, units_seen: int) -> None:
+        self._plan = plan
+        self._spending = Spending(plan)
+        self._first = charged
+        self._seconds_before = seconds
+        self._began = time.monotonic()
+        self._units_before = self.units_seen = units_seen
+        self._loss = RunningMean()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all attempts."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def add(self, losses: Tensor) -> None:
+        """Args: losses: (B,), of one physical part."""
+        self.units_seen += losses.numel()
+        self._loss.add(losses.detach())
+
+    def figures(self, charged: int, learning_rate: float) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``, after ``charged`` steps of the plan."""
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        epsilon = self._spending.after(charged)
+        private = math.isfinite(epsilon)
+        return {
+            "step": charged,
+            "steps": self._plan.steps,
+            "loss": self._loss.take(),
+            "epsilon": epsilon if private else None,
+            "epsilon_planned": self._spending.after(self._plan.steps) if private else None,
+            "seconds": self._seconds_before + elapsed,
+            "seconds_left": (self._plan.steps - charged) * elapsed / max(charged - self._first, 1),
+            "examples_per_second": (self.units_seen - self._units_before) / elapsed,
+            "learning_rate": learning_rate,
+        }
+
+
+class Timer:
+    """Due ``every`` so many seconds; at first sooner, after about 1, 2, 4, ... seconds, so that a crash of a young run
+    wastes at most half of it."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._began = self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= min(self._every, max(1.0, self._last - self._began))
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
