@@ -16,14 +16,14 @@ def mnist() -> Recipe:
         name="mnist",
         data=DataSettings(source="mnist", public_units=10_000, image_size=28),
         model=ModelSettings(
-            image=Cosine(kept=18),
+            image=Cosine(kept=16),
             text=HashedWords(buckets=512, width=128),
             backbone=Mlp(width=512, depth=2),
             objective=Diffusion(noise_multiplicity=1, log_sigma_mean=-0.3, log_sigma_std=1.4),
             sampling=Sampling(guidance=1.5),
         ),
         privacy=PrivacySettings(unit="record", epsilon=8.0, max_grad_norm=0.7),
-        training=TrainingSettings(steps=1_500, expected_batch_size=4_096, learning_rate=8e-3),
+        training=TrainingSettings(steps=1_500, expected_batch_size=4_096, learning_rate=4e-3, ema_decay=0.995),
         evaluation=EvaluationSettings(samples=2_000),
     )
 
