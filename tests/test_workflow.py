@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
         "backbone": {"kind": "mlp", "width": 16, "depth": 1},
         "sampling": {"steps": 2},
     },
-    "privacy": {"unit": "person", "records_per_unit": 2, "epsilon": None, "noise_multiplier": 2.0},
+    "privacy": {"unit": "person", "records_per_unit": 2, "epsilon": None, "noise_multiplier": 20.0},
     "training": {"steps": STEPS, "expected_batch_size": 20, "log_every": 1},
     "evaluation": {"samples": 20, "judge_seconds": 1},
     "audit": {"members": 20, "draws": 1},
@@ -292,7 +292,7 @@ def test_a_resume_beside_the_running_one_is_refused_and_disturbs_nothing(tmp_pat
 
 
 def test_a_run_whose_account_is_gone_is_refused_and_no_new_account_is_made(finished, tmp_path, own_home):
-    recipe, out, run = unfinished(finished, tmp_path)
+    recipe, out, _ = unfinished(finished, tmp_path)
     with pytest.raises(LedgerError, match=r"account = .* · does not exist") as caught:
         workflow.train(recipe, out=out, resume=True)
     assert caught.value.exit_code == 3
@@ -480,7 +480,7 @@ def test_runs_are_listed_with_their_state(finished):
 FEDERATED = {
     "data": {"units": 330},
     "federation": {"sites": 2, "rounds": 2, "local_steps": 2},
-    "privacy": {"unit": "person", "records_per_unit": 2, "epsilon": None, "noise_multiplier": 2.0},
+    "privacy": {"unit": "person", "records_per_unit": 2, "epsilon": None, "noise_multiplier": 20.0},
 }
 
 
