@@ -17,7 +17,7 @@ from sfumato.training.loop import Trained
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
 
 UNITS = 40
-PLAN = DpSgd(population=UNITS, expected_batch_size=10, steps=8, noise_multiplier=2.0, delta=1e-3)
+PLAN = DpSgd(population=UNITS, expected_batch_size=10, steps=8, noise_multiplier=20.0, delta=1e-3)
 OPEN = NotPrivate(population=UNITS, expected_batch_size=10, steps=8)
 
 
