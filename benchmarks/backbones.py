@@ -49,14 +49,18 @@ def main() -> None:
     table = [
         f"Made by `benchmarks/backbones.py --seconds {given.seconds:g} --patients {given.patients}`.",
         "",
-        "| denoiser | parameters | steps | seconds | " + " | ".join(f"κ {fact}" for fact in facts) + " | Fréchet distance |",
+        "| denoiser | parameters | steps | seconds | "
+        + " | ".join(f"κ {fact}" for fact in facts)
+        + " | Fréchet distance |",
         "|" + "---|" * (5 + len(facts)),
     ]
     for row in rows:
         cells = [f"{row['figures'][f'kappa: {fact}']:.2f}" for fact in facts]
         cells.append(f"{row['figures']['Fréchet distance']:.1f}")
         table.append(
-            f"| {row['name']} | {row['parameters']:,} | {row['steps']} | {row['seconds']:.0f} | " + " | ".join(cells) + " |"
+            f"| {row['name']} | {row['parameters']:,} | {row['steps']} | {row['seconds']:.0f} | "
+            + " | ".join(cells)
+            + " |"
         )
     text = "\n".join(table) + "\n"
     print(text)

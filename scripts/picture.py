@@ -43,7 +43,9 @@ def main(run: Path, out: Path) -> None:
         pen.text((4, top + SIDE // 2 - 6), name, fill="black", font=small)
         for column, picture in enumerate(pictures):
             tile = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-            sheet.paste(tile.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"), (label + column * (SIDE + 6), top))
+            sheet.paste(
+                tile.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"), (label + column * (SIDE + 6), top)
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, optimize=True)
 

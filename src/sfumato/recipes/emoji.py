@@ -16,11 +16,11 @@ def emoji() -> Recipe:
         model=ModelSettings(
             image=Cosine(kept=20),
             text=HashedWords(buckets=4096, width=256),
-            backbone=Mlp(width=1024, depth=4),
-            objective=Diffusion(noise_multiplicity=4, log_sigma_mean=-0.3, log_sigma_std=1.4),
-            sampling=Sampling(guidance=1.5),
+            backbone=Mlp(width=768, depth=3),
+            objective=Diffusion(noise_multiplicity=2, log_sigma_mean=-0.3, log_sigma_std=1.4),
+            sampling=Sampling(guidance=1.0),
         ),
         privacy=PrivacySettings(mechanism="none", unit="record", epsilon=8.0),
-        training=TrainingSettings(steps=3_000, expected_batch_size=256, learning_rate=1e-3, ema_decay=0.995),
+        training=TrainingSettings(steps=3_000, expected_batch_size=256, learning_rate=1.5e-3, ema_decay=0.995),
         evaluation=EvaluationSettings(samples=600),
     )
