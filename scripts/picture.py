@@ -27,7 +27,7 @@ def main(run: Path, out: Path) -> None:
     made = model.generate([r.text for r in chosen], seed=recipe.training.seed)
     claim = json.loads((run / "reports" / "privacy.json").read_text(encoding="utf-8"))
     rows = [
-        (f"private, ε = {claim['epsilon']:.3g}", made),
+        (f"private, epsilon {claim['epsilon']:.3g}", made),
         ("real, held out", np.stack([r.image for r in chosen if r.image is not None])),
     ]
     label, words = 96, 96

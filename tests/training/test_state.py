@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,19 +253,23 @@ def test_a_full_disk_is_an_outside_error_and_the_older_checkpoint_stays(tmp_path
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 640 KiB, where this user may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
+def small_disk():
+    """A disk of 640 KiB, where this user may mount one; not inside pytest's own folder, which it sweeps."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    place = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+    finally:
+        place.rmdir()
 
 
 def fill(disk: Path) -> Path:
