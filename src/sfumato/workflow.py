@@ -105,7 +105,7 @@ def plan(
         **_plan_values(found, accountant),
         "parameters": parameters,
         "refusals": [],
-        "warnings": plans.warnings_of(found),
+        "warnings": plans.warnings_of(found, parameters=parameters),
     }
 
 
@@ -178,7 +178,7 @@ def train(
     else:
         plan = plans.plan_from_dict(run.read_json("plan.json"))
         stages.require_same_data(run, prepared)
-    stages.say_plan(plan, progress)
+    stages.say_plan(plan, progress, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
     progress(f"{wanted.name}: writing to {run.path}")
     stopped = "steps"
     if run.finished:

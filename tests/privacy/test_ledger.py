@@ -561,7 +561,11 @@ def test_two_accounts_are_never_the_same_and_a_run_keeps_to_its_own(tmp_path):
     for name in ("a", "b"):
         take(tmp_path / f"{name}.db", 1, account=tmp_path / f"account-{name}.db")
     assert show(tmp_path / "account-a.db")["account"] != show(tmp_path / "account-b.db")["account"]
-    wrong = {tmp_path / "account-b.db": "ledger_account", None: "ledger_account", tmp_path / "new.db": "account_missing"}
+    wrong = {
+        tmp_path / "account-b.db": "ledger_account",
+        None: "ledger_account",
+        tmp_path / "new.db": "account_missing",
+    }
     for account, code in wrong.items():
         with pytest.raises(LedgerError) as error:
             Ledger.open(tmp_path / "a.db", run="r", plan=PLAN, account=account)

@@ -132,8 +132,8 @@ def test_small_and_large_epsilons_are_warned_about(noise, steps, expected):
 
 def test_noise_that_drowns_every_signal_is_warned_about():
     few = DpSgd(population=1000, expected_batch_size=20, steps=10, noise_multiplier=2.0, delta=1e-5)
-    assert "noise_drowns_signal" in [warning["code"] for warning in warnings_of(few, parameters=10**6)]
-    assert "noise_drowns_signal" not in [warning["code"] for warning in warnings_of(few, parameters=100)]
+    assert "few_units" in [warning["code"] for warning in warnings_of(few, parameters=10**6)]
+    assert "few_units" not in [warning["code"] for warning in warnings_of(few, parameters=100)]
 
 
 @pytest.mark.parametrize(

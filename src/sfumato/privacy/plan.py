@@ -16,6 +16,9 @@ from sfumato.privacy.settings import PrivacySettings
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
 LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
+LITTLE_SIGNAL = (
+    0.5  # longest sum of gradients / length of the noise; docs/results.md has pictures from both sides of it
+)
 BYTES_PER_PARAMETER = 32  # float32: weights, gradient, clipped sum, two Adam moments, moving average; float64: noise
 
 
@@ -345,14 +348,14 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
             )
         )
     if parameters is not None and plan.noise_multiplier > 0:
-        signal = plan.expected_batch_size * math.sqrt(plan.steps) / (plan.noise_multiplier * math.sqrt(parameters))
-        if signal < 1:
+        a_step = plan.expected_batch_size / (plan.noise_multiplier * math.sqrt(parameters))
+        if a_step < LITTLE_SIGNAL:
             warnings.append(
                 _refusal(
-                    "noise_drowns_signal",
-                    f"population = {plan.population} · over the whole run the noise is {1 / signal:.3g} times longer "
-                    "than the longest possible sum of gradients that all agree",
-                    "Add data, train fewer parameters, or expect little.",
+                    "few_units",
+                    f"population = {plan.population} {plan.unit}s · is few for {parameters:,} parameters at epsilon = "
+                    f"{epsilon:.3g}: in each step the noise is at least {1 / a_step:.3g} times as long as what all units together say",
+                    "Expect coarse pictures that follow their texts badly. More units help most, then fewer parameters.",
                 )
             )
     return warnings
