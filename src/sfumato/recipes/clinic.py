@@ -23,7 +23,7 @@ def clinic() -> Recipe:
             sampling=Sampling(guidance=1.0),
         ),
         privacy=PrivacySettings(unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=0.5),
-        training=TrainingSettings(steps=1_000, expected_batch_size=2_048, learning_rate=1e-2),
+        training=TrainingSettings(steps=800, expected_batch_size=2_048, learning_rate=1e-2),
         federation=FederationSettings(sites=3, rounds=3, local_steps=40),
         evaluation=EvaluationSettings(samples=2_000, twin=True),
         audit=AuditSettings(members=1_500),
