@@ -142,19 +142,23 @@ def test_what_comes_out_is_the_average_of_the_weights(runs):
 
 
 def test_pictures_are_of_the_average_and_the_weights_go_on_untouched(runs):
+    """Whoever draws gets the averaged weights in the model; what it does to them does not reach those that are trained."""
     seen = {}
 
-    class Look(Watch):
+    class Spoil(Watch):
         def picture(self, step, model):
-            seen["average"] = oracles.vector(model)
+            seen["pictured"] = (step, oracles.vector(model))
+            for parameter in model.parameters():
+                parameter.data.fill_(100.0)
 
         def figures(self, values):
-            if values["step"] in (10, 11):
-                seen[values["step"]] = oracles.vector(runs.model)
+            seen[values["step"]] = oracles.vector(runs.model)
 
-    runs.attempt(replace(OPEN, steps=11), watchers=[Look()], learning_rate=1e-9)
-    assert not seen["average"].equal(seen[10])
-    torch.testing.assert_close(seen[11], seen[10], atol=1e-7, rtol=0)  # the steps are of 1e-9
+    runs.attempt(replace(OPEN, steps=11), watchers=[Spoil()], learning_rate=0.05)
+    step, drawn = seen["pictured"]
+    assert step == 10
+    assert (drawn - seen[10]).abs().max() > 1e-3
+    assert (seen[11] - seen[10]).abs().max() < 1.0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -232,7 +236,10 @@ def test_an_interrupt_while_the_last_checkpoint_is_written_is_one(runs, monkeypa
         return save(*arguments)
 
     monkeypatch.setattr(loop.state, "save", interrupted)
-    trained = runs.attempt()
+    try:
+        trained = runs.attempt()
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt was not waited for")
     assert (trained.stopped, trained.step) == ("interrupted", 8)
     monkeypatch.undo()
     trained = runs.attempt()
@@ -309,20 +316,6 @@ def test_a_checkpoint_newer_than_its_ledger_is_refused(runs, tmp_path):
     with pytest.raises(LedgerError, match="the ledger is older than the checkpoint") as caught:
         runs.attempt()
     assert caught.value.exit_code == 3
-
-
-def test_checkpoints_come_early_and_then_less_often(monkeypatch):
-    from sfumato.training import meter
-
-    now = [0.0]
-    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
-    timer, saved = meter.Timer(30.0), []
-    for tick in range(1_200):
-        now[0] = tick / 10
-        if timer.due:
-            saved.append(now[0])
-            timer.restart()
-    assert saved == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 62.0, 92.0]
 
 
 def test_a_loss_that_couples_units_is_refused_before_anything_is_charged(runs):
