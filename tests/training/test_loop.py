@@ -180,7 +180,8 @@ def test_empty_batches_are_steps_of_noise_and_are_charged(settings, runs):
     assert (trained.step, trained.charged, trained.units_seen) == (5, 5, 0)
     moved = oracles.vector(runs.model) - before[0]
     assert moved.isfinite().all()
-    assert (moved != 0).all()
+    # An entry may come back to the same float32 by luck, at a rate of about 1e-4; without noise none would move.
+    assert (moved != 0).double().mean() > 0.99
     assert all(line["loss"] != line["loss"] for line in watch.lines)  # NaN: there was nothing to lose
 
 
