@@ -24,7 +24,7 @@ KNOWN = [
     (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "disk"),
     (OSError(errno.EROFS, "Read-only file system", "runs/x"), 5, "disk"),
     (RuntimeError("I/O error: No space left on device (os error 28)"), 5, "disk"),
-    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 5, "permission"),
+    (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 5, "permission"),
     (MemoryError(), 5, "memory"),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 5, "missing_dependency"),
     (KeyboardInterrupt(), 130, "interrupted"),
