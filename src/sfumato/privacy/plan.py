@@ -16,9 +16,7 @@ from sfumato.privacy.settings import PrivacySettings
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
 LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
-LITTLE_SIGNAL = (
-    0.5  # longest sum of gradients / length of the noise; a rule of thumb, not measured
-)
+LITTLE_SIGNAL = 0.5  # longest sum of gradients / length of the noise; a rule of thumb, not measured
 BYTES_PER_PARAMETER = 32  # float32: weights, gradient, clipped sum, two Adam moments, moving average; float64: noise
 
 
