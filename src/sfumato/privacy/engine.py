@@ -14,40 +14,28 @@ Shapes: R rows, B units. Rows convention: every protected layer sees the rows as
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from sfumato import checks
 from sfumato.errors import BudgetExhausted, PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.gradients.bookkeeping import Tape, clip_to, clipped_sums, normalise_to
+from sfumato.privacy.drawing import Part, Source, source_of
+from sfumato.privacy.gradients.bookkeeping import Layer, Tape
+from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.noise import gaussian
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.randomness import Random, SecretRandom
-from sfumato.records import Batch, UnitTable
+from sfumato.records import Batch
 
 Clipping = Literal["flat", "per_layer", "automatic"]
 STATE_FORMAT = 1
-
-
-@dataclass(slots=True)
-class _Part:
-    """One physical part of a drawn batch, on its way through the user's loop."""
-
-    units: Units | None  # None: a hand-written loop, every row is a unit
-    over_rows: bool  # the loss is a mean over rows (an ordinary dataset), not over units (a UnitTable)
-    last: bool
-    sequence: int | None  # of the ledger
-    taken: bool = False
 
 
 class _Engine:
@@ -68,7 +56,7 @@ class _Engine:
         self._sampling_rate: float | None = plan.sampling_rate if plan is not None else None
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
-        self._part: _Part | None = None
+        self._part: Part | None = None
         self._draws_batches = False
 
     @property
@@ -126,7 +114,7 @@ class _Engine:
             final one). Run the whole loop body for every part: ``optimizer.step()`` adds up, and steps on the last.
           records_per_unit: at most so many rows of a unit take part in a step (1 without a plan).
         """
-        source = _source(dataset, unit)
+        source = source_of(dataset, unit)
         self._set_rate(expected_batch_size, source.num_units)
         limit = records_per_unit
         if self.plan is not None:
@@ -149,7 +137,7 @@ class _Engine:
         self._draws_batches = True
         return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
 
-    def _draw(self, source: "_Source", steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
+    def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
         assert self._sampling_rate is not None
         self.stopped = None
         for _ in range(steps):
@@ -166,7 +154,7 @@ class _Engine:
                 self._require_stepped()
                 last = i == len(parts) - 1
                 batch, grouping = source.rows(part, limit, self.random, last)
-                self._part = _Part(grouping, source.loss_is_over_rows, last, sequence)
+                self._part = Part(grouping, source.loss_is_over_rows, last, sequence)
                 self._expect(self._part)
                 yield batch
         self._require_stepped()
@@ -219,7 +207,7 @@ class _Engine:
     def _begin(self) -> None:
         """Hook: a new draw begins."""
 
-    def _expect(self, part: _Part) -> None:
+    def _expect(self, part: Part) -> None:
         """Hook: a part is about to be yielded."""
 
     def _reserve(self) -> int | None:
@@ -389,7 +377,7 @@ class DifferentialPrivacyEngine(_Engine):
         self._sums = {}
         self._buffers = _buffer_versions(self.model)
 
-    def _expect(self, part: _Part) -> None:
+    def _expect(self, part: Part) -> None:
         self._tape.clear()
         self._tape.give_rows(part.units.num_rows if part.units is not None else None)
 
@@ -433,7 +421,7 @@ class DifferentialPrivacyEngine(_Engine):
         if not self._draws_batches:
             self._part = None
 
-    def _hand_written_part(self) -> _Part:
+    def _hand_written_part(self) -> Part:
         """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
         if self._expected_batch_size is None or self._sampling_rate is None:
             raise UsageError(
@@ -448,12 +436,12 @@ class DifferentialPrivacyEngine(_Engine):
             )
         self._sums = {}
         sequence = self._reserve()
-        self._part = _Part(None, False, True, sequence)
+        self._part = Part(None, False, True, sequence)
         return self._part
 
-    def _add(self, part: _Part) -> None:
+    def _add(self, part: Part) -> None:
         """Adds a part's clipped gradients to the sum of its batch."""
-        layers, rows = self._tape.take()
+        layers, terms, rows = self._tape.take()
         self._check_buffers()
         units = part.units if part.units is not None else Units(None, rows)
         if not layers:
@@ -464,11 +452,12 @@ class DifferentialPrivacyEngine(_Engine):
                 )
             return
         if rows:
-            self._check_all_recorded({p for group in layers for term in group for p in term.parameters})
-        device = layers[0][0].parameters[0].device
+            self._check_all_recorded({p for group in terms for term in group for p in term.parameters})
+        device = layers[0].parameters[0].device
         scale = self._scale(units, part.over_rows).to(device)
         units = units.to(device)
-        clipped = clipped_sums(layers, units, scale, self._clips(len(layers)))
+        clips, group_of = self._clips(layers)
+        clipped = clipped_sums(terms, units, scale, clips, group_of)
         self.non_finite += clipped.non_finite
         for parameter, value in clipped.sums.items():
             self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
@@ -480,14 +469,15 @@ class DifferentialPrivacyEngine(_Engine):
         size = units.num_rows if over_rows else units.num_units
         return (size if self.loss_reduction == "mean" else 1.0) * ones / per_unit
 
-    def _clips(self, called: int) -> Any:
+    def _clips(self, layers: list[Layer]) -> tuple[list[Clip], list[int]]:
         match self.clipping:
             case "flat":
-                return clip_to(self.max_grad_norm)
+                return [clip_to(self.max_grad_norm)], [0] * len(layers)
             case "automatic":
-                return normalise_to(self.max_grad_norm)
+                return [normalise_to(self.max_grad_norm)], [0] * len(layers)
             case "per_layer":
-                return [clip_to(self.max_grad_norm / math.sqrt(len(self._tape.layers)))] * called
+                bound = self.max_grad_norm / math.sqrt(len(self._tape.layers))
+                return [clip_to(bound)] * len(layers), list(range(len(layers)))
 
     def _release(self) -> None:
         """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. Then the sum is dropped."""
@@ -640,84 +630,6 @@ def make_engine(
             return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random)
         case NotPrivate():
             return NotPrivateEngine.from_plan(model, plan, random=random)
-
-
-# --------------------------------------------------------------------------------------------- what batches come from
-
-
-class _Source:
-    """Something with units, and the rows of some of them."""
-
-    num_units: int
-    loss_is_over_rows: bool
-
-    def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Any, Units]:
-        raise NotImplementedError
-
-
-class _TableSource(_Source):
-    loss_is_over_rows = False
-
-    def __init__(self, table: UnitTable) -> None:
-        self._table = table
-        self._counts = table.records_per_unit()
-        self.num_units = table.num_units
-
-    def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Batch, Units]:
-        order = _fewest_rows_first(np.minimum(self._counts[units], limit))
-        batch = self._table.batch(units[order], records_per_unit=limit, rng=random)
-        batch = Batch(
-            tensors=batch.tensors, present=batch.present, unit=batch.unit, num_units=batch.num_units, last=last
-        )
-        return batch, Units(batch.unit, batch.num_units)
-
-
-class _DatasetSource(_Source):
-    loss_is_over_rows = True
-
-    def __init__(self, dataset: Any, unit: Sequence[Any] | None) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UsageError(
-                f"dataset = {type(dataset).__name__} · must have a length and an index, so that units can be drawn",
-                next="Give a map-style dataset or a sfumato.UnitTable.",
-            )
-        self._dataset = dataset
-        length = len(dataset)
-        if unit is not None and len(unit) != length:
-            raise UsageError(
-                f"len(unit) = {len(unit)} · must equal the dataset's length, {length}",
-                next="Give one unit name per item.",
-            )
-        self._table = None
-        if unit is not None:
-            self._table = UnitTable({"item": torch.arange(length)}, [str(name) for name in unit])
-        self.num_units = length if self._table is None else self._table.num_units
-
-    def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Any, Units]:
-        from torch.utils.data import default_collate
-
-        if self._table is None:
-            items, grouping = units.tolist(), Units(None, len(units))
-        else:
-            batch = self._table.batch(units, records_per_unit=limit, rng=random)
-            items, grouping = batch.tensors["item"].tolist(), Units(batch.unit, batch.num_units)
-        if items:
-            return default_collate([self._dataset[i] for i in items]), grouping
-        like = default_collate([self._dataset[0]])  # only its shapes: the empty batch has no rows
-        return pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
-
-
-def _fewest_rows_first(counts: np.ndarray) -> np.ndarray:
-    """Units with equally many rows side by side: what is done unit by unit then needs views, not copies."""
-    return np.argsort(counts, kind="stable")
-
-
-def _source(dataset: Any, unit: Sequence[Any] | None) -> _Source:
-    if not isinstance(dataset, UnitTable):
-        return _DatasetSource(dataset, unit)
-    if unit is not None:
-        raise UsageError("unit · a UnitTable knows its units", next="Leave unit out.")
-    return _TableSource(dataset)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer
 from sfumato.privacy.engine import DifferentialPrivacyEngine
-from sfumato.privacy.gradients.bookkeeping import clip_to, clipped_sums, normalise_to
+from sfumato.privacy.gradients.clipping import clip_to, clipped_sums, normalise_to
 from sfumato.privacy.gradients.reference import clipped_sum, per_unit_gradients
 from sfumato.privacy.gradients.terms import PerRow, Units
 from sfumato.records import Batch
@@ -34,7 +34,9 @@ def test_removing_one_unit_moves_the_sum_by_at_most_the_bound(rows, bound, kind)
     def total(values: Tensor) -> Tensor:
         count = len(values)
         layers = [[PerRow(first, values[:, :1].clone())], [PerRow(second, values[:, 1:].clone())]]
-        sums = clipped_sums(layers, Units(None, count), torch.ones(count, dtype=torch.float64), kind(bound)).sums
+        sums = clipped_sums(
+            layers, Units(None, count), torch.ones(count, dtype=torch.float64), [kind(bound)], [0] * len(layers)
+        ).sums
         return torch.cat([sums[first], sums[second]])
 
     everything = total(values)
@@ -48,7 +50,7 @@ def test_a_gradient_below_the_bound_is_not_changed():
     weight = nn.Parameter(torch.zeros(2).double())
     rows = torch.tensor([[0.3, 0.4], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
     scale = torch.ones(3, dtype=torch.float64)
-    result = clipped_sums([[PerRow(weight, rows)]], Units(None, 3), scale, clip_to(1.0))
+    result = clipped_sums([[PerRow(weight, rows)]], Units(None, 3), scale, [clip_to(1.0)], [0])
     torch.testing.assert_close(result.sums[weight], torch.tensor([0.9, 1.2], dtype=torch.float64))
     assert result.non_finite == 0
 

@@ -6,7 +6,7 @@ Only ``forward`` of the single layers is replaced, on the instance. The model's 
 hooks, ``save`` and ``deepcopy`` are as before; a copy is an ordinary, unprotected model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from sfumato.privacy.gradients.rules import (
     rule_for,
     trainable,
 )
-from sfumato.privacy.gradients.terms import Sums, Term, Units, smallest_unit, squares
+from sfumato.privacy.gradients.terms import Term
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (
@@ -137,16 +137,16 @@ class Tape:
             )
         layer.calls.append(tensors)
 
-    def take(self) -> tuple[list[list[Term]], int]:
-        """The terms of every layer that was called, layer by layer, and R; the records are gone afterwards."""
-        terms = [layer.rule.terms(layer.module, layer.calls) for layer in self.layers if layer.calls]
+    def take(self) -> tuple[list[Layer], list[list[Term]], int]:
+        """The layers that were called, the terms of each, and R; the records are gone afterwards."""
+        called = [layer for layer in self.layers if layer.calls]
+        terms = [layer.rule.terms(layer.module, layer.calls) for layer in called]
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
             rows.add(self.rows)
         if len(rows) > 1:
             expected = self.rows
             shown = f", {expected}," if expected else ""
-            called = [layer for layer in self.layers if layer.calls]
             wrong = [
                 f"{layer}: {sorted({t.num_rows for t in group})}"
                 for layer, group in zip(called, terms, strict=True)
@@ -158,7 +158,7 @@ class Tape:
                 next="Keep the rows as the leading dimension; put draws and positions after it.",
             )
         self.clear()
-        return [group for group in terms if group], rows.pop() if rows else 0
+        return called, terms, rows.pop() if rows else 0
 
 
 class _Recorder:
@@ -237,117 +237,3 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
         return "has no parameters yet: run the model once before the engine is made"
     return None
-
-
-# ------------------------------------------------------------------------------------------------ norms, clips, sums
-
-
-@dataclass(frozen=True, slots=True)
-class Clipped:
-    """The sum over units of clipped gradients, and how many had a non-finite gradient (internal; never released)."""
-
-    sums: Sums
-    non_finite: int
-
-
-Clip = Callable[[Tensor], Tensor]
-"""(B,) norms -> (B,) factors; a norm times its factor is at most the bound."""
-
-
-def clip_to(bound: float) -> Clip:
-    """min(1, C / norm). Source: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133."""
-    return lambda norms: (bound / norms).clamp_(max=1.0)
-
-
-def normalise_to(bound: float, stability: float = 0.01) -> Clip:
-    """C / (norm + gamma). Source: AUTO-S, Bu et al. 2023, arXiv:2206.07136, eq. 5, with the bound C instead of 1."""
-    return lambda norms: bound / (norms + stability)
-
-
-def clipped_sums(layers: list[list[Term]], units: Units, scale: Tensor, clips: list[Clip] | Clip) -> Clipped:
-    """Clips every unit's gradient and adds up.
-
-    Guarantee: with one clip, a unit changes ``sums`` by at most the clip's bound in L2 norm over all parameters; with
-    one clip per entry of ``layers``, by at most its bound in each of these; whatever the unit's gradient is, including
-    non-finite numbers, which count as zero. The bound holds in the arithmetic that is used: norms and factors are
-    rounded against the unit. (Not covered: the rounding of the sum over units itself.)
-
-    Args:
-      layers: the terms, layer by layer.
-      scale: (B,) float64; a unit's gradient is this times what the terms say (undoes the mean over the batch).
-    """
-    terms = [term for group in layers for term in group]
-    upwards = 1 + 8 * smallest_unit(terms)
-    squared = _squared_norms(layers, units)
-    norms = [square.sqrt() * scale * upwards for square in squared]
-    if not isinstance(clips, list):
-        total = torch.zeros(units.num_units, dtype=torch.float64, device=scale.device)
-        for square in squared:
-            total += square
-        norms, clips = [total.sqrt() * scale * upwards] * len(layers), [clips] * len(layers)
-    bad = torch.zeros(units.num_units, dtype=torch.bool, device=scale.device)
-    for norm in norms:
-        bad |= ~torch.isfinite(norm)
-    if bad.any():
-        rows = units.spread(bad)
-        for term in terms:
-            term.forget(rows)
-    sums: Sums = {}
-    for group, norm, clip in zip(layers, norms, clips, strict=True):
-        factors = torch.where(bad, 0.0, clip(norm) * scale)
-        for term in group:
-            for parameter, value in term.sums(factors, units).items():
-                sums[parameter] = sums[parameter] + value if parameter in sums else value
-    return Clipped(sums, int(bad.sum()))
-
-
-def _squared_norms(layers: list[list[Term]], units: Units) -> list[Tensor]:
-    """(B,) for every layer, an upper bound. Gradients of terms that share a parameter are formed and added first.
-
-    A shared parameter's part is booked on the first layer that uses it.
-    """
-    users: dict[nn.Parameter, list[Term]] = {}
-    for term in (term for group in layers for term in group):
-        for parameter in term.parameters:
-            users.setdefault(parameter, []).append(term)
-    shared = {id(term) for terms in users.values() if len(terms) > 1 for term in terms}
-    done: set[int] = set()
-    results = []
-    for group in layers:
-        total = torch.zeros(units.num_units, dtype=torch.float64, device=_device(group))
-        for term in group:
-            if id(term) not in shared:
-                total += term.squared_norms(units)
-            elif id(term) not in done:
-                together = _connected(term, users)
-                done |= {id(other) for other in together}
-                total += _formed_squared_norms(together, units)
-        results.append(total)
-    return results
-
-
-def _connected(term: Term, users: dict[nn.Parameter, list[Term]]) -> list[Term]:
-    found, waiting = [term], [term]
-    while waiting:
-        for parameter in waiting.pop().parameters:
-            for other in users[parameter]:
-                if not any(other is one for one in found):
-                    found.append(other)
-                    waiting.append(other)
-    return found
-
-
-def _formed_squared_norms(terms: list[Term], units: Units) -> Tensor:
-    """(B,): unit after unit, the sum of the terms' gradients and its squared norm."""
-    out = torch.zeros(units.num_units, dtype=torch.float64, device=_device(terms))
-    for unit in range(units.num_units):
-        total: Sums = {}
-        for term in terms:
-            for parameter, value in term.gradient_of(units.rows_of(unit)).items():
-                total[parameter] = total[parameter] + value if parameter in total else value
-        out[unit] = sum(squares(value.reshape(1, -1))[0] for value in total.values())
-    return out
-
-
-def _device(terms: Iterable[Term]) -> torch.device:
-    return next((parameter.device for term in terms for parameter in term.parameters), torch.device("cpu"))
