@@ -28,7 +28,7 @@ from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.noise import gaussian
+from sfumato.privacy.noise import gaussian, widened
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.randomness import Random, SecretRandom
@@ -379,7 +379,7 @@ class DifferentialPrivacyEngine(_Engine):
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
-        self._tape.give_rows(part.units.num_rows if part.units is not None else None)
+        self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
         if self._tape.has_records:
@@ -482,13 +482,14 @@ class DifferentialPrivacyEngine(_Engine):
     def _release(self) -> None:
         """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. Then the sum is dropped."""
         assert self._expected_batch_size is not None
-        std = self.noise_multiplier * self.max_grad_norm
+        dimension = sum(parameter.numel() for parameter in self._tape.parameters)
+        std = widened(self.noise_multiplier * self.max_grad_norm, self.max_grad_norm, dimension)
         self._given = {}
         for parameter in self._tape.parameters:
-            noisy = gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
-            if parameter in self._sums:
-                noisy += self._sums[parameter]
-            parameter.grad = noisy.div_(self._expected_batch_size).to(parameter.dtype)
+            total = self._sums.pop(parameter, None)
+            plus = None if total is None else total.reshape(-1).cpu()
+            noisy = gaussian(parameter.numel(), std, self.random, plus).div_(self._expected_batch_size)
+            parameter.grad = noisy.to(parameter.dtype).view(parameter.shape).to(parameter.device)
             self._given[parameter] = (parameter.grad, parameter.grad._version)
         self._sums = {}
 
