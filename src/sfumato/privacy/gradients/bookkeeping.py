@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
 from sfumato.privacy.gradients.rules import (
     Call,
     RowByRow,

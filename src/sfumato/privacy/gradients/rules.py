@@ -19,7 +19,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +68,16 @@ class Rule(ABC):
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]: ...
 
 
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
 _RULES: dict[type[nn.Module], Rule] = {}
 _FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
-def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
+def rule(*layer_types: type[nn.Module]) -> Callable[[type[AnyRule]], type[AnyRule]]:
     """Registers a rule for layer types."""
 
-    def register(cls: type[Rule]) -> type[Rule]:
+    def register(cls: type[AnyRule]) -> type[AnyRule]:
         for layer_type in layer_types:
             if layer_type in _RULES:
                 raise UsageError(
@@ -90,7 +92,10 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
 
 
 def rule_finder(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
-    """Registers a function that knows rules for classes which cannot be named here, because they are not imported."""
+    """Registers a function that knows rules for classes which cannot be named here, because they are not imported.
+
+    It is asked about modules whose type is not registered, and answers None where it knows nothing.
+    """
     _FINDERS.append(find)
     return find
 
@@ -99,10 +104,15 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
     if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
-    for find in _FINDERS:
-        special = find(module)
-        if special is not None:
-            return special
+    found = _registered_rule_for(module)
+    for find in _FINDERS if found is None else ():
+        found = find(module)
+        if found is not None:
+            break
+    return found
+
+
+def _registered_rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:
@@ -456,6 +466,13 @@ class RowByRow(Rule):
 
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
         leaves, shape = pytree.tree_flatten((args, kwargs))
+        state = next((leaf for leaf in leaves if type(leaf).__name__.endswith("Cache")), None)
+        if state is not None:
+            raise UnsupportedLayer(
+                f"{type(module).__name__} · goes row by row, but got a {type(state).__name__} that one row would fill "
+                "and the next would read",
+                next="Call the model with use_cache=False.",
+            )
         rows = record.rows
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if rows is None:
