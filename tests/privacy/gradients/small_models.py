@@ -8,6 +8,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,19 +110,27 @@ def shaken(model: nn.Module) -> nn.Module:
     return model
 
 
-def half_of(model: nn.Module, loss: Any, tensors: dict[str, Tensor]) -> float:
-    """A bound that clips about half of the units."""
-    table, norms = table_of(tensors, COUNTS), []
-    for unit in range(table.num_units):
-        batch = table.batch([unit], records_per_unit=100)
-        norms.append(float(one_unit_at_a_time(model, loss, batch, 1e300).norm()))
-    return sorted(norms)[len(norms) // 2] * 1.01
+def of_different_size(loss: Any) -> Callable[[nn.Module, Batch], Tensor]:
+    """The losses times a number of each row's own: without it, the units of random models are nearly alike."""
+
+    def scaled(model: nn.Module, batch: Batch) -> Tensor:
+        tensors = {name: tensor for name, tensor in batch.tensors.items() if name != "size"}
+        return loss(model, replace(batch, tensors=tensors)) * batch.per_unit(batch.tensors["size"])
+
+    return scaled
 
 
 def require_equal(model: nn.Module, tensors: dict[str, Tensor], loss: Any, **options: Any) -> None:
+    """Of three units one is clipped hard, one a little, one not at all."""
     plain = copy.deepcopy(model)
-    c = half_of(plain, loss, tensors)
-    sums, batch = released(model, loss, table_of(tensors, COUNTS), max_grad_norm=c, **options)
-    expected = one_unit_at_a_time(plain, loss, batch, c)
-    assert float(expected.norm()) > 0
-    assert relative(sums, expected) <= TOLERANCE
+    scaled = of_different_size(loss)
+    table = table_of({**tensors, "size": torch.linspace(0.1, 3, ROWS, dtype=torch.float64)}, COUNTS)
+    norms = []
+    for unit in range(table.num_units):
+        batch = table.batch([unit], records_per_unit=100)
+        norms.append(float(one_unit_at_a_time(plain, scaled, batch, 1e300).norm()))
+    small, middle, large = sorted(norms)
+    c = 0.9 * middle
+    assert 0 < small < c < large / 1.2, norms
+    sums, batch = released(model, scaled, table, max_grad_norm=c, **options)
+    assert relative(sums, one_unit_at_a_time(plain, scaled, batch, c)) <= TOLERANCE

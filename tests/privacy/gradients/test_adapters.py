@@ -48,7 +48,7 @@ def adapted(config: Callable[[Any], Any], make: Callable[[], nn.Module] = gpt2) 
 
 def lora(**options: Any) -> Callable[[Any], Any]:
     """Both factors random: usually B begins as zero, and A has no gradient."""
-    defaults = {"r": 8, "target_modules": LAYERS, "fan_in_fan_out": True, "init_lora_weights": False}
+    defaults = {"r": 8, "lora_alpha": 20, "target_modules": LAYERS, "fan_in_fan_out": True, "init_lora_weights": False}
     return lambda peft: peft.LoraConfig(**{**defaults, "task_type": "CAUSAL_LM", **options})
 
 
