@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.oracles import relative, released, table_of
+from tests.oracles import one_unit_at_a_time, relative, released, table_of
 from tests.privacy.gradients.small_models import (
     CONDITIONED,
     COUNTS,
@@ -41,6 +41,7 @@ from sfumato.privacy.gradients.pretrained import (
 )
 from sfumato.privacy.gradients.root_mean_square import RootMeanSquareRule
 from sfumato.privacy.gradients.rules import RowByRow, rule_for
+from sfumato.privacy.gradients.terms import Units
 from sfumato.randomness import TestRandom
 from sfumato.records import Batch
 
@@ -157,7 +158,7 @@ def test_a_model_computes_the_same_with_the_engine(name):
     batch = table_of(tensors, COUNTS).batch(range(len(COUNTS)), records_per_unit=9)
     expected = loss(model, batch)
     tape = Tape(model)
-    tape.give_rows(ROWS)
+    tape.give_units(Units(None, ROWS))
     torch.testing.assert_close(loss(model, batch), expected, rtol=1e-6, atol=1e-7)
     tape.detach()
     assert all("forward" not in vars(module) for module in model.modules())
@@ -338,6 +339,24 @@ def test_checkpointed_activations_of_transformers():
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     require_equal(model, tensors, loss)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+def test_under_autocast_a_model_has_the_gradients_of_half_precision(name):
+    """bfloat16 has 8 bits: close to the exact sum, and within the bound all the same."""
+    model, tensors, loss = case(name)
+    model = model.float()
+    tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+    def rounded(model: nn.Module, batch: Batch) -> Tensor:
+        single = next(model.parameters()).dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=single):
+            return loss(model, batch)
+
+    plain = copy.deepcopy(model)
+    sums, batch = released(model, rounded, table_of(tensors, COUNTS), max_grad_norm=1e-2)
+    assert relative(sums, one_unit_at_a_time(plain, rounded, batch, 1e-2)) <= 0.1
+    assert float(sums.norm()) <= len(COUNTS) * 1e-2 * (1 + 1e-4)  # the parameters themselves are rounded to float32
 
 
 def test_frozen_parts_of_a_model():

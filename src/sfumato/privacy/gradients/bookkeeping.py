@@ -151,8 +151,8 @@ class Tape:
                 "engine.batches(..., max_physical_batch_size=) and step after every part.",
             )
         layer.calls.append(tensors)
-        if isinstance(layer.rule, RowByRow):
-            return  # hands over one parameter at a time
+        if layer.rule.piecewise:
+            return
         layer.awaited -= 1
         if layer.awaited == 0 and layer.alone and self.units is not None:
             self._take_norms(layer, self.units)

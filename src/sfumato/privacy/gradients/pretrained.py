@@ -105,7 +105,7 @@ class Conv1DRule(Rule):
         if module.weight.requires_grad:
             terms.append(Outer(module.weight, None, g, a))  # (D, O): inputs and output gradients change places
         if module.bias.requires_grad:
-            terms.append(PerRow(module.bias, g.sum(1)))
+            terms.append(PerRow(module.bias, g.sum(1, dtype=torch.promote_types(g.dtype, torch.float32))))
         return terms
 
 
@@ -205,6 +205,8 @@ class BareParameters(Rule):
     a product with a tensor of R rows, in ``expand``, or with None as its first index. The layers below keep their rules.
     """
 
+    piecewise = True
+
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
         rows = record.rows if record.rows is not None or given is None else given.shape[0]
@@ -291,6 +293,8 @@ class RowwiseMethod(Rule):
     It is computed for every row from the row's own copy: (R, ...). What else the module holds keeps its rules.
     (The position bias of T5: the embedding is looked up by (query, key), where no row is seen.)
     """
+
+    piecewise = True
 
     def __init__(self, method: str, part: str) -> None:
         self.method, self.part = method, part

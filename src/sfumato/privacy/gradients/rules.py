@@ -49,6 +49,8 @@ class Rule(ABC):
 
     parameters: tuple[str, ...] = ("weight", "bias")  # all that this rule treats; others send the module to RowByRow
 
+    piecewise: bool = False  # hands over one parameter at a time, so that a call has several records
+
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be trained privately, with what to do; None if it can."""
         return None
@@ -457,6 +459,8 @@ class RowByRow(Rule):
 
     Tensors among the arguments whose leading dimension is R are rows; other tensors are shared by all rows.
     """
+
+    piecewise = True
 
     def treats(self, module: nn.Module) -> list[nn.Parameter]:
         return trainable(module)
