@@ -85,7 +85,7 @@ def _observed(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch,
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -95,7 +95,9 @@ def _observed(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch,
             handle.remove()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                before, version, value = buffers[name]
+                if buffer is not before or buffer._version != version:  # the others are needed backwards as they are
+                    buffer.copy_(value)
     if values.shape != (batch.num_units,):
         raise UsageError(
             f"losses.shape = {tuple(values.shape)} · must be ({batch.num_units},), one loss per unit",

@@ -19,7 +19,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,19 @@ class Rule(ABC):
 
     parameters: tuple[str, ...] = ("weight", "bias")  # all that this rule treats; others send the module to RowByRow
 
+    piecewise: bool = False  # hands over one parameter at a time, so that a call has several records
+
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be trained privately, with what to do; None if it can."""
         return None
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        """The trainable parameters that this rule answers for: the module's own."""
+        return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        """The children that the rule treats with everything below them; rules of their own are not used there."""
+        return []
 
     @abstractmethod
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any: ...
@@ -61,13 +71,16 @@ class Rule(ABC):
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]: ...
 
 
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
 _RULES: dict[type[nn.Module], Rule] = {}
+_FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
-def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
+def rule(*layer_types: type[nn.Module]) -> Callable[[type[AnyRule]], type[AnyRule]]:
     """Registers a rule for layer types."""
 
-    def register(cls: type[Rule]) -> type[Rule]:
+    def register(cls: type[AnyRule]) -> type[AnyRule]:
         for layer_type in layer_types:
             if layer_type in _RULES:
                 raise UsageError(
@@ -81,10 +94,28 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
     return register
 
 
+def rule_finder(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
+    """Registers a function that knows rules for classes which cannot be named here, because they are not imported.
+
+    It is asked about modules whose type is not registered, and answers None where it knows nothing.
+    """
+    _FINDERS.append(find)
+    return find
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
     if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
+    found = _registered_rule_for(module)
+    for find in _FINDERS if found is None else ():
+        found = find(module)
+        if found is not None:
+            break
+    return found
+
+
+def _registered_rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:
@@ -430,8 +461,23 @@ class RowByRow(Rule):
     Tensors among the arguments whose leading dimension is R are rows; other tensors are shared by all rows.
     """
 
+    piecewise = True
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        return trainable(module)
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        return list(module.children())
+
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
         leaves, shape = pytree.tree_flatten((args, kwargs))
+        state = next((leaf for leaf in leaves if type(leaf).__name__.endswith("Cache")), None)
+        if state is not None:
+            raise UnsupportedLayer(
+                f"{type(module).__name__} · goes row by row, but got a {type(state).__name__} that one row would fill "
+                "and the next would read",
+                next="Call the model with use_cache=False.",
+            )
         rows = record.rows
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if rows is None:
