@@ -69,6 +69,7 @@ class Tape:
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
+        self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
         self._by_module = {id(layer.module): layer for layer in self.layers}
@@ -125,15 +126,20 @@ class Tape:
 
     def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
-            return
+            raise UsageError(
+                f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
+                next="Put the forward pass inside as well, or the backward pass outside.",
+            )
         number = torch._C._current_graph_task_id()
         if self._pass is None:
             self._pass = number
-        elif self._pass != number:
+        elif self._pass != number and not self.several_passes:
             raise UsageError(
                 "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
-                next="Add the losses up and call backward() once; for large batches use "
-                "engine.batches(..., max_physical_batch_size=) and step after every part.",
+                next="Add the losses up and call backward() once, or: several losses of the same units go inside "
+                "engine.same_units(), a loss without private data inside engine.public(), a pass that should train "
+                "nothing inside engine.frozen(), parts of one batch through max_physical_batch_size= or "
+                "engine.accumulate(), each with a step of its own.",
             )
         layer.calls.append(tensors)
 
