@@ -34,7 +34,7 @@ class PartSettings:
         if not self.name.strip() or not self.modules:
             raise UsageError(
                 f"part = {self.name!r}, modules = {list(self.modules)} · a part has a name and at least one module",
-                next="For example {name: text, modules: [text], max_grad_norm: 0.5}.",
+                next="For example {name: text, modules: [text_encoder], max_grad_norm: 0.5}.",
             )
         if self.share is not None:
             checks.positive(share=self.share)

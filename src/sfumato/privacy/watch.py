@@ -56,7 +56,8 @@ class Watch:
     """Buffers and frozen parameters: what no clipping and no noise protects must stay as it is while a batch is used.
 
     Remembers the unprotected tensors of a model, and says which of them were changed. It looks at torch's version
-    counters, not at the numbers: that costs nothing, and an assignment of the same number counts as a change.
+    counters, not at the numbers: that costs nothing, an assignment of the same number counts as a change, and one through
+    ``.data`` is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:

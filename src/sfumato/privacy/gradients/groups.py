@@ -104,17 +104,12 @@ class Partition:
             parts, noise = _one_part(max_grad_norm, noise_multiplier)
         else:
             noise = _noise_of(parts, max_grad_norm, noise_multiplier)
-        owners = _owners(names, parts)
+        owners = _owners(names, {name: part.modules for name, part in parts.items()})
         self.parts = [Protected(name, {}, [], float(part.max_grad_norm), noise[name]) for name, part in parts.items()]
         by_name = {part.name: part for part in self.parts}
         for parameter, name in owners.items():
             by_name[name].parameters[parameter] = names[parameter][0]
-        empty = [name for name, part in by_name.items() if not part.parameters]
-        if empty:
-            raise UsageError(
-                f"part {', '.join(empty)} · has no trainable parameter in this model",
-                next="Name modules as model.named_modules() does, or unfreeze what should be trained.",
-            )
+        _refuse_empty(name for name, part in by_name.items() if not part.parameters)
         for layer in layers:
             found = sorted({owners[p] for p in layer.parameters})
             if len(found) > 1:
@@ -226,10 +221,26 @@ def _names(model: nn.Module, protected: set[int]) -> dict[nn.Parameter, list[str
     return names
 
 
-def _owners(names: Mapping[nn.Parameter, list[str]], parts: Mapping[str, Part]) -> dict[nn.Parameter, str]:
+def check_parts(model: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
+    """Raises UsageError or UnsupportedLayer unless the parts, by the names of their modules, hold every trainable
+    parameter of the model once."""
+    owners = _owners(_names(model, {id(p) for p in model.parameters() if p.requires_grad}), parts)
+    _refuse_empty(set(parts) - set(owners.values()))
+
+
+def _refuse_empty(parts: Iterable[str]) -> None:
+    empty = sorted(parts)
+    if empty:
+        raise UsageError(
+            f"part {', '.join(empty)} · has no trainable parameter in this model",
+            next="Name modules as model.named_modules() does, or unfreeze what should be trained.",
+        )
+
+
+def _owners(names: Mapping[nn.Parameter, list[str]], parts: Mapping[str, Sequence[str]]) -> dict[nn.Parameter, str]:
     prefixes: dict[str, str] = {}
-    for part_name, part in parts.items():
-        for module in part.modules:
+    for part_name, modules in parts.items():
+        for module in modules:
             if prefixes.setdefault(module, part_name) != part_name:
                 raise UsageError(
                     f"modules = {module!r} · is in parts {prefixes[module]} and {part_name}", next="Name it once."
