@@ -57,7 +57,7 @@ def test_the_bound_and_the_sum_are_those_of_the_paper_without_noise(physical):
         parts.append(part)
         if part.last:
             batch = joined(parts)
-            gradients = per_unit_gradients(plain, lambda batch: losses(plain, batch), batch)
+            gradients = per_unit_gradients(plain, lambda batch: losses(plain, batch), batch)  # noqa: B023
             assert relative((before - vector(model)) * 16 / 0.5, clipped_sum(gradients, bound)) <= 1e-6
             count = sum(0.5 if gradient.norm() <= bound else -0.5 for gradient in gradients)
             bound *= math.exp(-0.7 * (count / 16 + 0.5 - 0.3))

@@ -134,7 +134,7 @@ def test_passes_of_other_rows_are_not_of_the_same_units():
     with engine.same_units():
         model(x, words).sum().backward()
         model(x[:3], words[:3]).sum().backward()
-    with pytest.raises(UnsupportedLayer, match="must be the batch's rows"):
+    with pytest.raises(UnsupportedLayer, match=r"words \(Embedding\).* was called with different numbers of rows"):
         optimizer.step()
 
 
@@ -193,6 +193,7 @@ def test_a_public_pass_hides_no_leak_and_no_private_pass():
 
     with pytest.raises(UnsupportedLayer, match=r"head\.bias · got a gradient that was not clipped"):
         leak()
+    engine._passes.public.clear()
 
     def forward_outside() -> None:
         for batch in drawn(engine, people()):
@@ -291,7 +292,7 @@ def test_a_step_that_failed_is_not_the_beginning_of_a_batch():
     engine, optimizer = private(model, expected_batch_size=4, sampling_rate=0.1)
     x, words = torch.randn(4, 4, dtype=torch.float64), torch.randint(0, 5, (4,))
     (model(x, words).sum() + model(x[:3], words[:3]).sum()).backward()
-    with pytest.raises(UnsupportedLayer, match="must be the batch's rows"):
+    with pytest.raises(UnsupportedLayer, match=r"words \(Embedding\).* was called with different numbers of rows"):
         optimizer.step()
     model(x, words).sum().backward()
     optimizer.step()
@@ -517,7 +518,8 @@ def test_a_backward_pass_that_no_part_owns_is_refused():
         two_parts_at_once()
     with pytest.raises(UsageError, match=r"part = 'critic' · is not a part.*'discriminator', 'generator'"):
         engine.training("critic")
-    with engine.training("generator"), pytest.raises(UsageError, match="inside engine.training"):
+    engine._tape.clear()
+    with engine.training("generator"), pytest.raises(UsageError, match=r"inside engine\.training"):
         with engine.training("discriminator"):
             pass
 

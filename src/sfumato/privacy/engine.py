@@ -33,7 +33,7 @@ from sfumato.privacy.gradients.groups import WHOLE, Partition, listed
 from sfumato.privacy.gradients.groups import Part as ModelPart
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.noise import gaussian
+from sfumato.privacy.noise import gaussian, widened
 from sfumato.privacy.passes import Passes
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.sampling import physical_parts, poisson_units
@@ -384,7 +384,7 @@ class DifferentialPrivacyEngine(_Engine):
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
-        self._tape.give_rows(part.units.num_rows if part.units is not None else None)
+        self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
         if self._tape.has_records:
@@ -501,20 +501,19 @@ class DifferentialPrivacyEngine(_Engine):
         """.grad = (sum + noise) / expected batch size + what is public, in float64 until the last rounding."""
         assert self._expected_batch_size is not None
         for parameter in self._parameters_of(name):
-            std = self._partition.part_of[parameter].std
-            noisy = gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
-            if parameter in self._sums:
-                noisy += self._sums.pop(parameter)
-            gradient = noisy.div_(self._expected_batch_size)
+            total = self._sums.pop(parameter, None)
+            plus = None if total is None else total.reshape(-1).cpu()
+            std = self._partition.part_of[parameter].noise_std
+            noisy = gaussian(parameter.numel(), std, self.random, plus).div_(self._expected_batch_size)
+            gradient = noisy.view(parameter.shape).to(parameter.device)
             if parameter in self._passes.public:
                 gradient += self._passes.public.pop(parameter)
             self._gradients.write(parameter, gradient.to(parameter.dtype))
         if self._adaptive is not None:
-            part = self._partition.parts[0]
-            noise = gaussian(1, self._adaptive.count_std(self.noise_multiplier, self._expected_batch_size), self.random)
-            part.max_grad_norm = self._adaptive.next_bound(
-                part.max_grad_norm, self._count + float(noise), self._expected_batch_size, self._initial_bound
-            )
+            part, size = self._partition.parts[0], self._expected_batch_size
+            std = widened(self._adaptive.count_std(self.noise_multiplier, size), 0.5, 1)
+            count = gaussian(1, std, self.random, torch.tensor([self._count], dtype=torch.float64))
+            part.max_grad_norm = self._adaptive.next_bound(part.max_grad_norm, float(count), size, self._initial_bound)
 
     def _parameters_of(self, part: str) -> Iterable[nn.Parameter]:
         return list(self._tape.parameters if part == WHOLE else self._partition.named(part).parameters)

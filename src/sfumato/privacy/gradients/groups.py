@@ -26,6 +26,7 @@ from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.accounting import joint_noise_multiplier
 from sfumato.privacy.gradients.bookkeeping import Layer
 from sfumato.privacy.gradients.clipping import Clip, clip_to, normalise_to
+from sfumato.privacy.noise import widened
 
 WHOLE = ""  # the name of the only part of a model without parts
 
@@ -75,6 +76,11 @@ class Protected:
     def std(self) -> float:
         """s_m, on every coordinate of the sum."""
         return self.noise_multiplier * self.max_grad_norm
+
+    @property
+    def noise_std(self) -> float:
+        """s_m and what pays for the rounding of the sum."""
+        return widened(self.std, self.max_grad_norm, sum(parameter.numel() for parameter in self.parameters))
 
 
 class Partition:
