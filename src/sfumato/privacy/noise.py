@@ -60,7 +60,7 @@ def gaussian(count: int, std: float, random: Random, plus: "Tensor | None" = Non
     for start in range(0, count, _CHUNK):
         part = out[start : start + _CHUNK]
         if plus is not None:
-            part.add_(plus[start : start + _CHUNK].double().div_(step).round_())
+            part.add_(plus[start : start + _CHUNK].double().div(step).round_())
         part.mul_(step)
     return out
 
