@@ -29,7 +29,7 @@ from sfumato.privacy.attached import Attached
 from sfumato.privacy.drawing import Part, Source, source_of
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.clipping import clipped_sums
-from sfumato.privacy.gradients.groups import WHOLE, Partition, listed
+from sfumato.privacy.gradients.groups import WHOLE, Partition, listed, parts_of
 from sfumato.privacy.gradients.groups import Part as ModelPart
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
@@ -260,19 +260,12 @@ class DifferentialPrivacyEngine(_Engine):
         cls, model: nn.Module, plan: DpSgd, *, ledger: Ledger | None = None, random: Random | None = None
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
-        noise = plan.part_noise_multipliers()
-        parts = {
-            part.name: ModelPart(
-                modules=part.modules, max_grad_norm=part.max_grad_norm, noise_multiplier=noise[part.name]
-            )
-            for part in plan.parts
-        }
         return cls(
             model,
-            max_grad_norm=None if parts else plan.max_grad_norm,
+            max_grad_norm=None if plan.parts else plan.max_grad_norm,
             noise_multiplier=plan.noise_multiplier,
             clipping=plan.clipping,
-            parts=parts or None,
+            parts=parts_of(plan),
             ledger=ledger,
             random=random,
             plan=plan,

@@ -27,6 +27,7 @@ from sfumato.privacy.accounting import joint_noise_multiplier
 from sfumato.privacy.gradients.bookkeeping import Layer
 from sfumato.privacy.gradients.clipping import Clip, clip_to, normalise_to
 from sfumato.privacy.noise import widened
+from sfumato.privacy.plan import DpSgd
 
 WHOLE = ""  # the name of the only part of a model without parts
 
@@ -55,6 +56,16 @@ class Part:
                 f"modules = {self.modules!r} · must be one or more names of modules",
                 next="Give modules=('text_encoder',), for example.",
             )
+
+
+def parts_of(plan: DpSgd) -> dict[str, Part] | None:
+    """The plan's parts, each with the noise that its share leaves; None if the plan has none."""
+    noise = plan.part_noise_multipliers()
+    parts = {
+        part.name: Part(modules=part.modules, max_grad_norm=part.max_grad_norm, noise_multiplier=noise[part.name])
+        for part in plan.parts
+    }
+    return parts or None
 
 
 @dataclass(eq=False, slots=True)
