@@ -11,7 +11,7 @@ A *part* of the model has a bound C_m and a noise multiplier sigma_m, hence s_m 
 L groups of bound C_m / sqrt(L) and the same noise. Either way it adds sigma_m^-2 to sigma^-2. Without parts the whole model
 is one. Parts without noise multipliers of their own share one s = sigma sqrt(sum C_m^2).
 
-Sources: McMahan et al. 2018, arXiv:1710.06963, section 3 (per-layer clipping); arXiv:1812.06210, section 3 (a joint
+Sources: McMahan et al. 2018, arXiv:1710.06963 (per-layer clipping); McMahan et al. 2018, arXiv:1812.06210 (a joint
 Gaussian for vectors of several bounds).
 """
 
