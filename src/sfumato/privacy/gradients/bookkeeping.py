@@ -55,6 +55,11 @@ class Layer:
     terms: list[Term] = field(default_factory=list)  # of calls whose norms were taken already
     alone: bool = True  # no other layer has one of its parameters
 
+    @property
+    def has_other_rows(self) -> bool:
+        """Its calls were not all with the same rows, so that they cannot be added up row by row."""
+        return len({call[-1].shape[0] for call in self.calls if call[-1].dim() > 0}) > 1
+
     def __str__(self) -> str:
         return f"{self.name or 'model'} ({type(self.module).__name__})"
 
@@ -74,6 +79,7 @@ class Tape:
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
+        self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
         self.units: Units | None = None  # whose the rows are: norms are then taken during the backward pass
@@ -140,26 +146,33 @@ class Tape:
 
     def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
-            return
+            raise UsageError(
+                f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
+                next="Put the forward pass inside as well, or the backward pass outside.",
+            )
         number = torch._C._current_graph_task_id()
         if self._pass is None:
             self._pass = number
-        elif self._pass != number:
+        elif self._pass != number and not self.several_passes:
             raise UsageError(
                 "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
-                next="Add the losses up and call backward() once; for large batches use "
-                "engine.batches(..., max_physical_batch_size=) and step after every part.",
+                next="Add the losses up and call backward() once, or: several losses of the same units go inside "
+                "engine.same_units(), a loss without private data inside engine.public(), a pass that should train "
+                "nothing inside engine.frozen(), parts of one batch through max_physical_batch_size= or "
+                "engine.accumulate(), each with a step of its own.",
             )
         layer.calls.append(tensors)
         if layer.rule.piecewise:
             return
         layer.awaited -= 1
-        if layer.awaited == 0 and layer.alone and self.units is not None:
+        if layer.awaited == 0 and layer.alone and self.units is not None and not self.several_passes:
             self._take_norms(layer, self.units)
 
     @torch.no_grad()
     def _take_norms(self, layer: Layer, units: Units) -> None:
         """While the numbers are in the cache; and what is not needed for the sum is let go before the next layer."""
+        if layer.has_other_rows:
+            return  # left to ``take``
         terms = layer.rule.terms(layer.module, layer.calls)
         units = units.to(layer.parameters[0].device)
         used = Counter(id(p) for term in terms for p in term.parameters)
@@ -173,6 +186,13 @@ class Tape:
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
         called = [layer for layer in self.layers if layer.calls or layer.terms]
+        others = [str(layer) for layer in called if layer.has_other_rows]
+        if others:
+            self.clear()
+            raise UnsupportedLayer(
+                f"{', '.join(others)} · was called with different numbers of rows before one step",
+                next="Keep the rows as the leading dimension; a pass over other rows is a step of its own.",
+            )
         terms = [layer.terms + (layer.rule.terms(layer.module, layer.calls) if layer.calls else []) for layer in called]
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:

@@ -3,7 +3,7 @@
 Shapes: R rows, B units, P parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,26 @@ def clipped_sum(gradients: Tensor, max_grad_norm: float) -> Tensor:
     for gradient in gradients:
         if torch.isfinite(gradient).all():
             total += gradient * min(1.0, max_grad_norm / max(float(gradient.norm()), 1e-300))
+    return total
+
+
+def clipped_sum_of_groups(
+    gradients: Tensor, group_of: Tensor, bounds: Sequence[float], *, normalised: bool = False
+) -> Tensor:
+    """(B, P) -> (P,): each row cut into groups of coordinates, each group scaled down to its bound.
+
+    A row with a non-finite number anywhere counts as zero everywhere. Args: group_of: (P,) int; normalised: scale up too,
+    to C / (norm + 0.01) (AUTO-S).
+    """
+    total = torch.zeros(gradients.shape[1], dtype=gradients.dtype)
+    for gradient in gradients:
+        if not torch.isfinite(gradient).all():
+            continue
+        for group, bound in enumerate(bounds):
+            mine = group_of == group
+            norm = float(gradient[mine].norm())
+            factor = bound / (norm + 0.01) if normalised else min(1.0, bound / max(norm, 1e-300))
+            total[mine] += gradient[mine] * factor
     return total
 
 
