@@ -396,8 +396,8 @@ class _GroupNorm(Function):
         gradient, weights, biases = torch.ops.aten.native_group_norm_backward(
             g, x, mean.view(1, -1), rstd.view(1, -1), each, *sizes, [ctx.needs_input_grad[1], True, True]
         )
-        ctx.record(weights.view(rows, channels), biases.view(rows, channels))
-        gradient = gradient.view(x.shape) if ctx.needs_input_grad[1] else None
+        ctx.record(weights.reshape(rows, channels), biases.reshape(rows, channels))
+        gradient = gradient.reshape(x.shape) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None, None, None
 
 
