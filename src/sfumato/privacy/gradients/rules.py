@@ -29,6 +29,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients import products
 from sfumato.privacy.gradients.convolution import Convolution, Geometry, convolution_backward
 from sfumato.privacy.gradients.terms import Lookup, Outer, PerRow, Term
 
@@ -143,7 +144,7 @@ class _Linear(Function):
     def forward(ctx: Any, record: Record, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record = record
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     @_once
@@ -151,7 +152,7 @@ class _Linear(Function):
         (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(x, g)
-        gradient = (g @ weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        gradient = products.input_gradient(g, weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None
 
 
