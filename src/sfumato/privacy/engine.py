@@ -10,6 +10,9 @@ and all its rows, is scaled down to norm C; their sum plus N(0, (sigma C)^2) is 
 becomes ``.grad``; the optimizer, whichever it is, does the rest.
 
 Shapes: R rows, B units. Rows convention: every protected layer sees the rows as its leading dimension.
+
+With several processes (``torch.distributed``; docs/processes.md) the step is that of one process: see ``processes`` for
+who draws whom, and ``reduction`` for the sum and the noise.
 """
 
 import math
@@ -26,10 +29,11 @@ from sfumato.privacy.accounting import Event
 from sfumato.privacy.drawing import Part, Source, source_of
 from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
-from sfumato.privacy.gradients.terms import Units
+from sfumato.privacy.gradients.terms import Sums, Term, Units
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.noise import gaussian
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
+from sfumato.privacy.reduction import Reduction
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.randomness import Random, SecretRandom
 from sfumato.records import Batch
@@ -44,12 +48,19 @@ class _Engine:
     model: nn.Module
 
     def __init__(
-        self, model: nn.Module, plan: PrivacyPlan | None, ledger: Ledger | None, random: Random | None
+        self,
+        model: nn.Module,
+        plan: PrivacyPlan | None,
+        ledger: Ledger | None,
+        random: Random | None,
+        processes: Processes | None,
     ) -> None:
         self.model = model
         self.plan = plan
         self.ledger = ledger
         self.random: Random = random if random is not None else SecretRandom()
+        self.processes = Processes.current() if processes is None else processes
+        self._all_for_release = True  # of the other processes
         self.stopped: Literal["budget", "steps"] | None = None
         self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
         self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
@@ -61,20 +72,24 @@ class _Engine:
 
     @property
     def for_release(self) -> bool:
-        """False if chance comes from a test source: nothing made with it may be released."""
-        return self.random.for_release
+        """False if chance comes from a test source, in any process: nothing made with it may be released."""
+        return self.random.for_release and self._all_for_release
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Makes ``optimizer.step()`` private. In place; returns the same object.
 
+        In several processes all attach together, and replicated parameters become those of process 0.
+
         Raises: UsageError if the optimizer does not train exactly the model's trainable parameters, by name.
         """
-        if self._optimizer is not None:
-            raise UsageError(
-                f"optimizer = {type(optimizer).__name__} · the engine has {type(self._optimizer).__name__} already",
-                next="Use one optimizer (with parameter groups), or call engine.detach() first.",
-            )
-        self._check_optimizer(optimizer)
+        with self.processes.agreeing():
+            if self._optimizer is not None:
+                raise UsageError(
+                    f"optimizer = {type(optimizer).__name__} · the engine has {type(self._optimizer).__name__} already",
+                    next="Use one optimizer (with parameter groups), or call engine.detach() first.",
+                )
+            self._check_optimizer(optimizer)
+        self._join()
         self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -104,35 +119,50 @@ class _Engine:
 
         Ends early, with ``engine.stopped == "budget"``, when the ledger has no room for another step.
 
+        In several processes all of them give the same whole data set, and each draws from its share of the units.
+
         Args:
           dataset: a ``UnitTable`` (yields ``Batch``), or any dataset with a length and an index (yields its items,
             collated; then the loss is a mean over rows).
-          expected_batch_size: B, in units, a public constant; the sampling rate is B / number of units, which is
+          expected_batch_size: B, in units, over all processes, a public constant; the sampling rate is B / number of units, which is
             thereby declared public. Both come from the plan, if there is one.
           unit: for an ordinary dataset, whose item i is: one name per item. Left out, every item is a unit.
           max_physical_batch_size: at most so many units at once; a batch then comes in parts (``Batch.last`` marks the
             final one). Run the whole loop body for every part: ``optimizer.step()`` adds up, and steps on the last.
           records_per_unit: at most so many rows of a unit take part in a step (1 without a plan).
         """
-        source = source_of(dataset, unit)
-        self._set_rate(expected_batch_size, source.num_units)
-        limit = records_per_unit
-        if self.plan is not None:
-            if limit not in (None, self.plan.records_per_unit):
+        with self.processes.agreeing():
+            source = source_of(dataset, unit)
+            self._set_rate(expected_batch_size, source.num_units)
+            limit = records_per_unit
+            if self.plan is not None:
+                if limit not in (None, self.plan.records_per_unit):
+                    raise UsageError(
+                        f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
+                        next="Leave it to the plan.",
+                    )
+                limit = self.plan.records_per_unit
+            if max_physical_batch_size is not None:
+                checks.positive(max_physical_batch_size=max_physical_batch_size)
+            if self._optimizer is None:
                 raise UsageError(
-                    f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
-                    next="Leave it to the plan.",
+                    "engine.batches · the engine is not attached, so a step would train nothing",
+                    next="Call engine.attach(optimizer) before the loop.",
                 )
-            limit = self.plan.records_per_unit
+            if steps is not None:
+                checks.non_negative(steps=steps)
         if steps is None:
-            steps = self._steps_left()
-        checks.non_negative(steps=steps)
-        if max_physical_batch_size is not None:
-            checks.positive(max_physical_batch_size=max_physical_batch_size)
-        if self._optimizer is None:
-            raise UsageError(
-                "engine.batches · the engine is not attached, so a step would train nothing",
-                next="Call engine.attach(optimizer) before the loop.",
+            steps = self.processes.decide(self._steps_left)
+        if self.processes.together:
+            self.processes.require_same(
+                "engine.batches",
+                num_units=source.num_units,
+                sampling_rate=self._sampling_rate,
+                expected_batch_size=self._expected_batch_size,
+                steps=int(steps),
+                records_per_unit=limit,
+                max_physical_batch_size=max_physical_batch_size,
+                dataset=source.identity(),
             )
         self._draws_batches = True
         return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
@@ -140,24 +170,28 @@ class _Engine:
     def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
         assert self._sampling_rate is not None
         self.stopped = None
+        own = self.processes.own_units(source.num_units)
         for _ in range(steps):
-            self._require_stepped()
+            with self.processes.agreeing():
+                self._require_stepped()
             self._begin()
             try:
                 sequence = self._reserve()
             except BudgetExhausted:
                 self.stopped = "budget"
                 return
-            units = poisson_units(source.num_units, self._sampling_rate, self.random)
-            parts = physical_parts(units, max_physical)
+            units = own[poisson_units(len(own), self._sampling_rate, self.random)]
+            parts = self.processes.equal_parts(physical_parts(units, max_physical))
             for i, part in enumerate(parts):
-                self._require_stepped()
                 last = i == len(parts) - 1
-                batch, grouping = source.rows(part, limit, self.random, last)
+                with self.processes.agreeing():
+                    self._require_stepped()
+                    batch, grouping = source.rows(part, limit, self.random, last)
                 self._part = Part(grouping, source.loss_is_over_rows, last, sequence)
                 self._expect(self._part)
                 yield batch
-        self._require_stepped()
+        with self.processes.agreeing():
+            self._require_stepped()
         self.stopped = "steps"
 
     def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
@@ -187,6 +221,17 @@ class _Engine:
         return max(0, self.plan.steps - self.steps_started)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"optimizer = {kind} · is not a torch.optim.Optimizer, so its step cannot be made private",
+                next="Attach the optimizer of torch that it holds, or torch.distributed.optim.ZeroRedundancyOptimizer.",
+            )
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise UsageError(
+                f"{kind}(overlap_with_ddp=True) · steps inside the backward pass, before gradients are clipped",
+                next="Leave overlap_with_ddp out.",
+            )
         named = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         missing = [name for key, name in named.items() if key not in held]
@@ -200,6 +245,30 @@ class _Engine:
                 f"optimizer · also trains {len(held) - len(named)} parameters that are not the model's, unprotected",
                 next="Give the engine the module that holds them all.",
             )
+
+    def _join(self) -> None:
+        """All processes meet: do they train the same thing, from different chance?"""
+        if not self.processes.together:
+            return
+        with self.processes.agreeing():
+            if self.ledger is not None and not self.processes.first:
+                raise UsageError(
+                    f"ledger = {self.ledger.path} · in process {self.processes.rank}; only process 0 writes it",
+                    next="Open the ledger in process 0, and give the others ledger=None.",
+                )
+        self.processes.require_same("engine", **self._public_settings())
+        self.processes.require_different(bytes(self.random.bytes(16)))
+        self._all_for_release = not self.processes.anyone(not self.random.for_release)
+        self.processes.make_equal(self.model)
+
+    def _public_settings(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        return {
+            "engine": type(self).__name__,
+            "plan": self.plan,
+            "expected_batch_size": self._expected_batch_size,
+            "sampling_rate": self._sampling_rate,
+        }
 
     def _require_stepped(self) -> None:
         """Hook: raises if the batch just yielded went backward, but not through optimizer.step()."""
@@ -237,6 +306,8 @@ class DifferentialPrivacyEngine(_Engine):
         "automatic", AUTO-S, every gradient normalised to about C.
       ledger: writes every event durably before the data is touched.
       random: where sampling and noise come from; SecretRandom, unless it is a test.
+      processes: who trains this model together; all that ``torch.distributed`` knows, if it is initialised. Then the
+        batch size and the rate are those of all together, and process 0 alone has a ledger.
     """
 
     def __init__(
@@ -252,12 +323,16 @@ class DifferentialPrivacyEngine(_Engine):
         ledger: Ledger | None = None,
         random: Random | None = None,
         plan: DpSgd | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        problem = wrapper_problem(model)
+        if problem is not None:
+            raise UnsupportedLayer(f"model = {type(model).__name__} · {problem}", next="Give the engine such a module.")
         checks.positive(max_grad_norm=max_grad_norm)
         checks.non_negative(noise_multiplier=noise_multiplier)
         checks.one_of(("mean", "sum"), loss_reduction=loss_reduction)
         checks.one_of(("flat", "per_layer", "automatic"), clipping=clipping)
-        super().__init__(model, plan, ledger, random)
+        super().__init__(model, plan, ledger, random, processes)
         if expected_batch_size is not None:
             checks.positive(expected_batch_size=expected_batch_size)
             self._expected_batch_size = float(expected_batch_size)
@@ -269,9 +344,10 @@ class DifferentialPrivacyEngine(_Engine):
         self.noise_multiplier = float(noise_multiplier)
         self.loss_reduction = loss_reduction
         self.clipping: Clipping = clipping
-        self.non_finite = 0  # units whose gradient was not finite, so far; internal, never released
+        self.non_finite = 0  # units whose gradient was not finite, so far, in all processes; internal, never released
+        self._non_finite_here = 0  # in this step and process
         self._events: list[Event] = []
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._ledger_told: tuple[int, list[Event]] | None = None  # process 0's ledger, as the others heard of it
         self._given: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the .grad that we wrote, and its version
         self._checked_all_recorded = False
         self._buffers: dict[str, tuple[int, int]] = {}  # when the batch was drawn
@@ -280,10 +356,18 @@ class DifferentialPrivacyEngine(_Engine):
             self._tape.detach()
             raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
         self._refuse_tied_layers()
+        self._refuse_other_sharding()
+        self._reduction = Reduction([layer.parameters for layer in self._tape.layers], self.processes)
 
     @classmethod
     def from_plan(
-        cls, model: nn.Module, plan: DpSgd, *, ledger: Ledger | None = None, random: Random | None = None
+        cls,
+        model: nn.Module,
+        plan: DpSgd,
+        *,
+        ledger: Ledger | None = None,
+        random: Random | None = None,
+        processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
         return cls(
@@ -293,6 +377,7 @@ class DifferentialPrivacyEngine(_Engine):
             ledger=ledger,
             random=random,
             plan=plan,
+            processes=processes,
         )
 
     def detach(self) -> None:
@@ -304,13 +389,14 @@ class DifferentialPrivacyEngine(_Engine):
 
         Raises: UsageError where the sampling rate is not known, or the accountant does not apply.
         """
-        if self._sampling_rate is None and self.ledger is None:
+        told = self._ledger_told
+        if self._sampling_rate is None and self.ledger is None and told is None:
             raise UsageError(
                 "sampling_rate = None · is needed to say what a step costs",
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        events = self.ledger.spent() if self.ledger is not None else self._events
+        events = self.ledger.spent() if self.ledger is not None else told[1] if told is not None else self._events
         value = accounting.epsilon(events, delta, accountant)
         if value is None:
             raise UsageError(
@@ -320,11 +406,16 @@ class DifferentialPrivacyEngine(_Engine):
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, and up to where the ledger had come. Never the noise, never which units were drawn."""
+        told = self._ledger_told
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
             "events": [event.to_dict() for event in self._events],
-            "ledger_sequence": self.ledger.sequence if self.ledger is not None else None,
+            "ledger_sequence": self.ledger.sequence
+            if self.ledger is not None
+            else told[0]
+            if told is not None
+            else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -347,6 +438,11 @@ class DifferentialPrivacyEngine(_Engine):
         """
         from sfumato.privacy.gradients.reference import find_coupling
 
+        if any(is_sharded(p) for p in self.model.parameters()):
+            raise UsageError(
+                "check_independence · looks at gradients of whole parameters, and these are sharded",
+                next="Check the model before fully_shard is applied to it.",
+            )
         self._tape.enabled = False
         try:
             found = find_coupling(self.model, losses, batch)
@@ -366,16 +462,41 @@ class DifferentialPrivacyEngine(_Engine):
         return super()._steps_left()
 
     def _reserve(self) -> int | None:
+        """One event for all processes, charged by process 0; the others wait for how that ended."""
         assert self._sampling_rate is not None
         event = Event(sampling_rate=self._sampling_rate, noise_multiplier=self.noise_multiplier)
-        sequence = self.ledger.reserve(event, self.steps_started) if self.ledger is not None else None
+
+        def charge() -> tuple[int, list[Event]] | None:
+            if self.ledger is None:
+                return None
+            return self.ledger.reserve(event, self.steps_started), self.ledger.spent()
+
+        self._ledger_told = self.processes.decide(charge)
         self._events = list(accounting.merged([*self._events, event]))
         self.steps_started += 1
-        return sequence
+        return None if self._ledger_told is None else self._ledger_told[0]
+
+    def _join(self) -> None:
+        super()._join()
+        if self.processes.together:
+            ledger = self.ledger
+            self._ledger_told = self.processes.decide(lambda: ledger and (ledger.sequence, ledger.spent()))
+
+    def _public_settings(self) -> dict[str, Any]:
+        return {
+            **super()._public_settings(),
+            "max_grad_norm": self.max_grad_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "clipping": self.clipping,
+            "loss_reduction": self.loss_reduction,
+            "trained": list(self._tape.parameters.values()),
+        }
 
     def _begin(self) -> None:
-        self._sums = {}
+        self._reduction.clear()
         self._buffers = _buffer_versions(self.model)
+        if self.steps_started & (self.steps_started - 1) == 0 or self.steps_started % 128 == 0:  # now and then
+            self.processes.require_equal({name: p for p, name in self._tape.parameters.items()})
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
@@ -390,6 +511,19 @@ class DifferentialPrivacyEngine(_Engine):
             )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.processes.agreeing():
+            self._check_step(optimizer, args, kwargs)
+        part = self._part if self._draws_batches else self._hand_written_part()
+        assert part is not None
+        part.taken = True
+        with torch.no_grad():
+            self._add(part)
+            for parameter in self._tape.parameters:
+                parameter.grad = None
+            if part.last:
+                self._release()
+
+    def _check_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(x is not None for x in args[1:]) or kwargs.get("closure") is not None:  # args[0] is the optimizer
             raise UsageError(
                 f"{type(optimizer).__name__}.step(closure) · would compute gradients that are not protected",
@@ -398,20 +532,14 @@ class DifferentialPrivacyEngine(_Engine):
         self._check_optimizer(optimizer)
         if self._tape.rows != 0:  # the gradients of no rows are zero
             self._check_gradients()
-        part = self._part if self._draws_batches else self._hand_written_part()
-        if part is None or part.taken:
+        if not self._draws_batches:
+            self._check_hand_written()
+        elif self._part is None or self._part.taken:
             raise PrivacyRefused(
                 "optimizer.step() · without a batch of its own: every step is charged, and every batch is for one step",
                 next="Step once for every batch that engine.batches gives.",
                 code="step_without_batch",
             )
-        part.taken = True
-        with torch.no_grad():
-            self._add(part)
-            for parameter in self._tape.parameters:
-                parameter.grad = None
-            if part.last:
-                self._release()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         part = self._part
@@ -421,8 +549,7 @@ class DifferentialPrivacyEngine(_Engine):
         if not self._draws_batches:
             self._part = None
 
-    def _hand_written_part(self) -> Part:
-        """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
+    def _check_hand_written(self) -> None:
         if self._expected_batch_size is None or self._sampling_rate is None:
             raise UsageError(
                 f"expected_batch_size = {self._expected_batch_size}, sampling_rate = {self._sampling_rate} · "
@@ -434,33 +561,46 @@ class DifferentialPrivacyEngine(_Engine):
             raise UsageError(
                 "optimizer.step() · no backward() came before it", next="Call loss.backward() before optimizer.step()."
             )
-        self._sums = {}
+
+    def _hand_written_part(self) -> Part:
+        """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
+        self._begin()
         sequence = self._reserve()
         self._part = Part(None, False, True, sequence)
         return self._part
 
     def _add(self, part: Part) -> None:
         """Adds a part's clipped gradients to the sum of its batch."""
+        with self.processes.agreeing():
+            layers, terms, units = self._taken(part)
+        if layers:
+            scale = self._scale(units, part.over_rows)
+            device = layers[0].parameters[0].device
+            clips, group_of = self._clips(layers)
+            numbers = {id(layer): i for i, layer in enumerate(self._tape.layers)}
+
+            def give(i: int, sums: Sums) -> None:
+                for parameter, value in sums.items():
+                    self._reduction.add(parameter, value)
+                self._reduction.layer_done(numbers[id(layers[i])])
+
+            clipped = clipped_sums(terms, units.to(device), scale.to(device), clips, group_of, give)
+            self._non_finite_here += clipped.non_finite
+        self._reduction.part_done()
+
+    def _taken(self, part: Part) -> tuple[list[Layer], list[list[Term]], Units]:
+        """What the backward pass of a part has left, checked."""
         layers, terms, rows = self._tape.take()
         self._check_buffers()
         units = part.units if part.units is not None else Units(None, rows)
-        if not layers:
-            if units.num_rows:
-                raise UsageError(
-                    "optimizer.step() · no backward() came before it, though the batch has rows",
-                    next="Call losses.mean().backward() before optimizer.step().",
-                )
-            return
-        if rows:
+        if not layers and units.num_rows:
+            raise UsageError(
+                "optimizer.step() · no backward() came before it, though the batch has rows",
+                next="Call losses.mean().backward() before optimizer.step().",
+            )
+        if layers and rows:
             self._check_all_recorded({p for group in terms for term in group for p in term.parameters})
-        device = layers[0].parameters[0].device
-        scale = self._scale(units, part.over_rows).to(device)
-        units = units.to(device)
-        clips, group_of = self._clips(layers)
-        clipped = clipped_sums(terms, units, scale, clips, group_of)
-        self.non_finite += clipped.non_finite
-        for parameter, value in clipped.sums.items():
-            self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
+        return layers, terms, units
 
     def _scale(self, units: Units, over_rows: bool) -> Tensor:
         """(B,): undoes the loop's mean, so that a unit's gradient does not depend on how many others there are."""
@@ -484,13 +624,12 @@ class DifferentialPrivacyEngine(_Engine):
         assert self._expected_batch_size is not None
         std = self.noise_multiplier * self.max_grad_norm
         self._given = {}
-        for parameter in self._tape.parameters:
-            noisy = gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
-            if parameter in self._sums:
-                noisy += self._sums[parameter]
-            parameter.grad = noisy.div_(self._expected_batch_size).to(parameter.dtype)
-            self._given[parameter] = (parameter.grad, parameter.grad._version)
-        self._sums = {}
+        stds = dict.fromkeys(self._tape.parameters, std)
+        for parameter, gradient in self._reduction.released(stds, self._expected_batch_size, self.random):
+            parameter.grad = gradient
+            self._given[parameter] = (gradient, gradient._version)
+        self.non_finite += int(self.processes.total([self._non_finite_here])[0])
+        self._non_finite_here = 0
 
     # -- what must never pass in silence --
 
@@ -556,6 +695,15 @@ class DifferentialPrivacyEngine(_Engine):
                 next="Use clipping='flat'.",
             )
 
+    def _refuse_other_sharding(self) -> None:
+        problems = sharding_problem(self.model, self.processes)
+        if problems:
+            self._tape.detach()
+            raise UnsupportedLayer(
+                f"{len(problems)} parameters are split in a way that is not supported: {'; '.join(problems[:20])}",
+                next="Use torch.distributed.fsdp.fully_shard over one mesh of all processes, and no other parallelism.",
+            )
+
 
 class NotPrivateEngine(_Engine):
     """The same face without protection: ordinary gradients of the mean loss, over the expected batch size.
@@ -571,8 +719,15 @@ class NotPrivateEngine(_Engine):
         sampling_rate: float | None = None,
         random: Random | None = None,
         plan: NotPrivate | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__(model, plan, None, random)
+        super().__init__(model, plan, None, random, processes)
+        sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
+        if sharded:
+            raise UsageError(
+                f"{_listed(sharded)} · sharded, which the engine without privacy does not treat",
+                next="Train without an engine: fully_shard reduces ordinary gradients itself.",
+            )
         if expected_batch_size is not None:
             self._expected_batch_size = expected_batch_size
         if sampling_rate is not None:
@@ -581,10 +736,16 @@ class NotPrivateEngine(_Engine):
 
     @classmethod
     def from_plan(
-        cls, model: nn.Module, plan: NotPrivate, *, ledger: Ledger | None = None, random: Random | None = None
+        cls,
+        model: nn.Module,
+        plan: NotPrivate,
+        *,
+        ledger: Ledger | None = None,
+        random: Random | None = None,
+        processes: Processes | None = None,
     ) -> "NotPrivateEngine":
         """The twin of ``DifferentialPrivacyEngine.from_plan``; there is no event to write into a ledger."""
-        return cls(model, random=random, plan=plan)
+        return cls(model, random=random, plan=plan, processes=processes)
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
         return math.inf
@@ -607,14 +768,30 @@ class NotPrivateEngine(_Engine):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         part = self._part
         if part is None or part.units is None or self._expected_batch_size is None:
+            if self.processes.together:
+                raise UsageError(
+                    "optimizer.step() · in several processes, without a batch of engine.batches",
+                    next="Use engine.batches, or leave the engine out and average the gradients yourself.",
+                )
             return  # a hand-written loop: ordinary training as it is
         size = (part.units.num_rows if part.over_rows else part.units.num_units) / self._expected_batch_size
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.no_grad():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for parameter in trained:
                 if parameter.grad is not None and part.units.num_rows:
                     value = parameter.grad * size
                     self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
+            if part.last:
+                self._add_up(trained)
+            for parameter in trained:
                 parameter.grad = self._sums.get(parameter) if part.last else None
+
+    def _add_up(self, trained: list[nn.Parameter]) -> None:
+        """The sum over processes; a parameter that none of them has a gradient of keeps none."""
+        if self.processes.together:
+            used = self.processes.total([float(p in self._sums) for p in trained])
+            for parameter in (p for p, users in zip(trained, used, strict=True) if users):
+                self.processes.all_reduce(self._sums.setdefault(parameter, torch.zeros_like(parameter)))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._part is not None and self._part.last:
@@ -622,14 +799,18 @@ class NotPrivateEngine(_Engine):
 
 
 def make_engine(
-    model: nn.Module, plan: PrivacyPlan, ledger: Ledger | None = None, random: Random | None = None
+    model: nn.Module,
+    plan: PrivacyPlan,
+    ledger: Ledger | None = None,
+    random: Random | None = None,
+    processes: Processes | None = None,
 ) -> DifferentialPrivacyEngine | NotPrivateEngine:
     """The engine that a plan asks for; one loop serves both."""
     match plan:
         case DpSgd():
-            return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random)
+            return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random, processes=processes)
         case NotPrivate():
-            return NotPrivateEngine.from_plan(model, plan, random=random)
+            return NotPrivateEngine.from_plan(model, plan, random=random, processes=processes)
 
 
 def _listed(names: Sequence[str]) -> str:

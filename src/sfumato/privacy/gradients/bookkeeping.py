@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.gradients.rules import (
@@ -24,6 +26,7 @@ from sfumato.privacy.gradients.rules import (
     trainable,
 )
 from sfumato.privacy.gradients.terms import Term
+from sfumato.privacy.processes import is_fully_sharded, wrapper_problem
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (
@@ -34,7 +37,7 @@ _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, "has rows in the second dimension of its states: use nn.GRUCell, nn.LSTMCell, or attention"),
     (
         nn.parallel.DistributedDataParallel,
-        "reduces gradients before they are clipped: give the engine the module inside",
+        "reduces gradients before they are clipped: leave it out; the engine itself reduces over all processes",
     ),
     (nn.DataParallel, "splits rows over replicas that are not recorded: give the engine the module inside"),
 )
@@ -58,7 +61,8 @@ class Tape:
     """Records the layers of one model.
 
     ``rows`` is R: set by the engine for its own batches; in a hand-written loop, the leading dimension of the first
-    tensor that the model itself is called with. Nothing is recorded for 0 rows: there is nobody to protect.
+    tensor that the model itself is called with. Nothing is recorded for 0 rows: there is nobody to protect. Then too the
+    parameters get no gradient, so that processes with and without rows meet equally often in ``fully_shard``'s hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,8 +110,10 @@ class Tape:
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
-        if not recording or layer is None or self.rows == 0 or not any(p.requires_grad for p in layer.parameters):
+        if not recording or layer is None or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
+        if self.rows == 0:
+            return _without_rows(module, trainable(module)[0], args, kwargs)
         if not isinstance(layer.rule, RowByRow):
             args = tuple(self._with_rows(x) for x in args)
             return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
@@ -175,6 +181,36 @@ class _Recorder:
         self._tape.record(self._layer, tensors)
 
 
+class _NoRows(Function):
+    """Ties outputs that have no rows to the graph. Whatever came in has a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs, ctx.inputs = tensors[:count], tensors[count:]
+        ctx.count = count
+        ctx.mark_non_differentiable(*(y for y in outputs if not y.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[2 + ctx.count :]
+        zeros = [torch.zeros_like(x) if wants else None for x, wants in zip(ctx.inputs, wanted, strict=True)]
+        return None, None, *[None] * ctx.count, *zeros
+
+
+def _without_rows(module: nn.Module, anchor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module gives for 0 rows; a gradient passes through, and leaves the parameters alone."""
+    with torch.no_grad():
+        result = plain_forward(module)(*args, **kwargs)
+    leaves, shape = pytree.tree_flatten(result)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+    outputs: Any = _NoRows.apply(len(places), anchor, *(leaves[i].view_as(leaves[i]) for i in places), *inputs)
+    for i, output in zip(places, outputs, strict=True):
+        leaves[i] = output
+    return pytree.tree_unflatten(leaves, shape)
+
+
 class _Forward:
     """The ``forward`` of one recorded module. Copies and pickles of the module get the plain one."""
 
@@ -210,6 +246,12 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         elif not covered and (own or (hasattr(module, "parametrizations") and trainable(module))):
             layers.append(Layer(name, module, RowByRow(), trainable(module)))
             covered = True
+            inner = [child for child in module.modules() if child is not module and is_fully_sharded(child)]
+            if inner:
+                problems.append(
+                    f"{name or 'model'} ({type(module).__name__}): is treated as a whole, but fully_shard was applied inside "
+                    f"it, to {type(inner[0]).__name__}: apply it to the whole"
+                )
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child, covered)
 
@@ -223,6 +265,9 @@ def _find_layers(model: nn.Module) -> list[Layer]:
 
 
 def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
+    wrapper = wrapper_problem(module)
+    if wrapper is not None:
+        return wrapper
     for kind, reason in _REFUSED:
         if isinstance(module, kind):
             return reason

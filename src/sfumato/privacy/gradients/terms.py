@@ -324,8 +324,8 @@ class Convolution(Term):
         self._kept = None
 
     def _weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        weight = self.parameters[0]
-        return convolution_backward(outputs, inputs, weight.to(inputs.dtype), self.geometry, (False, True))[1]
+        shape = inputs.new_empty(1).expand(self.parameters[0].shape)  # only its shape is read; it may be sharded
+        return convolution_backward(outputs, inputs, shape, self.geometry, (False, True))[1]
 
     def _row_gradients(self, rows: slice) -> Tensor:
         """(rows, P): the rows side by side as groups of one convolution (Rochette et al. 2019, arXiv:1912.06015)."""
