@@ -73,7 +73,9 @@ def _one(pipe: Connection, store: Path, rank: int, size: int, work: Callable[...
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE / 2)
         )
         result = work(rank, size, *arguments)
-        with contextlib.suppress(RuntimeError):  # so that nobody leaves while others meet; some may have died on purpose
+        with contextlib.suppress(
+            RuntimeError
+        ):  # so that nobody leaves while others meet; some may have died on purpose
             dist.barrier()
         answer = ("done", result)
     except BaseException:

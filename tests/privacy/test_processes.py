@@ -164,7 +164,9 @@ def work_sum(rank: int, size: int, kind: str, rate: float, seed: int, wrong: typ
              if hasattr(p, "placements")]  # fmt: skip
     released = gradient(model)
     optimizer.zero_grad()
-    for batch in engine.batches(mixed_table(), steps=1, records_per_unit=2):  # a second step: nothing is left of the first
+    for batch in engine.batches(
+        mixed_table(), steps=1, records_per_unit=2
+    ):  # a second step: nothing is left of the first
         losses(model, batch).mean().backward()
         optimizer.step()
     return {
@@ -450,7 +452,7 @@ def test_a_step_of_all_is_one_event_and_the_budget_ends_all_of_them(tmp_path):
 
 def work_own_data(rank: int, size: int) -> dict:
     """A hand-written loop over rows of one's own; process 1 has none in the second step."""
-    model = Wide().double() if rank else Wide().double()  # initialised alike by torch's own default
+    model = Wide().double()
     plain = copy.deepcopy(model)
     engine = engine_of(model, 0, expected_batch_size=10.0, sampling_rate=0.1)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -465,7 +467,12 @@ def work_own_data(rank: int, size: int) -> dict:
         optimizer.step()
         released.append(gradient(model) * 10)
         optimizer.zero_grad()
-    return {"expected": expected, "released": released, "epsilon": engine.get_epsilon(1e-5), "steps": engine.steps_started}
+    return {
+        "expected": expected,
+        "released": released,
+        "epsilon": engine.get_epsilon(1e-5),
+        "steps": engine.steps_started,
+    }
 
 
 def test_a_hand_written_loop_adds_up_over_processes():
