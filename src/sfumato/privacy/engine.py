@@ -31,6 +31,7 @@ from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
 from sfumato.privacy.gradients.terms import Sums, Term, Units
 from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.noise import widened
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
 from sfumato.privacy.reduction import Reduction
@@ -500,7 +501,7 @@ class DifferentialPrivacyEngine(_Engine):
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
-        self._tape.give_rows(part.units.num_rows if part.units is not None else None)
+        self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
         if self._tape.has_records:
@@ -622,7 +623,8 @@ class DifferentialPrivacyEngine(_Engine):
     def _release(self) -> None:
         """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. Then the sum is dropped."""
         assert self._expected_batch_size is not None
-        std = self.noise_multiplier * self.max_grad_norm
+        dimension = sum(parameter.numel() for parameter in self._tape.parameters)
+        std = widened(self.noise_multiplier * self.max_grad_norm, self.max_grad_norm, dimension)
         self._given = {}
         stds = dict.fromkeys(self._tape.parameters, std)
         for parameter, gradient in self._reduction.released(stds, self._expected_batch_size, self.random):

@@ -3,7 +3,7 @@
 Claim, for W processes: ``released`` gives (sum over all units that any of them drew, of clipped gradients, + N(0, std^2)
 in every coordinate) / divisor, where the noise of a coordinate is drawn once, by one process, from its own secret source.
 So what one unit can change, and how much noise covers it, is what it is with one process. The sum over processes is taken
-in float32 (float64 for float64 parameters); noise is made and added in float64, as with one process.
+in float32 (float64 for float64 parameters); noise is made and added in float64, on the grid of ``noise``, after that sum.
 
 A *replicated* parameter is reduced in buckets: reduce-scatter, so that each process has the sum of 1/W of the
 coordinates; noise on that shard; all-gather of the released shards, so that all replicas get the same bits.
@@ -79,11 +79,10 @@ class Reduction:
         replicated = [p for p in self._parameters if not is_sharded(p)]
         for parameter in sharded:
             local = _noisy(self._local(parameter), self._sums.pop(parameter, None), stds[parameter], divisor, random)
-            yield parameter, _as_sharded(local.to(parameter.dtype), parameter)
+            yield parameter, _as_sharded(local, parameter)
         if not self._processes.together:
             for parameter in replicated:
-                value = _noisy(parameter, self._sums.pop(parameter, None), stds[parameter], divisor, random)
-                yield parameter, value.to(parameter.dtype)
+                yield parameter, _noisy(parameter, self._sums.pop(parameter, None), stds[parameter], divisor, random)
         else:
             yield from self._released_together(replicated, stds, divisor, random)
         self.clear()
@@ -104,7 +103,7 @@ class Reduction:
                     piece.copy_(self._sums[parameter].reshape(-1)[start:stop])
             shard = flat.new_empty(width)
             self._processes.reduce_scatter(shard, flat)
-            shard = _noisy(shard, shard, std, divisor, random).to(first.dtype)
+            shard = _noisy(shard.to(first.dtype), shard, std, divisor, random)
             whole = shard.new_empty(len(flat))
             self._processes.all_gather(whole, shard)
             for piece, (parameter, start, stop) in zip(_cut(whole, bucket), bucket, strict=True):
@@ -147,11 +146,10 @@ class Reduction:
 
 
 def _noisy(like: Tensor, value: Tensor | None, std: float, divisor: float, random: Random) -> Tensor:
-    """(value + noise) / divisor in float64, of the shape of ``like``."""
-    noisy = gaussian(like.numel(), std, random).view(like.shape).to(like.device)
-    if value is not None:
-        noisy += value
-    return noisy.div_(divisor)
+    """(value + noise) / divisor, in float64 until it is rounded to the type of ``like``; its shape and device too."""
+    plus = None if value is None else value.reshape(-1).cpu()
+    noisy = gaussian(like.numel(), std, random, plus).div_(divisor)
+    return noisy.to(like.dtype).view(like.shape).to(like.device)
 
 
 def _as_sharded(local: Tensor, parameter: Any) -> Tensor:

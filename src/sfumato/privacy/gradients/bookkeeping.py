@@ -6,6 +6,7 @@ Only ``forward`` of the single layers is replaced, on the instance. The model's 
 hooks, ``save`` and ``deepcopy`` are as before; a copy is an ordinary, unprotected model.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from sfumato.privacy.gradients.rules import (
     rule_for,
     trainable,
 )
-from sfumato.privacy.gradients.terms import Term
+from sfumato.privacy.gradients.terms import Term, Units
 from sfumato.privacy.processes import is_fully_sharded, wrapper_problem
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
@@ -52,9 +53,37 @@ class Layer:
     rule: Rule
     parameters: list[nn.Parameter]
     calls: list[Call] = field(default_factory=list)
+    awaited: int = 0  # calls of this step that have not come back in the backward pass
+    terms: list[Term] = field(default_factory=list)  # of calls whose norms were taken already
+    alone: bool = True  # no other layer has one of its parameters
+
+    def __post_init__(self) -> None:
+        known = {id(parameter) for parameter in self.parameters}
+        self._places = [
+            (part, name, parameter)
+            for part in self.module.modules()
+            for name, parameter in part._parameters.items()
+            if id(parameter) in known
+        ]
 
     def __str__(self) -> str:
         return f"{self.name or 'model'} ({type(self.module).__name__})"
+
+    def take_terms(self) -> list[Term]:
+        """The terms of all calls, in the parameters that the optimizer has.
+
+        While ``fully_shard`` has a layer gathered, other parameters stand in their places.
+        """
+        before = [(part, name, part._parameters[name]) for part, name, _ in self._places]
+        try:
+            for part, name, parameter in self._places:
+                part._parameters[name] = parameter
+            terms = self.rule.terms(self.module, self.calls)
+        finally:
+            for part, name, parameter in before:
+                part._parameters[name] = parameter
+        self.calls.clear()
+        return terms
 
 
 class Tape:
@@ -75,7 +104,11 @@ class Tape:
         self.enabled = True
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
+        self.units: Units | None = None  # whose the rows are: norms are then taken during the backward pass
         self._by_module = {id(layer.module): layer for layer in self.layers}
+        users = Counter(id(p) for layer in self.layers for p in layer.parameters)
+        for layer in self.layers:
+            layer.alone = all(users[id(p)] == 1 for p in layer.parameters)
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
             modules.append(model)  # its first tensor tells R in a hand-written loop
@@ -84,7 +117,7 @@ class Tape:
 
     @property
     def has_records(self) -> bool:
-        return any(layer.calls for layer in self.layers)
+        return any(layer.calls or layer.terms for layer in self.layers)
 
     def detach(self) -> None:
         """Gives the modules their own ``forward`` back."""
@@ -96,13 +129,16 @@ class Tape:
     def clear(self) -> None:
         for layer in self.layers:
             layer.calls.clear()
+            layer.terms = []
+            layer.awaited = 0
         self._pass = None
         if not self.rows_are_given:
-            self.rows = None
+            self.rows = self.units = None
 
-    def give_rows(self, rows: int | None) -> None:
-        """Says what R is, or (None) that the model's input shows it."""
-        self.rows, self.rows_are_given = rows, rows is not None
+    def give_units(self, units: Units | None) -> None:
+        """Says whose the rows are, or (None) that the model's input shows R and each row is a unit."""
+        self.units, self.rows_are_given = units, units is not None
+        self.rows = units.num_rows if units is not None else None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._by_module.get(id(module))
@@ -110,10 +146,13 @@ class Tape:
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
+            self.units = None if self.rows is None else Units(None, self.rows)
         if not recording or layer is None or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
         if self.rows == 0:
             return _without_rows(module, trainable(module)[0], args, kwargs)
+        if torch._C._current_graph_task_id() == -1:  # not a checkpointed part that is run once more
+            layer.awaited += 1
         if not isinstance(layer.rule, RowByRow):
             args = tuple(self._with_rows(x) for x in args)
             return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
@@ -142,11 +181,30 @@ class Tape:
                 "engine.batches(..., max_physical_batch_size=) and step after every part.",
             )
         layer.calls.append(tensors)
+        if isinstance(layer.rule, RowByRow):
+            return  # hands over one parameter at a time
+        layer.awaited -= 1
+        if layer.awaited == 0 and layer.alone and self.units is not None:
+            self._take_norms(layer, self.units)
+
+    @torch.no_grad()
+    def _take_norms(self, layer: Layer, units: Units) -> None:
+        """While the numbers are in the cache; and what is not needed for the sum is let go before the next layer."""
+        calls = list(layer.calls)
+        terms = layer.take_terms()
+        units = units.to(layer.parameters[0].device)
+        used = Counter(id(p) for term in terms for p in term.parameters)
+        if any(count > 1 for count in used.values()) or any(term.num_rows != units.num_rows for term in terms):
+            layer.calls += calls
+            return  # left to ``take``
+        for term in terms:
+            term.squared(units)
+        layer.terms += terms
 
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
-        called = [layer for layer in self.layers if layer.calls]
-        terms = [layer.rule.terms(layer.module, layer.calls) for layer in called]
+        called = [layer for layer in self.layers if layer.calls or layer.terms]
+        terms = [layer.terms + (layer.take_terms() if layer.calls else []) for layer in called]
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
             rows.add(self.rows)
