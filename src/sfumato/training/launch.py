@@ -72,7 +72,7 @@ def together(
                 dist.destroy_process_group()
             for other in others:
                 other.kill()
-                other.wait()
+                other.communicate()  # waits, and closes the pipes
 
 
 @contextmanager
@@ -113,23 +113,26 @@ def _other(rank: int, size: int, store: str, threads: int, job: Callable[[], Any
     _join(rank, size, Path(store))
     try:
         job()
+        dist.destroy_process_group()
     except SfumatoError as error:  # announced to the first process, or noticed there
-        print(error, file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
         os._exit(error.exit_code)
-    dist.destroy_process_group()
 
 
 def _end_with_the_first() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        pass
     os._exit(1)
 
 
 def _join(rank: int, size: int, store: Path) -> None:
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    before, hook = os.environ.get("GLOO_SOCKET_IFNAME"), sys.excepthook
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # sums without noise stay on this machine
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     finally:
+        sys.excepthook = hook  # torch puts one around it at every call, which writes "[rank0]:" before each line
         os.environ.pop("GLOO_SOCKET_IFNAME")
         if before is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = before
