@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sfumato.errors import OutsideError, SfumatoError, UnsupportedLayer, UsageError
 from sfumato.privacy import reduction
 from sfumato.privacy.engine import DifferentialPrivacyEngine, NotPrivateEngine, make_engine
+from sfumato.privacy.gradients.groups import Part
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate
 from sfumato.privacy.processes import Processes, wrapper_problem
@@ -46,11 +47,12 @@ class Shift(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A weight per rule; 3, 5 and 7 rows, which neither 2 nor 4 processes share evenly; one weight used twice."""
+    """A weight per rule; 3, 5 and 7 rows, which neither 2 nor 4 processes share evenly; a tied and a frozen weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(11, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
         self.mix = nn.Conv1d(5, 7, 2)
         self.norm = nn.LayerNorm(7)
         self.shift = Shift(7)
@@ -59,7 +61,7 @@ class Mixed(nn.Module):
         self.again.weight = self.out.weight
 
     def forward(self, words: Tensor) -> Tensor:
-        x = self.shift(self.norm(self.mix(self.words(words).transpose(1, 2)).transpose(1, 2))).tanh()
+        x = self.shift(self.norm(self.mix(self.frozen(self.words(words)).transpose(1, 2)).transpose(1, 2))).tanh()
         return self.out(x).sum(1) + self.again(x.square()).sum(1)
 
 
@@ -94,12 +96,16 @@ def whole(tensor: Any) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
+def trained(model: nn.Module) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def gradient(model: nn.Module) -> Tensor:
-    return torch.cat([whole(p.grad).double().flatten() for p in model.parameters()])
+    return torch.cat([whole(p.grad).double().flatten() for p in trained(model)])
 
 
 def parameters(model: nn.Module) -> Tensor:
-    return torch.cat([whole(p).double().flatten() for p in model.parameters()])
+    return torch.cat([whole(p).double().flatten() for p in trained(model)])
 
 
 # ------------------------------------------------------------------------------- wrong engines, for the judges to convict
@@ -133,7 +139,13 @@ def engine_of(model: nn.Module, seed: int, wrong: type | None = None, **options:
     values = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "random": TestRandom(seed + dist.get_rank())}
     engine = DifferentialPrivacyEngine(model, **{**values, **options}, processes=processes)
     if wrong in (NoiseEverywhere, Mean):
-        engine._reduction = wrong([layer.parameters for layer in engine._tape.layers], engine.processes)
+        join = engine._join
+
+        def joined_wrongly(part: str) -> None:
+            join(part)
+            engine._reductions[part] = wrong(engine._tape.layers, engine.processes)
+
+        engine._join = joined_wrongly
     return engine
 
 
@@ -148,7 +160,7 @@ def work_sum(rank: int, size: int, kind: str, rate: float, seed: int, wrong: typ
     if kind == "fsdp":
         shard_fully(model)
     engine = engine_of(model, seed, wrong, **options)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     before, drawn, flags = parameters(model), [], []
     batches = engine.batches(
         mixed_table(), expected_batch_size=rate * UNITS, steps=1, records_per_unit=2, max_physical_batch_size=physical
@@ -160,7 +172,7 @@ def work_sum(rank: int, size: int, kind: str, rate: float, seed: int, wrong: typ
         flags.append(batch.last)
         if not batch.last:
             optimizer.zero_grad()
-    specs = [(p.grad.placements == p.placements, p.grad.to_local().shape == p.to_local().shape) for p in model.parameters()
+    specs = [(p.grad.placements == p.placements, p.grad.to_local().shape == p.to_local().shape) for p in trained(model)
              if hasattr(p, "placements")]  # fmt: skip
     released = gradient(model)
     optimizer.zero_grad()
@@ -227,7 +239,7 @@ def test_a_process_may_draw_nobody_and_need_fewer_parts(size, seed, kind):
     judge_shares(results)
 
 
-@pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
+@pytest.mark.parametrize("clipping", ["per_layer", "automatic", "adaptive"])
 def test_other_clippings_are_the_same_in_one_process_and_in_two(clipping):
     options = {"clipping": clipping, "loss_reduction": "mean"}
     work = work_untied
@@ -241,7 +253,7 @@ def work_untied(rank: int, size: int, options: dict) -> Tensor:
     model.again = nn.Linear(7, 3).double()
     shard_fully(model)
     engine = engine_of(model, 0, **options)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     for batch in engine.batches(mixed_table(), expected_batch_size=UNITS, steps=1, records_per_unit=3):
         losses(model, batch).mean().backward()
         optimizer.step()
@@ -349,7 +361,7 @@ def work_rows(rank: int, size: int) -> Tensor:
     model = nn.Linear(5_000, 4, bias=False)
     fully_shard(model)
     engine = engine_of(model, 0, noise_multiplier=1.0, random=SecretRandom())
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     for batch in engine.batches(torch.zeros(100, 5_000), expected_batch_size=1e-9, steps=1):
         model(batch).sum(1).mean().backward()
         optimizer.step()
@@ -371,7 +383,7 @@ def work_draws(rank: int, size: int, wrong: type | None) -> np.ndarray:
     """(draws, units) bool: who was drawn in this process."""
     model = nn.Linear(1, 1)
     engine = engine_of(model, 0, wrong, random=SecretRandom())
-    engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     seen = np.zeros((DRAWS, POPULATION), bool)
     data = torch.arange(POPULATION, dtype=torch.float32).view(-1, 1)
     for step, batch in enumerate(engine.batches(data, expected_batch_size=RATE * POPULATION, steps=DRAWS)):
@@ -423,7 +435,7 @@ def work_budget(rank: int, size: int, folder: Path) -> dict:
     model = mixed()
     ledger = Ledger.open(folder / "ledger.db", run="r", plan=PLAN) if rank == 0 else None
     engine = make_engine(model, PLAN, ledger)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=0.1))
     steps, epsilons = 0, []
     for batch in engine.batches(mixed_table(), steps=10):
         losses(model, batch).mean().backward()
@@ -455,7 +467,7 @@ def work_own_data(rank: int, size: int) -> dict:
     model = Wide().double()
     plain = copy.deepcopy(model)
     engine = engine_of(model, 0, expected_batch_size=10.0, sampling_rate=0.1)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     expected, released = [], []
     for step in range(2):
         torch.manual_seed(10 * step + rank)
@@ -514,7 +526,7 @@ def work_errors(rank: int, size: int) -> dict[str, str]:
             if rank and name == "model":
                 model.append(nn.Linear(1, 1))
             engine = engine_of(model, 0, **values)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            optimizer = torch.optim.SGD(trained(model), lr=1.0)
             if rank and name == "optimizer":
                 optimizer.param_groups[0]["params"].pop()
             engine.attach(optimizer)
@@ -569,11 +581,11 @@ def work_ledgers(rank: int, size: int, folder: Path) -> str:
     model = Wide()
     with Ledger.open(folder / f"{rank}.db", run="r") as ledger:
         with pytest.raises(UsageError, match="only process 0 writes it"):
-            engine_of(model, 0, ledger=ledger).attach(torch.optim.SGD(model.parameters(), lr=1.0))
+            engine_of(model, 0, ledger=ledger).attach(torch.optim.SGD(trained(model), lr=1.0))
     model = Wide()
     ledger = Ledger.open(folder / "2.db", run="r") if rank == 0 else None
     engine = engine_of(model, 0, ledger=ledger)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     said = ""
     try:
         for batch in engine.batches([torch.ones(50)] * 10, expected_batch_size=5, steps=3):
@@ -595,7 +607,7 @@ def test_a_second_ledger_is_refused_and_a_ledger_that_fails_stops_all(tmp_path):
 def work_death(rank: int, size: int) -> str:
     model = Wide()
     engine = engine_of(model, 0, random=SecretRandom())
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     try:
         for step, batch in enumerate(engine.batches([torch.ones(50)] * 10, expected_batch_size=5, steps=3)):
             if rank == 1 and step == 1:
@@ -689,13 +701,15 @@ def work_bfloat16(rank: int, size: int) -> dict:
 
     model = shard_fully(mixed(torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     engine = engine_of(model, 0)
-    optimizer = engine.attach(torch.optim.AdamW(model.parameters(), lr=0.1))
-    seen = []
+    optimizer = engine.attach(torch.optim.AdamW(trained(model), lr=0.1))
+    seen, kinds = [], set()
+    add = Reduction.add
+    Reduction.add = lambda self, p, value: (kinds.add(str(value.dtype)), add(self, p, value))[1]  # type: ignore
     for batch in engine.batches(mixed_table(torch.float32), expected_batch_size=UNITS, steps=1, records_per_unit=2):
         seen.append(batch)
         losses(model, batch).mean().backward()
         optimizer.step()
-    kinds = {str(p.grad.dtype) for p in model.parameters()} | {str(v.dtype) for v in engine._reduction._sums.values()}
+    kinds |= {str(p.grad.dtype) for p in trained(model)}
     return {"sum": gradient(model) * UNITS, "drawn": joined(seen), "kinds": kinds}
 
 
@@ -715,7 +729,7 @@ def work_twin(rank: int, size: int, physical: int | None) -> Tensor:
     plan = NotPrivate(population=UNITS, expected_batch_size=float(UNITS), steps=2, unit="person", records_per_unit=3)
     engine = make_engine(model, plan, random=TestRandom(rank))
     assert isinstance(engine, NotPrivateEngine)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.01))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=0.01))
     for batch in engine.batches(mixed_table(), max_physical_batch_size=physical):
         losses(model, batch).mean().backward()
         optimizer.step()
@@ -728,6 +742,96 @@ def test_the_twin_without_privacy_is_that_of_one_process(physical):
     one, two = together(1, work_twin, None), together(2, work_twin, physical)
     assert relative(two[0], one[0]) <= 1e-12
     assert torch.equal(two[0], two[1])
+
+
+# ----------------------------------------------------------------------------- parts, public passes, bounds that adapt
+
+
+def work_parts(rank: int, size: int, sigma: float) -> dict:
+    """Two parts with an optimizer each, and a public pass that differs between processes."""
+    model = mixed()
+    body, head = ("words", "mix", "norm", "shift"), ("out", "again")
+    engine = engine_of(
+        model,
+        0,
+        max_grad_norm=None,
+        noise_multiplier=sigma,
+        parts={"body": Part(modules=body, max_grad_norm=2.0), "head": Part(modules=head, max_grad_norm=1.0)},
+    )
+    optimizers = {}
+    for name, modules in (("body", body), ("head", head)):
+        own = {p: None for module in modules for p in getattr(model, module).parameters()}
+        optimizers[name] = engine.attach(torch.optim.SGD(list(own), lr=0.5), part=name)
+    norms, words = [], torch.full((4, 4), rank)
+    for batch in engine.batches(mixed_table(), expected_batch_size=UNITS, steps=2, records_per_unit=3):
+        for name, optimizer in optimizers.items():
+            with engine.training(name):
+                losses(model, batch).mean().backward()
+                optimizer.step()
+            norms.append(
+                torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm()
+            )
+            optimizer.zero_grad()
+    before = parameters(model)
+    for batch in engine.batches(mixed_table(), steps=1, records_per_unit=3):
+        with engine.public():
+            model(words).sum().backward()
+        public = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in trained(model)])
+        assert not public.any()  # kept aside until the step
+        for name, optimizer in optimizers.items():
+            with engine.training(name):
+                (losses(model, batch) * 0).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return {"parameters": parameters(model), "norms": norms, "public": before - parameters(model), "before": before}
+
+
+def test_parts_with_optimizers_of_their_own_and_public_passes_are_those_of_one_process():
+    one, two = together(1, work_parts, 0.0), together(2, work_parts, 0.0)
+    assert relative(two[0]["before"], one[0]["before"]) <= 1e-12
+    for step in range(4):
+        assert float(two[0]["norms"][step]) == pytest.approx(float(one[0]["norms"][step]), rel=1e-9)
+    assert torch.equal(two[0]["parameters"], two[1]["parameters"])
+    model = mixed()  # the mean over processes of public gradients moved it, and nothing else
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(two[0]["before"], trained(model))
+    model.zero_grad()
+    ((model(torch.zeros(4, 4).long()).sum() + model(torch.ones(4, 4).long()).sum()) / 2).backward()
+    assert relative(two[0]["public"], gradient(model) * 0.5) <= 1e-9
+    noisy = together(2, work_parts, 1.0)
+    assert torch.equal(noisy[0]["parameters"], noisy[1]["parameters"])
+
+
+def work_adaptive(rank: int, size: int, sigma: float) -> list[float]:
+    model = mixed()
+    shard_fully(model)
+    engine = engine_of(model, 0, noise_multiplier=sigma, max_grad_norm=30.0, clipping="adaptive")
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1e-4))
+    bounds = []
+    for batch in engine.batches(mixed_table(), expected_batch_size=UNITS, steps=3, records_per_unit=3):
+        losses(model, batch).mean().backward()
+        optimizer.step()
+        bounds.append(engine.max_grad_norm)
+    return bounds
+
+
+def test_a_bound_that_adapts_is_the_same_in_all_processes():
+    one, two = together(1, work_adaptive, 0.0), together(2, work_adaptive, 0.0)
+    assert two[0] == two[1] == pytest.approx(one[0], rel=1e-9)
+    assert len(set(two[0])) == 3
+    noisy = together(2, work_adaptive, 1.0)
+    assert noisy[0] == noisy[1] and noisy[0] != two[0]
+
+
+def work_freezing(rank: int, size: int) -> str:
+    engine = engine_of(shard_fully(mixed()), 0)
+    with pytest.raises(UsageError) as caught, engine.frozen():
+        pass
+    return str(caught.value)
+
+
+def test_a_sharded_model_is_not_frozen_for_a_moment():
+    assert "fully_shard does not notice" in together(1, work_freezing)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.privacy.gradients.bookkeeping import Layer
 from sfumato.privacy.noise import gaussian
 from sfumato.privacy.processes import Processes, is_sharded
 from sfumato.randomness import Random
@@ -26,16 +27,17 @@ BUCKET = 2**22  # coordinates of replicated parameters that are reduced at once:
 
 
 class Reduction:
-    """The sum of one batch, over its parts and all processes.
+    """The sum of one batch, over its physical parts and all processes, for the parameters of one optimizer.
 
     Args:
-      layers: the parameters of every protected layer, in the order in which all processes reduce them.
+      layers: the protected layers, in the order in which all processes reduce them.
     """
 
-    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], processes: Processes) -> None:
+    def __init__(self, layers: Sequence[Layer], processes: Processes) -> None:
         self._processes = processes
-        self._parameters = list(dict.fromkeys(p for layer in layers for p in layer))
-        last_use = {p: i for i, layer in enumerate(layers) for p in layer}
+        self._parameters = list(dict.fromkeys(p for layer in layers for p in layer.parameters))
+        self._places = {id(layer): i for i, layer in enumerate(layers)}
+        last_use = {p: i for i, layer in enumerate(layers) for p in layer.parameters}
         self._sharded: list[list[nn.Parameter]] = [[] for _ in layers]  # by the last layer that uses them
         for parameter in self._parameters:
             if is_sharded(parameter):
@@ -52,21 +54,24 @@ class Reduction:
         sums = self._pending if is_sharded(parameter) else self._sums
         sums[parameter] = sums[parameter] + value if parameter in sums else value
 
-    def layer_done(self, index: int) -> None:
+    def layer_done(self, layer: Layer) -> None:
         """Layers up to this one have been added: what is sharded of them is reduced, and no longer held whole.
 
         A meeting of all processes for every layer that has sharded parameters; ``part_done`` catches up on the rest, so
         that a process without rows, or with a layer that it did not use, meets as often as the others.
         """
-        while self._reduced_layers <= index:
+        self._reduce_to(self._places[id(layer)])
+
+    def part_done(self) -> None:
+        self._reduce_to(len(self._sharded) - 1)
+        self._reduced_layers = 0
+
+    def _reduce_to(self, place: int) -> None:
+        while self._reduced_layers <= place:
             parameters = self._sharded[self._reduced_layers]
             self._reduced_layers += 1
             if parameters:
                 self._reduce(parameters)
-
-    def part_done(self) -> None:
-        self.layer_done(len(self._sharded) - 1)
-        self._reduced_layers = 0
 
     def released(
         self, stds: dict[nn.Parameter, float], divisor: float, random: Random

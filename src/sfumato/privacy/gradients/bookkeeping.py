@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
 from sfumato.privacy.gradients.rules import (
     Call,
     RowByRow,
@@ -66,6 +67,11 @@ class Layer:
             if id(parameter) in known
         ]
 
+    @property
+    def has_other_rows(self) -> bool:
+        """Its calls were not all with the same rows, so that they cannot be added up row by row."""
+        return len({call[-1].shape[0] for call in self.calls if call[-1].dim() > 0}) > 1
+
     def __str__(self) -> str:
         return f"{self.name or 'model'} ({type(self.module).__name__})"
 
@@ -102,6 +108,7 @@ class Tape:
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
+        self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
         self.units: Units | None = None  # whose the rows are: norms are then taken during the backward pass
@@ -170,26 +177,33 @@ class Tape:
 
     def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
-            return
+            raise UsageError(
+                f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
+                next="Put the forward pass inside as well, or the backward pass outside.",
+            )
         number = torch._C._current_graph_task_id()
         if self._pass is None:
             self._pass = number
-        elif self._pass != number:
+        elif self._pass != number and not self.several_passes:
             raise UsageError(
                 "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
-                next="Add the losses up and call backward() once; for large batches use "
-                "engine.batches(..., max_physical_batch_size=) and step after every part.",
+                next="Add the losses up and call backward() once, or: several losses of the same units go inside "
+                "engine.same_units(), a loss without private data inside engine.public(), a pass that should train "
+                "nothing inside engine.frozen(), parts of one batch through max_physical_batch_size= or "
+                "engine.accumulate(), each with a step of its own.",
             )
         layer.calls.append(tensors)
-        if isinstance(layer.rule, RowByRow):
-            return  # hands over one parameter at a time
+        if layer.rule.piecewise:
+            return
         layer.awaited -= 1
-        if layer.awaited == 0 and layer.alone and self.units is not None:
+        if layer.awaited == 0 and layer.alone and self.units is not None and not self.several_passes:
             self._take_norms(layer, self.units)
 
     @torch.no_grad()
     def _take_norms(self, layer: Layer, units: Units) -> None:
         """While the numbers are in the cache; and what is not needed for the sum is let go before the next layer."""
+        if layer.has_other_rows:
+            return  # left to ``take``
         calls = list(layer.calls)
         terms = layer.take_terms()
         units = units.to(layer.parameters[0].device)
@@ -204,6 +218,13 @@ class Tape:
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
         called = [layer for layer in self.layers if layer.calls or layer.terms]
+        others = [str(layer) for layer in called if layer.has_other_rows]
+        if others:
+            self.clear()
+            raise UnsupportedLayer(
+                f"{', '.join(others)} · was called with different numbers of rows before one step",
+                next="Keep the rows as the leading dimension; a pass over other rows is a step of its own.",
+            )
         terms = [layer.terms + (layer.take_terms() if layer.calls else []) for layer in called]
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
@@ -292,26 +313,29 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         if id(module) in seen:
             return
         seen.add(id(module))
+        inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
         found = rule_for(module)
-        if problem is None and own and found is not None:
+        if problem is None and found is not None and found.treats(module):
             problem = found.problem(module)
         if problem is not None:
             problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
-        elif not covered and own and found is not None:
-            layers.append(Layer(name, module, found, own))
-        elif not covered and (own or (hasattr(module, "parametrizations") and trainable(module))):
-            layers.append(Layer(name, module, RowByRow(), trainable(module)))
-            covered = True
-            inner = [child for child in module.modules() if child is not module and is_fully_sharded(child)]
-            if inner:
-                problems.append(
-                    f"{name or 'model'} ({type(module).__name__}): is treated as a whole, but fully_shard was applied inside "
-                    f"it, to {type(inner[0]).__name__}: apply it to the whole"
-                )
+        elif not covered:
+            if found is None and (own or (hasattr(module, "parametrizations") and trainable(module))):
+                found = RowByRow()
+            treated = found.treats(module) if found is not None else []
+            if found is not None and treated:
+                layers.append(Layer(name, module, found, treated))
+                inside = {id(child) for child in found.covers(module)}
+                torn = [part for child in found.covers(module) for part in child.modules() if is_fully_sharded(part)]
+                if torn:
+                    problems.append(
+                        f"{name or 'model'} ({type(module).__name__}): is treated as a whole, but fully_shard was applied "
+                        f"inside it, to {type(torn[0]).__name__}: apply it to the whole"
+                    )
         for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child, covered)
+            visit(f"{name}.{child_name}" if name else child_name, child, covered or id(child) in inside)
 
     visit("", model, covered=False)
     if problems:

@@ -11,6 +11,7 @@ Shapes: n units, T positions of a unit, D inputs, O outputs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ Shape = tuple[int, int, int, int]  # n, T, D, O
 _WRITE = 6.0  # a number of a kept gradient: written, squared, read again
 _FORMED = 1.06  # products of matrices unit by unit against one product
 _GRAM = 1.25  # small square products, and their elementwise product
+_NORM = 30.0  # per weight: squared, multiplied, added
+_CALL = 2.5e6  # some calls from Python for one unit
 
 
 def cheapest(ways: Sequence[str], shape: Shape, like: Tensor) -> str:
@@ -40,19 +43,37 @@ def _linear_cost(way: str, shape: Shape) -> float:
             return _FORMED * gradient + _WRITE * width * height
 
 
-def cheapest_convolution(ways: Sequence[str], shape: Shape, like: Tensor) -> str:
-    """The same for a convolution: unit by unit it is slow where the picture is small. D: inputs x kernel."""
-    return min(ways, key=lambda way: _convolution_cost(way, shape))
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A convolution's sizes. Attributes: positions: T; inputs: C; outputs: O; weights: P; kernel: its positions."""
+
+    positions: int
+    inputs: int
+    outputs: int
+    weights: int
+    kernel: int
+
+    @property
+    def gradient(self) -> int:
+        return self.positions * self.weights
 
 
-def _convolution_cost(way: str, shape: Shape) -> float:
-    _, positions, width, height = shape
-    gradient = positions * width * height
-    slow = 1.3 if positions >= 256 else 4.0
-    match way:
-        case "ghost":
-            return _GRAM * positions * positions * (width + height + 8) + 4 * positions * width
-        case "keep":
-            return (slow - 1) * gradient + _WRITE * width * height
-        case _:
-            return slow * gradient + _WRITE * width * height
+def cheapest_for_pictures(shape: Pictures, *, keep: bool, ghost: bool, on_cpu: bool) -> str:
+    """For a convolution: "one by one", "side by side", or "ghost".
+
+    One unit after the other costs a call each, and for every weight a reordering; where pictures are large nothing else
+    is on top. Side by side is one call, which is slow for small pictures. Without ``keep`` both come on top.
+    """
+    costs = {"side by side": _side_by_side(shape)}
+    if on_cpu:
+        costs["one by one"] = _CALL + (80 + _NORM) * shape.weights
+    if not keep:
+        costs = {way: cost + shape.gradient for way, cost in costs.items()}
+    if ghost:
+        costs["ghost"] = shape.positions**2 * (2 * (shape.inputs + shape.outputs) + 30 * (shape.kernel + 2))
+    return min(costs, key=lambda way: costs[way])
+
+
+def _side_by_side(shape: Pictures) -> float:
+    slow = 0.2 if shape.positions >= 1024 else 1.0 if shape.positions >= 256 else 9.0
+    return slow * shape.gradient + _NORM * shape.weights

@@ -19,7 +19,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UnsupportedLayer, UsageError
-from sfumato.privacy.gradients.terms import Convolution, Geometry, Lookup, Outer, PerRow, Term, convolution_backward
+from sfumato.privacy.gradients.convolution import Convolution, Geometry, convolution_backward
+from sfumato.privacy.gradients.terms import Lookup, Outer, PerRow, Term
 
 Call = tuple[Tensor, ...]  # what one call of a layer handed to ``record`` in the backward pass
 
@@ -49,9 +50,19 @@ class Rule(ABC):
 
     parameters: tuple[str, ...] = ("weight", "bias")  # all that this rule treats; others send the module to RowByRow
 
+    piecewise: bool = False  # hands over one parameter at a time, so that a call has several records
+
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be trained privately, with what to do; None if it can."""
         return None
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        """The trainable parameters that this rule answers for: the module's own."""
+        return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        """The children that the rule treats with everything below them; rules of their own are not used there."""
+        return []
 
     @abstractmethod
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any: ...
@@ -60,13 +71,16 @@ class Rule(ABC):
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]: ...
 
 
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
 _RULES: dict[type[nn.Module], Rule] = {}
+_FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
-def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
+def rule(*layer_types: type[nn.Module]) -> Callable[[type[AnyRule]], type[AnyRule]]:
     """Registers a rule for layer types."""
 
-    def register(cls: type[Rule]) -> type[Rule]:
+    def register(cls: type[AnyRule]) -> type[AnyRule]:
         for layer_type in layer_types:
             if layer_type in _RULES:
                 raise UsageError(
@@ -80,10 +94,28 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
     return register
 
 
+def rule_finder(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
+    """Registers a function that knows rules for classes which cannot be named here, because they are not imported.
+
+    It is asked about modules whose type is not registered, and answers None where it knows nothing.
+    """
+    _FINDERS.append(find)
+    return find
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
     if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
+    found = _registered_rule_for(module)
+    for find in _FINDERS if found is None else ():
+        found = find(module)
+        if found is not None:
+            break
+    return found
+
+
+def _registered_rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:
@@ -358,14 +390,14 @@ class _GroupNorm(Function):
         g = grad_outputs[0].contiguous()
         x, mean, rstd, weight = ctx.saved_tensors
         rows, channels, space, groups = ctx.sizes
-        grouped = x.reshape(rows, groups, -1)
-        normalised = ((grouped - mean.unsqueeze(2)) * rstd.unsqueeze(2)).view(rows, channels, space)
-        by_channel = g.view(rows, channels, space)
-        ctx.record((by_channel * normalised).sum(2), by_channel.sum(2))
-        gradient = None
-        if ctx.needs_input_grad[1]:
-            wanted = [True, False, False]
-            gradient = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *ctx.sizes, wanted)[0]
+        # with all rows' channels as the channels of one row, the layer's own backward pass gives every row's gradients
+        sizes = (1, rows * channels, space, rows * groups)
+        each = weight.repeat(rows) if weight is not None else None
+        gradient, weights, biases = torch.ops.aten.native_group_norm_backward(
+            g, x, mean.view(1, -1), rstd.view(1, -1), each, *sizes, [ctx.needs_input_grad[1], True, True]
+        )
+        ctx.record(weights.view(rows, channels), biases.view(rows, channels))
+        gradient = gradient.view(x.shape) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None, None, None
 
 
@@ -429,8 +461,23 @@ class RowByRow(Rule):
     Tensors among the arguments whose leading dimension is R are rows; other tensors are shared by all rows.
     """
 
+    piecewise = True
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        return trainable(module)
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        return list(module.children())
+
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
         leaves, shape = pytree.tree_flatten((args, kwargs))
+        state = next((leaf for leaf in leaves if type(leaf).__name__.endswith("Cache")), None)
+        if state is not None:
+            raise UnsupportedLayer(
+                f"{type(module).__name__} · goes row by row, but got a {type(state).__name__} that one row would fill "
+                "and the next would read",
+                next="Call the model with use_cache=False.",
+            )
         rows = record.rows
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if rows is None:

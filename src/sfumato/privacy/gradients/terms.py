@@ -15,11 +15,10 @@ their worst-case rounding error on top (n u for a sum of n products; Higham 2002
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.privacy.gradients import choice
@@ -153,7 +152,7 @@ class PerRow(Term):
 
     def __init__(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         self.parameters = (parameter,)
-        self._rows = _wide(gradients)
+        self._rows = wide(gradients)
         self.num_rows = gradients.shape[0]
         self._kept: Tensor | None = None  # (B, P)
 
@@ -175,7 +174,7 @@ class PerRow(Term):
         return {parameter: self._per_unit(units)[unit].view(parameter.shape)}
 
     def forget(self, bad: Tensor, units: Units) -> None:
-        self._kept = _without(self._per_unit(units), bad)
+        self._kept = without(self._per_unit(units), bad)
 
 
 class Outer(Term):
@@ -187,7 +186,7 @@ class Outer(Term):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, inputs: Tensor, outputs: Tensor) -> None:
         self.weight, self.bias = weight, bias
         self.parameters = (weight,) if bias is None else (weight, bias)
-        self.inputs, self.outputs = _same_type(inputs, outputs)
+        self.inputs, self.outputs = same_type(inputs, outputs)
         self.num_rows = inputs.shape[0]
         self._kept: Kept | None = None
         self._biases: Tensor | None = None  # (B, O), what each unit says about the bias
@@ -205,7 +204,7 @@ class Outer(Term):
         for group in units.groups():
             ways = ["ghost", "keep" if keep else "form"]
             shape = (group.num_units, group.count * positions, width, height)
-            inputs, outputs = _by_unit(self.inputs, group), _by_unit(self.outputs, group)  # (n, T, D), (n, T, O)
+            inputs, outputs = by_unit(self.inputs, group), by_unit(self.outputs, group)  # (n, T, D), (n, T, O)
             match choice.cheapest(ways, shape, inputs):
                 case "ghost":
                     out[group.units] += _ghost_squares(inputs, outputs)
@@ -255,9 +254,9 @@ class Outer(Term):
             self._kept.forget(bad)
         else:
             rows = units.spread(bad)
-            self.inputs, self.outputs = _without(self.inputs, rows), _without(self.outputs, rows)
+            self.inputs, self.outputs = without(self.inputs, rows), without(self.outputs, rows)
         if self._biases is not None:
-            self._biases = _without(self._biases, bad)
+            self._biases = without(self._biases, bad)
 
 
 class Kept:
@@ -274,7 +273,7 @@ class Kept:
         """Forms the gradients of a group: inputs (n, T, D), outputs (n, T, O) -> their squared norms, (n,) float64."""
         squared = []
         step = max(1, BLOCK_BYTES // (self.shape[0] * self.shape[1] * inputs.element_size()))
-        for block in _blocks(group.num_units, step):
+        for block in blocks(group.num_units, step):
             gradients = torch.bmm(outputs[block].transpose(1, 2), inputs[block])
             if isinstance(group.units, slice):
                 which: slice | Tensor = slice(group.units.start + block.start, group.units.start + block.stop)
@@ -301,7 +300,7 @@ class Kept:
         return self._blocks[0][1].new_zeros(self.shape)  # a unit without rows
 
     def forget(self, bad: Tensor) -> None:
-        self._blocks = [(which, _without(gradients, bad[which])) for which, gradients in self._blocks]
+        self._blocks = [(which, without(gradients, bad[which])) for which, gradients in self._blocks]
 
 
 class Lookup(Term):
@@ -312,7 +311,7 @@ class Lookup(Term):
 
     def __init__(self, weight: nn.Parameter, words: Tensor, outputs: Tensor) -> None:
         self.parameters = (weight,)
-        self.words, self.outputs = words, _wide(outputs)
+        self.words, self.outputs = words, wide(outputs)
         self.num_rows = words.shape[0]
 
     def squared_norms(self, units: Units) -> Tensor:
@@ -341,162 +340,7 @@ class Lookup(Term):
         return {weight: total.index_add_(0, words.reshape(-1), outputs.flatten(0, 1))}
 
     def forget(self, bad: Tensor, units: Units) -> None:
-        self.outputs = _without(self.outputs, units.spread(bad))
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What a convolution does, in the words of ``torch.ops.aten.convolution``; padding is with zeros."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int = 1
-    transposed: bool = False
-    output_padding: Sequence[int] = (0,)
-
-
-class Convolution(Term):
-    """A convolution's weight. Args: inputs (R, C, *space); outputs (R, O, *space)."""
-
-    def __init__(self, weight: nn.Parameter, inputs: Tensor, outputs: Tensor, geometry: Geometry) -> None:
-        self.parameters = (weight,)
-        self.inputs, self.outputs = _same_type(inputs, outputs)
-        self.geometry = geometry
-        self.num_rows = inputs.shape[0]
-        self._kept: Tensor | None = None  # (B, P)
-
-    def squared_norms(self, units: Units) -> Tensor:
-        weight = self.parameters[0]
-        height = self.outputs.shape[1]
-        size = weight.numel() * self.inputs.element_size()
-        held = (self.inputs.numel() + self.outputs.numel()) * self.inputs.element_size()
-        keep = units.num_units * size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
-        ways = ["keep" if keep else "form"]
-        if self._can_unfold():
-            ways.append("ghost")
-        positions = self.outputs.shape[2:].numel() * int(units.counts.max())
-        shape = (units.num_units, positions, weight.numel() // height, height)
-        way = choice.cheapest_convolution(ways, shape, self.inputs)
-        if way == "ghost":
-            return self._ghost_squares(units)
-        if way == "keep":
-            self._kept = units.add_rows(self._row_gradients(slice(0, self.num_rows)))
-            self.inputs, self.outputs = self.inputs[:0], self.outputs[:0]
-            return squares(self._kept)
-        out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
-        for first, last, rows, part in self._some_units(units, max(1, WORK_BYTES // size)):
-            gradients = self._row_gradients(rows)
-            out[first:last] = squares(part.add_rows(gradients))
-        return out
-
-    def _some_units(self, units: Units, step: int) -> Iterator[tuple[int, int, slice, Units]]:
-        """``step`` whole units at a time: first and last, their rows, and how these belong to them."""
-        for first in range(0, units.num_units, step):
-            last = min(first + step, units.num_units)
-            rows = slice(units.starts[first], units.ends[last - 1])
-            owner = None if units.owner is None else units.owner[rows] - first
-            yield first, last, rows, Units(owner, last - first)
-
-    def _ghost_squares(self, units: Units) -> Tensor:
-        """A convolution is a linear layer on patches, which are made for some units at a time."""
-        weight = self.parameters[0]
-        positions = self.outputs.shape[2:].numel() * max(1, int(units.counts.max()))
-        patch_bytes = positions * weight.numel() // weight.shape[0] * self.inputs.element_size()
-        out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
-        for first, last, rows, part in self._some_units(units, max(1, WORK_BYTES // patch_bytes)):
-            patches, outputs = self._unfolded(rows)
-            for group in part.groups():
-                squared = _ghost_squares(_by_unit(patches, group), _by_unit(outputs, group))
-                out[first:last][group.units] = squared
-        return out
-
-    def sums(self, factors: Tensor, units: Units) -> Sums:
-        weight = self.parameters[0]
-        if self._kept is not None:
-            return {weight: (factors.to(self._kept.dtype) @ self._kept).view(weight.shape)}
-        rows = units.spread(factors).to(self.outputs.dtype).view(-1, *[1] * (self.outputs.dim() - 1))
-        inputs, outputs = self.inputs, self.outputs
-        if inputs.numel() <= outputs.numel():
-            inputs = inputs * rows
-        else:
-            outputs = outputs * rows
-        return {weight: self._weight_gradient(inputs, outputs)}
-
-    def gradient_of(self, unit: int, units: Units) -> Sums:
-        weight = self.parameters[0]
-        if self._kept is not None:
-            return {weight: self._kept[unit].view(weight.shape)}
-        rows = units.rows_of(unit)
-        return {weight: self._weight_gradient(self.inputs[rows], self.outputs[rows])}
-
-    def forget(self, bad: Tensor, units: Units) -> None:
-        if self._kept is not None:
-            self._kept = _without(self._kept, bad)
-        else:
-            rows = units.spread(bad)
-            self.inputs, self.outputs = _without(self.inputs, rows), _without(self.outputs, rows)
-
-    def _weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        shape = inputs.new_empty(1).expand(self.parameters[0].shape)  # only its shape is read; it may be sharded
-        return convolution_backward(outputs, inputs, shape, self.geometry, (False, True))[1]
-
-    def _row_gradients(self, rows: slice) -> Tensor:
-        """(rows, P): the rows side by side as groups of one convolution (Rochette et al. 2019, arXiv:1912.06015)."""
-        weight, geometry = self.parameters[0], self.geometry
-        inputs, outputs = self.inputs[rows], self.outputs[rows]
-        count = inputs.shape[0]
-        beside = Geometry(
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups * count,
-            geometry.transposed,
-            geometry.output_padding,
-        )
-        shape = inputs.new_empty(1).expand((count * weight.shape[0], *weight.shape[1:]))  # only its shape is read
-        gradients = convolution_backward(
-            outputs.reshape(1, -1, *outputs.shape[2:]),
-            inputs.reshape(1, -1, *inputs.shape[2:]),
-            shape,
-            beside,
-            (False, True),
-        )[1]
-        return gradients.reshape(count, -1)
-
-    def _can_unfold(self) -> bool:
-        return not self.geometry.transposed and self.geometry.groups == 1 and self.inputs.dim() in (3, 4)
-
-    def _unfolded(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Patches (rows, L, D) and output gradients (rows, L, O): the same gradient as that of a linear layer."""
-        weight, geometry, inputs = self.parameters[0], self.geometry, self.inputs[rows]
-        kernel, stride, padding, dilation = (
-            tuple(v) for v in (weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-        )
-        if inputs.dim() == 3:
-            inputs = inputs.unsqueeze(2)
-            kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
-        patches = F.unfold(inputs, kernel, dilation, padding, stride)  # (rows, D, L)
-        return patches.transpose(1, 2), self.outputs[rows].flatten(2).transpose(1, 2)
-
-
-def convolution_backward(
-    outputs: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the inputs, gradient of the weight), each only if wanted."""
-    return torch.ops.aten.convolution_backward(
-        outputs,
-        inputs,
-        weight,
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        geometry.transposed,
-        list(geometry.output_padding),
-        geometry.groups,
-        [*wanted, False],
-    )[:2]
+        self.outputs = without(self.outputs, units.spread(bad))
 
 
 def squares(rows: Tensor) -> Tensor:
@@ -523,25 +367,33 @@ def _run_squares(runs: Tensor) -> Tensor:
 
 
 def _ghost_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """inputs (n, T, D), outputs (n, T, O) -> (n,) float64, an upper bound.
-
-    It is above the true value by about 2 (D + O) T u of it for positions that have nothing in common: in float32 1e-4
-    for D = O = 500 and T = 2. Where positions cancel it may be above by more: that unit is scaled down too far.
-    """
+    """inputs (n, T, D), outputs (n, T, O) -> (n,) float64, an upper bound."""
     count, positions, width = inputs.shape
-    out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
     if positions == 1:  # |g a'| = |g| |a|
         return squares(inputs.flatten(1)) * squares(outputs.flatten(1))
+    out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
     step = max(1, WORK_BYTES // (2 * positions * positions * inputs.element_size()))
-    # a sum of D rounded products is off by at most D u of the product of the norms; twice that for the lesser terms
-    slack = 2 * (width + outputs.shape[2] + 8) * torch.finfo(inputs.dtype).eps / 2
-    for first in range(0, count, step):
-        a, g = inputs[first : first + step], outputs[first : first + step]
-        gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        lengths = (_diagonal(gram_a) * _diagonal(gram_g)).sqrt_().sum(1)
-        total = (gram_a.mul_(gram_g)).sum(1).sum(1, dtype=torch.float64).clamp_(min=0)
-        out[first : first + step] = total + slack * lengths.square_()
+    for block in blocks(count, step):
+        a, g = inputs[block], outputs[block]
+        grams = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
+        out[block] = ghost_squares_of(*grams, width + outputs.shape[2])
     return out
+
+
+def ghost_squares_of(inputs: Tensor, outputs: Tensor, summed: int) -> Tensor:
+    """Gram matrices of inputs and output gradients, (n, T, T) each -> (n,) float64, an upper bound. Overwrites the first.
+
+    A sum of m rounded products is off by at most m u of the product of the norms; that is put on top, and T u for the
+    sum over positions. The bound is above the true value by about (m + T) T u of it for positions that have nothing in
+    common: in float32 1e-4 for m = 1000 and T = 2. Where positions cancel it may be above by more: that unit is scaled
+    down too far.
+
+    Args: summed: m, the numbers of a product of both kinds together.
+    """
+    slack = 1.02 * (summed + inputs.shape[1] + 8) * torch.finfo(inputs.dtype).eps / 2
+    lengths = (_diagonal(inputs) * _diagonal(outputs)).sqrt_().sum(1)
+    total = inputs.mul_(outputs).sum(1).sum(1, dtype=torch.float64).clamp_(min=0)
+    return total + slack * lengths.square_()
 
 
 def _formed_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -559,27 +411,27 @@ def _diagonal(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=1, dim2=2).double()
 
 
-def _by_unit(rows: Tensor, group: Group) -> Tensor:
+def by_unit(rows: Tensor, group: Group) -> Tensor:
     """(R, L, D) -> (n, T, D)."""
     return rows[group.rows].reshape(group.num_units, group.count * rows.shape[1], rows.shape[2])
 
 
-def _blocks(length: int, step: int) -> list[slice]:
+def blocks(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """At least float32: sums of half-precision products lose what the norms must not lose."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _same_type(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    inputs, outputs = _wide(inputs), _wide(outputs)
+def same_type(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    inputs, outputs = wide(inputs), wide(outputs)
     kind = torch.promote_types(inputs.dtype, outputs.dtype)
     return inputs.to(kind), outputs.to(kind)
 
 
-def _without(tensor: Tensor, rows: Tensor) -> Tensor:
+def without(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
 
