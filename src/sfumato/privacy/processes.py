@@ -278,6 +278,26 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
+def let_go(model: nn.Module) -> None:
+    """What ``fully_shard`` still holds whole after a forward pass is sharded again: the optimizer has the shards."""
+    for module in model.modules():
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, sharded parameters of this very module are whole ones of the same numbers. A meeting, if it has any."""
+    sharded = {name: p for name, p in module._parameters.items() if p is not None and is_sharded(p)}
+    for name, parameter in sharded.items():
+        whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+        module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        module._parameters.update(sharded)
+
+
 def sharding_problem(model: nn.Module, processes: Processes) -> list[str]:
     """What of the model's sharding is not that of ``fully_shard`` over these processes, parameter by parameter."""
     sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}

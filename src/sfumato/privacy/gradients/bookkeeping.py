@@ -28,7 +28,7 @@ from sfumato.privacy.gradients.rules import (
     trainable,
 )
 from sfumato.privacy.gradients.terms import Term, Units
-from sfumato.privacy.processes import is_fully_sharded, wrapper_problem
+from sfumato.privacy.processes import gathered, is_fully_sharded, let_go, wrapper_problem
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (
@@ -102,6 +102,7 @@ class Tape:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        let_go(model)
         self.layers = _find_layers(model)
         protected = {id(p) for layer in self.layers for p in layer.parameters}
         self.parameters = {p: name for name, p in model.named_parameters() if id(p) in protected}  # with their names
@@ -316,9 +317,10 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
-        found = rule_for(module)
-        if problem is None and found is not None and found.treats(module):
-            problem = found.problem(module)
+        with gathered(module):  # rules try out what a module computes
+            found = rule_for(module)
+            if problem is None and found is not None and found.treats(module):
+                problem = found.problem(module)
         if problem is not None:
             problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
         elif not covered:
