@@ -395,7 +395,9 @@ def measure(arguments: argparse.Namespace, name: str) -> dict:
         print(f"{name}: attempt {attempt}, plain again {agreement:.3f}", file=sys.stderr, flush=True)
         if abs(agreement - 1) <= AGREEMENT:
             break
-    peaks = {e: peak_in_own_process(arguments, name, e) for e in seconds if e != "plain again"} if arguments.peak else {}
+    peaks = (
+        {e: peak_in_own_process(arguments, name, e) for e in seconds if e != "plain again"} if arguments.peak else {}
+    )
     rows = {}
     for engine in engines:
         if engine in left_out:

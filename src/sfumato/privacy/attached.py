@@ -169,6 +169,8 @@ class Attached:
                 "engine.batches · the engine is not attached, so a step would train nothing",
                 next="Call engine.attach(optimizer) before the loop.",
             )
+        if WHOLE in self._optimizers:
+            self._check_optimizer(self._optimizers[WHOLE], WHOLE)  # parameters may have been added or moved since
         held = {id(p) for o in self._optimizers.values() for group in o.param_groups for p in group["params"]}
         missing = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:

@@ -77,7 +77,7 @@ class Convolution(Term):
         kept = []
         if way == "one by one":
             for unit in range(units.num_units):
-                gradient = self._gradient_of(units.rows_of(unit)).view(1, -1)
+                gradient = self._gradient_of(units.rows_of(unit)).reshape(1, -1)
                 out[unit] = squares(gradient)[0]
                 if keep:
                     kept.append(gradient)
@@ -156,7 +156,7 @@ class Convolution(Term):
         gradients = self._weight_gradient(
             inputs.reshape(1, -1, *inputs.shape[2:]), outputs.reshape(1, -1, *outputs.shape[2:]), beside, shape
         )
-        return gradients.view(count, -1)
+        return gradients.reshape(count, -1)
 
     @staticmethod
     def _weight_gradient(inputs: Tensor, outputs: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:

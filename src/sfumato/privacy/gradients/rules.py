@@ -29,6 +29,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients import products
 from sfumato.privacy.gradients.convolution import Convolution, Geometry, convolution_backward
 from sfumato.privacy.gradients.terms import Lookup, Outer, PerRow, Term
 
@@ -143,7 +144,7 @@ class _Linear(Function):
     def forward(ctx: Any, record: Record, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record = record
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     @_once
@@ -151,7 +152,7 @@ class _Linear(Function):
         (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(x, g)
-        gradient = (g @ weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        gradient = products.input_gradient(g, weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None
 
 
@@ -396,8 +397,8 @@ class _GroupNorm(Function):
         gradient, weights, biases = torch.ops.aten.native_group_norm_backward(
             g, x, mean.view(1, -1), rstd.view(1, -1), each, *sizes, [ctx.needs_input_grad[1], True, True]
         )
-        ctx.record(weights.view(rows, channels), biases.view(rows, channels))
-        gradient = gradient.view(x.shape) if ctx.needs_input_grad[1] else None
+        ctx.record(weights.reshape(rows, channels), biases.reshape(rows, channels))
+        gradient = gradient.reshape(x.shape) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None, None, None
 
 
