@@ -899,6 +899,22 @@ def work_refusals(rank: int, size: int) -> dict[str, str]:
     return {"hybrid": said(hybrid), "tensor": said(tensor_parallel), "inside": said(inside), "ddp": said(wrapped)}
 
 
+def work_late(rank: int, size: int) -> str:
+    """The engine is made as if torch.distributed were not there yet; one that says so itself trains alone."""
+    there, dist.is_initialized = dist.is_initialized, lambda: False
+    late = DifferentialPrivacyEngine(Wide(), max_grad_norm=1.0, noise_multiplier=1.0)
+    dist.is_initialized = there
+    alone = DifferentialPrivacyEngine(Wide(), max_grad_norm=1.0, noise_multiplier=1.0, processes=Processes())
+    alone.attach(torch.optim.SGD(alone.model.parameters(), lr=1.0))
+    with pytest.raises(UsageError) as caught:
+        late.attach(torch.optim.SGD(late.model.parameters(), lr=1.0))
+    return str(caught.value)
+
+
+def test_an_engine_that_was_made_before_the_processes_met_is_refused():
+    assert "initialised after the engine was made" in together(2, work_late)[0]
+
+
 class Around(nn.Module):
     """Has a parameter of its own around another layer, so that it is treated as a whole."""
 

@@ -62,6 +62,7 @@ class _Engine(Attached):
         processes: Processes | None,
     ) -> None:
         super().__init__(model, Processes.current() if processes is None else processes)
+        self._processes_were_found = processes is None
         self.plan = plan
         self.ledger = ledger
         self.random: Random = random if random is not None else SecretRandom()
@@ -189,6 +190,12 @@ class _Engine(Attached):
 
     def _join(self, part: str) -> None:
         """Do all processes train the same thing, from different chance?"""
+        if self._processes_were_found and Processes.current().size != self.processes.size:
+            raise UsageError(
+                f"torch.distributed = {Processes.current().size} processes · it was initialised after the engine was made, "
+                f"for {self.processes.size}",
+                next="Call init_process_group() first, or give the engine processes= to say who trains together.",
+            )
         if not self.processes.together:
             return
         with self.processes.agreeing():
