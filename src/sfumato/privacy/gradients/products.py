@@ -65,13 +65,18 @@ def unit_gradients(g: Tensor, x: Tensor, block: int) -> list[Tensor]:
     return _either(("units", *_sizes(g.shape[1], g.shape[2], x.shape[2])), usual, other)
 
 
+def pairs(x: Tensor, y: Tensor) -> Tensor:
+    """x (n, S, D), y (n, T, D) -> (n, S, T), the products of all positions of one with all of the other."""
+    usual = lambda: torch.bmm(x, y.transpose(1, 2))  # noqa: E731
+    if not _possible(x, y) or x[0].numel() * y.shape[1] < _LEAST_OF_ONE:
+        return usual()
+    other = lambda: torch.stack([_one_dnn(a, b, None) for a, b in zip(x, y, strict=True)])  # noqa: E731
+    return _either(("pairs", *_sizes(x.shape[1], y.shape[1], x.shape[2])), usual, other)
+
+
 def grams(x: Tensor) -> Tensor:
     """(n, T, D) -> (n, T, T), the products of all positions with each other."""
-    usual = lambda: torch.bmm(x, x.transpose(1, 2))  # noqa: E731
-    if not _possible(x, x) or x[0].numel() * x.shape[1] < _LEAST_OF_ONE:
-        return usual()
-    other = lambda: torch.stack([_one_dnn(a, a, None) for a in x])  # noqa: E731
-    return _either(("grams", *_sizes(x.shape[1], x.shape[1], x.shape[2])), usual, other)
+    return pairs(x, x)
 
 
 def _one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
