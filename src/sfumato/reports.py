@@ -90,6 +90,7 @@ class CostReport:
     parameters: int
     bytes_sent: int = 0
     machine: str = ""
+    processes: int = 1  # that trained together; seconds of processor and memory are of all of them
 
 
 def to_dict(report: Any) -> dict[str, Any]:

@@ -49,13 +49,15 @@ def build(recipe: Recipe) -> Any:
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
-    """Bytes left for weights and optimizer when a physical batch is on its way; and the number of parameters."""
+    """Bytes left for weights and optimizer, in each process, when physical batches are on their way; number of parameters."""
     model = build(recipe)
     units = recipe.training.expected_batch_size * 1.2 + 20  # a sampled batch is seldom larger
     units = min(units, recipe.performance.max_physical_batch_size or units)
     batch = int(units * recipe.privacy.records_per_unit) * model.bytes_per_row()
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return there - batch, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (there - batch) // recipe.performance.processes, sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -191,12 +193,14 @@ def train(
 def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     return CostReport(
         seconds=trained.seconds,
-        processor_seconds=time.process_time() - processor_before,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        processor_seconds=time.process_time() - processor_before + trained.others_processor_seconds,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + trained.others_peak_bytes,
         steps=trained.step,
         units_per_second=trained.units_seen / max(trained.seconds, 1e-9),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no accelerator used",
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no accelerator used"
+        + (f", {trained.processes} processes" if trained.processes > 1 else ""),
+        processes=trained.processes,
     )
 
 

@@ -78,6 +78,13 @@ def test_train_hands_over_and_prints(workflow, sfu):
     assert "real held-out 0.9" in ran.out
 
 
+def test_the_number_of_processes_is_a_value_of_the_recipe(workflow, sfu):
+    workflow.answers["train"] = TRAINED
+    assert sfu("train", "clinic", "--set", "data.units=3000", "--processes", "4").code == 0
+    ((_, _, named),) = workflow.asked
+    assert named["assignments"] == ["data.units=3000", "performance.processes=4"]
+
+
 def test_a_training_that_stopped_at_its_budget_is_done(workflow, sfu):
     workflow.answers["train"] = {**TRAINED, "stopped": "budget"}
     ran = sfu("train", "clinic", "--json")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.training.conftest import OPEN, PLAN
 
+from sfumato.privacy.processes import Processes
 from sfumato.privacy.spending import Spending
 from sfumato.training import meter
 from sfumato.training.meter import Meter, RunningMean, Timer
@@ -22,7 +23,7 @@ def clock(monkeypatch):
 def test_the_mean_is_over_values_and_not_over_batches():
     mean = RunningMean()
     for values in ([1.0, 2.0, 3.0], [10.0], []):
-        mean.add(torch.tensor(values))
+        mean.add(sum(values), len(values))
     assert mean.take() == 4.0
     assert math.isnan(mean.take())  # nothing since it was last asked
 
@@ -31,7 +32,9 @@ def test_a_resumed_run_adds_up_its_seconds_but_not_its_rate(clock):
     """Six of eight steps are charged, in 90 seconds; this attempt took one of them in two seconds."""
     resumed = Meter(PLAN, charged=5, seconds=90.0, units_seen=500)
     clock[0] += 2.0
-    resumed.add(torch.full((30,), 0.25))
+    for part in (20, 10):
+        resumed.add(torch.full((part,), 0.25))
+    resumed.add_up(Processes())
     figures = resumed.figures(6, 0.1)
     assert figures["seconds"] == resumed.seconds == 92.0
     assert figures["seconds_left"] == 4.0  # two more

@@ -71,6 +71,7 @@ EXPLAINED = {
     "release.require_audit": "",
     "release.require_quality": "",
     "performance": "Speed and memory; nothing here can change the guarantee.",
+    "performance.processes": "train in so many processes of this machine, each with a share of every batch",
     "performance.max_physical_batch_size": "units computed at once; smaller needs less memory; null is the whole batch",
     "performance.threads": "null is torch's own choice",
 }

@@ -16,6 +16,9 @@ def train(
     assignments: Assignments = None,
     out: Out = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run of this recipe.")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", help="Train in N processes of this machine.")
+    ] = None,
 ) -> Answer:
     """Trains, measures, attacks, reports and bundles.
 
@@ -24,11 +27,12 @@ def train(
     \b
     Example:
       sfumato train clinic --set data.units=3000
-      sfumato train my-recipe.yaml --resume
+      sfumato train my-recipe.yaml --resume --processes 4
     """
     from sfumato import workflow
 
-    result = workflow.train(recipe, assignments=assignments or [], out=out, resume=resume, progress=to_stderr)
+    wanted = [*(assignments or []), *([] if processes is None else [f"performance.processes={processes}"])]
+    result = workflow.train(recipe, assignments=wanted, out=out, resume=resume, progress=to_stderr)
     interrupted = result.get("stopped") == "interrupted"
     return Answer(result, _words(result), exit_code=INTERRUPTED if interrupted else 0)
 

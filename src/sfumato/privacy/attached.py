@@ -11,13 +11,15 @@ from sfumato.errors import UsageError
 from sfumato.privacy.drawing import Part
 from sfumato.privacy.gradients.groups import WHOLE, listed
 from sfumato.privacy.passes import Passes
+from sfumato.privacy.processes import Processes
 
 
 class Attached:
     """The optimizers of one model. An engine says what happens before and after their steps."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
         self.model = model
+        self.processes = processes
         self._optimizers: dict[str, torch.optim.Optimizer] = {}  # by the part that each trains; one may train all
         self._passes = Passes(None, self._trainable)
         self._hooks: list[Any] = []
@@ -27,17 +29,21 @@ class Attached:
     def attach(self, optimizer: torch.optim.Optimizer, *, part: str = WHOLE) -> torch.optim.Optimizer:
         """Makes ``optimizer.step()`` private. In place; returns the same object.
 
+        Several processes attach together, and replicated parameters become those of process 0.
+
         Args: part: which of the model's parts it trains; then every part has an optimizer of its own.
         Raises: UsageError if the optimizer does not train exactly the model's (the part's) trainable parameters, by name.
         """
-        others = [name for name in self._optimizers if WHOLE in (name, part) or name == part]
-        if others:
-            held = self._optimizers[others[0]]
-            raise UsageError(
-                f"optimizer = {type(optimizer).__name__} · the engine has {type(held).__name__} already",
-                next="Use one optimizer (with parameter groups), one for each part, or call engine.detach() first.",
-            )
-        self._check_optimizer(optimizer, part)
+        with self.processes.agreeing():
+            others = [name for name in self._optimizers if WHOLE in (name, part) or name == part]
+            if others:
+                held = self._optimizers[others[0]]
+                raise UsageError(
+                    f"optimizer = {type(optimizer).__name__} · the engine has {type(held).__name__} already",
+                    next="Use one optimizer (with parameter groups), one for each part, or call engine.detach() first.",
+                )
+            self._check_optimizer(optimizer, part)
+        self._join(part)
         self._optimizers[part] = optimizer
         self._hooks += [
             optimizer.register_step_pre_hook(self._before_step),
@@ -110,6 +116,9 @@ class Attached:
             )
         return self._passes.of_one_batch(more)
 
+    def _join(self, part: str) -> None:
+        """Hook: all processes meet before the optimizer of a part is attached."""
+
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
@@ -127,6 +136,17 @@ class Attached:
         return {key: name for key, name in named.items() if key in own} if part else named
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, part: str) -> None:
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"optimizer = {kind} · is not a torch.optim.Optimizer, so its step cannot be made private",
+                next="Attach the optimizer of torch that it holds, or torch.distributed.optim.ZeroRedundancyOptimizer.",
+            )
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise UsageError(
+                f"{kind}(overlap_with_ddp=True) · steps inside the backward pass, before gradients are clipped",
+                next="Leave overlap_with_ddp out.",
+            )
         named = self._names_of(optimizer, part)
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         missing = [name for key, name in named.items() if key not in held]

@@ -1,5 +1,6 @@
 """What batches are drawn from: the rows of some units, out of a table or any dataset with a length and an index."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,10 @@ class Source:
     num_units: int
     loss_is_over_rows: bool
 
+    def identity(self) -> str:
+        """The same for the same units in the same order."""
+        raise NotImplementedError
+
     def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Any, Units]:
         raise NotImplementedError
 
@@ -50,6 +55,9 @@ class TableSource(Source):
         self._table = table
         self._counts = table.records_per_unit()
         self.num_units = table.num_units
+
+    def identity(self) -> str:
+        return _identity(self._table.unit_names, self._counts.tolist())
 
     def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Batch, Units]:
         order = fewest_rows_first(np.minimum(self._counts[units], limit))
@@ -81,6 +89,9 @@ class DatasetSource(Source):
             self._table = UnitTable({"item": torch.arange(length)}, [str(name) for name in unit])
         self.num_units = length if self._table is None else self._table.num_units
 
+    def identity(self) -> str:
+        return _identity([] if self._table is None else self._table.unit_names, [len(self._dataset)])
+
     def rows(self, units: np.ndarray, limit: int, random: Random, last: bool) -> tuple[Any, Units]:
         from torch.utils.data import default_collate
 
@@ -93,6 +104,10 @@ class DatasetSource(Source):
             return default_collate([self._dataset[i] for i in items]), grouping
         like = default_collate([self._dataset[0]])  # only its shapes: the empty batch has no rows
         return pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
+
+
+def _identity(names: Sequence[str], counts: Sequence[int]) -> str:
+    return hashlib.sha256("\n".join([*names, *map(str, counts)]).encode()).hexdigest()
 
 
 def fewest_rows_first(counts: np.ndarray) -> np.ndarray:

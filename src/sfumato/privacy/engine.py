@@ -10,6 +10,9 @@ and all its rows, is scaled down to norm C; their sum plus N(0, (sigma C)^2) is 
 becomes ``.grad``; the optimizer, whichever it is, does the rest.
 
 Shapes: R rows, B units. Rows convention: every protected layer sees the rows as its leading dimension.
+
+With several processes (``torch.distributed``; docs/processes.md) the step is that of one process: see ``processes`` for
+who draws whom, and ``reduction`` for the sum and the noise.
 """
 
 import math
@@ -27,15 +30,17 @@ from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
 from sfumato.privacy.attached import Attached
 from sfumato.privacy.drawing import Part, Source, source_of
-from sfumato.privacy.gradients.bookkeeping import Tape
+from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import clipped_sums
 from sfumato.privacy.gradients.groups import WHOLE, Partition, listed, parts_of
 from sfumato.privacy.gradients.groups import Part as ModelPart
-from sfumato.privacy.gradients.terms import Units
+from sfumato.privacy.gradients.terms import Sums, Term, Units
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.noise import gaussian, widened
 from sfumato.privacy.passes import Passes
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
+from sfumato.privacy.reduction import Reduction
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.privacy.watch import Gradients, Watch
 from sfumato.randomness import Random, SecretRandom
@@ -49,21 +54,28 @@ class _Engine(Attached):
     """What the private and the ordinary engine share: drawing batches, and following the optimizer's steps."""
 
     def __init__(
-        self, model: nn.Module, plan: PrivacyPlan | None, ledger: Ledger | None, random: Random | None
+        self,
+        model: nn.Module,
+        plan: PrivacyPlan | None,
+        ledger: Ledger | None,
+        random: Random | None,
+        processes: Processes | None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, Processes.current() if processes is None else processes)
+        self._processes_were_found = processes is None
         self.plan = plan
         self.ledger = ledger
         self.random: Random = random if random is not None else SecretRandom()
         self.stopped: Literal["budget", "steps"] | None = None
+        self._all_for_release = True  # the chance of the other processes
         self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
         self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
         self._sampling_rate: float | None = plan.sampling_rate if plan is not None else None
 
     @property
     def for_release(self) -> bool:
-        """False if chance comes from a test source: nothing made with it may be released."""
-        return self.random.for_release
+        """False if chance comes from a test source, in any process: nothing made with it may be released."""
+        return self.random.for_release and self._all_for_release
 
     def batches(
         self,
@@ -79,56 +91,75 @@ class _Engine(Attached):
 
         Ends early, with ``engine.stopped == "budget"``, when the ledger has no room for another step.
 
+        In several processes all of them give the same whole data set, and each draws from its share of the units.
+
         Args:
           dataset: a ``UnitTable`` (yields ``Batch``), or any dataset with a length and an index (yields its items,
             collated; then the loss is a mean over rows).
-          expected_batch_size: B, in units, a public constant; the sampling rate is B / number of units, which is
+          expected_batch_size: B, in units, over all processes, a public constant; the sampling rate is B / number of units, which is
             thereby declared public. Both come from the plan, if there is one.
           unit: for an ordinary dataset, whose item i is: one name per item. Left out, every item is a unit.
           max_physical_batch_size: at most so many units at once; a batch then comes in parts (``Batch.last`` marks the
             final one). Run the whole loop body for every part: ``optimizer.step()`` adds up, and steps on the last.
           records_per_unit: at most so many rows of a unit take part in a step (1 without a plan).
         """
-        source = source_of(dataset, unit)
-        self._set_rate(expected_batch_size, source.num_units)
-        limit = records_per_unit
-        if self.plan is not None:
-            if limit not in (None, self.plan.records_per_unit):
-                raise UsageError(
-                    f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
-                    next="Leave it to the plan.",
-                )
-            limit = self.plan.records_per_unit
+        with self.processes.agreeing():
+            source = source_of(dataset, unit)
+            self._set_rate(expected_batch_size, source.num_units)
+            limit = records_per_unit
+            if self.plan is not None:
+                if limit not in (None, self.plan.records_per_unit):
+                    raise UsageError(
+                        f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
+                        next="Leave it to the plan.",
+                    )
+                limit = self.plan.records_per_unit
+            if max_physical_batch_size is not None:
+                checks.positive(max_physical_batch_size=max_physical_batch_size)
+            self._check_attached(max_physical_batch_size)
+            if steps is not None:
+                checks.non_negative(steps=steps)
         if steps is None:
-            steps = self._steps_left()
-        checks.non_negative(steps=steps)
-        if max_physical_batch_size is not None:
-            checks.positive(max_physical_batch_size=max_physical_batch_size)
-        self._check_attached(max_physical_batch_size)
+            steps = self.processes.decide(self._steps_left)
+        if self.processes.together:
+            self.processes.require_same(
+                "engine.batches",
+                num_units=source.num_units,
+                sampling_rate=self._sampling_rate,
+                expected_batch_size=self._expected_batch_size,
+                steps=int(steps),
+                records_per_unit=limit,
+                max_physical_batch_size=max_physical_batch_size,
+                dataset=source.identity(),
+            )
         self._draws_batches = True
         return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
 
     def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
         assert self._sampling_rate is not None
         self.stopped = None
+        own = self.processes.own_units(source.num_units)
         for _ in range(steps):
-            self._require_stepped()
+            with self.processes.agreeing():
+                self._require_stepped()
             self._begin()
             try:
                 sequence = self._reserve()
             except BudgetExhausted:
                 self.stopped = "budget"
                 return
-            units = poisson_units(source.num_units, self._sampling_rate, self.random)
-            parts = physical_parts(units, max_physical)
+            units = own[poisson_units(len(own), self._sampling_rate, self.random)]
+            parts = self.processes.equal_parts(physical_parts(units, max_physical))
             for i, part in enumerate(parts):
-                self._require_stepped()
                 last = i == len(parts) - 1
-                batch, grouping = source.rows(part, limit, self.random, last)
+                with self.processes.agreeing():
+                    self._require_stepped()
+                    batch, grouping = source.rows(part, limit, self.random, last)
                 self._part = Part(grouping, source.loss_is_over_rows, last, sequence)
                 self._expect(self._part)
                 yield batch
-        self._require_stepped()
+        with self.processes.agreeing():
+            self._require_stepped()
         self.stopped = "steps"
 
     def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
@@ -156,6 +187,37 @@ class _Engine(Attached):
         if self.plan is None:
             raise UsageError("steps = None · must be given without a plan", next="Give steps=1_000, for example.")
         return max(0, self.plan.steps - self.steps_started)
+
+    def _join(self, part: str) -> None:
+        """Do all processes train the same thing, from different chance?"""
+        if self._processes_were_found and Processes.current().size != self.processes.size:
+            raise UsageError(
+                f"torch.distributed = {Processes.current().size} processes · it was initialised after the engine was made, "
+                f"for {self.processes.size}",
+                next="Call init_process_group() first, or give the engine processes= to say who trains together.",
+            )
+        if not self.processes.together:
+            return
+        with self.processes.agreeing():
+            if self.ledger is not None and not self.processes.first:
+                raise UsageError(
+                    f"ledger = {self.ledger.path} · in process {self.processes.rank}; only process 0 writes it",
+                    next="Open the ledger in process 0, and give the others ledger=None.",
+                )
+        self.processes.require_same("engine", part=part, **self._public_settings())
+        if not self._optimizers:
+            self.processes.require_different(bytes(self.random.bytes(16)))
+            self._all_for_release = not self.processes.anyone(not self.random.for_release)
+            self.processes.make_equal(self.model)
+
+    def _public_settings(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        return {
+            "engine": type(self).__name__,
+            "plan": self.plan,
+            "expected_batch_size": self._expected_batch_size,
+            "sampling_rate": self._sampling_rate,
+        }
 
     def _require_stepped(self) -> None:
         """Hook: raises if the batch just yielded went backward, but not through optimizer.step()."""
@@ -191,6 +253,8 @@ class DifferentialPrivacyEngine(_Engine):
         ``noise_multiplier`` for all together (gradients/groups.py). A trainable parameter in no part is refused.
       ledger: writes every event durably before the data is touched.
       random: where sampling and noise come from; SecretRandom, unless it is a test.
+      processes: who trains this model together; all that ``torch.distributed`` knows, if it is initialised. Then the
+        batch size and the rate are those of all together, and process 0 alone has a ledger.
     """
 
     def __init__(
@@ -207,7 +271,11 @@ class DifferentialPrivacyEngine(_Engine):
         ledger: Ledger | None = None,
         random: Random | None = None,
         plan: DpSgd | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        problem = wrapper_problem(model)
+        if problem is not None:
+            raise UnsupportedLayer(f"model = {type(model).__name__} · {problem}", next="Give the engine such a module.")
         checks.one_of(("mean", "sum"), loss_reduction=loss_reduction)
         self._adaptive = AdaptiveClip() if clipping == "adaptive" else None
         if isinstance(clipping, AdaptiveClip):
@@ -215,7 +283,7 @@ class DifferentialPrivacyEngine(_Engine):
         checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=clipping)
         if self._adaptive is not None and parts is not None:
             raise UsageError("clipping = adaptive · follows one bound, but parts have several", next="Use 'flat'.")
-        super().__init__(model, plan, ledger, random)
+        super().__init__(model, plan, ledger, random, processes)
         if expected_batch_size is not None:
             checks.positive(expected_batch_size=expected_batch_size)
             self._expected_batch_size = float(expected_batch_size)
@@ -225,9 +293,11 @@ class DifferentialPrivacyEngine(_Engine):
             self._sampling_rate = float(sampling_rate)
         self.loss_reduction = loss_reduction
         self.clipping: Clipping = clipping
-        self.non_finite = 0  # units whose gradient was not finite, so far; internal, never released
+        self.non_finite = 0  # units whose gradient was not finite, so far, in all processes; internal, never released
+        self._non_finite_here = 0  # since the last step, in this process
         self._events: list[Event] = []
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._ledger_told: tuple[int, list[Event]] | None = None  # process 0's ledger, as the others heard of it
+        self._reductions: dict[str, Reduction] = {}  # for each optimizer
         self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
         self._checked_all_recorded: set[str] = set()
         self._watch: Watch | None = None  # since the batch was drawn
@@ -237,6 +307,7 @@ class DifferentialPrivacyEngine(_Engine):
         try:
             if not self._tape.layers:
                 raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
+            self._refuse_other_sharding()
             self._partition = Partition(
                 self._tape.layers,
                 model,
@@ -257,7 +328,13 @@ class DifferentialPrivacyEngine(_Engine):
 
     @classmethod
     def from_plan(
-        cls, model: nn.Module, plan: DpSgd, *, ledger: Ledger | None = None, random: Random | None = None
+        cls,
+        model: nn.Module,
+        plan: DpSgd,
+        *,
+        ledger: Ledger | None = None,
+        random: Random | None = None,
+        processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
         return cls(
@@ -269,6 +346,7 @@ class DifferentialPrivacyEngine(_Engine):
             ledger=ledger,
             random=random,
             plan=plan,
+            processes=processes,
         )
 
     @property
@@ -285,13 +363,14 @@ class DifferentialPrivacyEngine(_Engine):
 
         Raises: UsageError where the sampling rate is not known, or the accountant does not apply.
         """
-        if self._sampling_rate is None and self.ledger is None:
+        told = self._ledger_told
+        if self._sampling_rate is None and self.ledger is None and told is None:
             raise UsageError(
                 "sampling_rate = None · is needed to say what a step costs",
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        events = self.ledger.spent() if self.ledger is not None else self._events
+        events = self.ledger.spent() if self.ledger is not None else told[1] if told is not None else self._events
         value = accounting.epsilon(events, delta, accountant)
         if value is None:
             raise UsageError(
@@ -302,11 +381,16 @@ class DifferentialPrivacyEngine(_Engine):
     def state_dict(self) -> dict[str, Any]:
         """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
         noise, never which units were drawn."""
+        told = self._ledger_told
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
             "events": [event.to_dict() for event in self._events],
-            "ledger_sequence": self.ledger.sequence if self.ledger is not None else None,
+            "ledger_sequence": self.ledger.sequence
+            if self.ledger is not None
+            else told[0]
+            if told is not None
+            else None,
             **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
 
@@ -334,6 +418,11 @@ class DifferentialPrivacyEngine(_Engine):
         """
         from sfumato.privacy.gradients.reference import find_coupling
 
+        if any(is_sharded(p) for p in self.model.parameters()):
+            raise UsageError(
+                "check_independence · looks at gradients of whole parameters, and these are sharded",
+                next="Check the model before fully_shard is applied to it.",
+            )
         self._tape.enabled = False
         try:
             found = find_coupling(self.model, losses, batch)
@@ -353,12 +442,39 @@ class DifferentialPrivacyEngine(_Engine):
         return super()._steps_left()
 
     def _reserve(self) -> int | None:
+        """One event for all processes, charged by process 0; the others wait for how that ended."""
         assert self._sampling_rate is not None
         event = Event(sampling_rate=self._sampling_rate, noise_multiplier=self.noise_multiplier)
-        sequence = self.ledger.reserve(event, self.steps_started) if self.ledger is not None else None
+
+        def charge() -> tuple[int, list[Event]] | None:
+            if self.ledger is None:
+                return None
+            return self.ledger.reserve(event, self.steps_started), self.ledger.spent()
+
+        self._ledger_told = self.processes.decide(charge)
         self._events = list(accounting.merged([*self._events, event]))
         self.steps_started += 1
-        return sequence
+        return None if self._ledger_told is None else self._ledger_told[0]
+
+    def _join(self, part: str) -> None:
+        super()._join(part)
+        if self.processes.together:
+            ledger = self.ledger
+            self._ledger_told = self.processes.decide(lambda: ledger and (ledger.sequence, ledger.spent()))
+        layers = [layer for layer in self._tape.layers if part == WHOLE or self._partition.owner(layer).name == part]
+        self._reductions[part] = Reduction(layers, self.processes)
+
+    def _public_settings(self) -> dict[str, Any]:
+        bounds = {part.name: (part.bound, part.noise_std) for part in self._partition.parts}
+        return {
+            **super()._public_settings(),
+            "max_grad_norm": self.max_grad_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "clipping": self._adaptive or self.clipping,
+            "loss_reduction": self.loss_reduction,
+            "parts": bounds,
+            "trained": list(self._tape.parameters.values()),
+        }
 
     def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
         super()._set_rate(expected_batch_size, num_units)
@@ -372,8 +488,16 @@ class DifferentialPrivacyEngine(_Engine):
             )
 
     def _begin(self) -> None:
-        self._sums, self._count = {}, 0.0
+        self._forget_sums()
         self._watch = Watch(self.model)
+
+    def _forget_sums(self) -> None:
+        """Before a new batch; now and then also a look at whether all processes have the same parameters still."""
+        for reduction in self._reductions.values():
+            reduction.clear()
+        self._count = 0.0
+        if self.steps_started & (self.steps_started - 1) == 0 or self.steps_started % 128 == 0:
+            self.processes.require_equal({name: p for p, name in self._tape.parameters.items()})
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
@@ -390,6 +514,20 @@ class DifferentialPrivacyEngine(_Engine):
             self._commit(self._part)  # of several optimizers, not all were stepped
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.processes.agreeing():
+            name = self._check_step(optimizer, args, kwargs)
+        part = self._part if self._draws_batches else self._hand_written_part()
+        assert part is not None
+        part.stepped.add(name)
+        with torch.no_grad():
+            self._add(part, name)
+            for parameter in self._parameters_of(name):
+                parameter.grad = None
+            if part.last:
+                self._release(name)
+
+    def _check_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Returns: which part the optimizer trains."""
         if any(x is not None for x in args[1:]) or kwargs.get("closure") is not None:  # args[0] is the optimizer
             raise UsageError(
                 f"{type(optimizer).__name__}.step(closure) · would compute gradients that are not protected",
@@ -400,25 +538,21 @@ class DifferentialPrivacyEngine(_Engine):
         self._check_optimizer(optimizer, name)
         if self._tape.rows != 0:  # the gradients of no rows are zero
             self._gradients.check(self._tape, optimizer)
-        part = self._part if self._draws_batches else self._hand_written_part()
-        if part is None or name in part.stepped:
+        if not self._draws_batches:
+            self._check_hand_written()
+        elif self._part is None or name in self._part.stepped:
             raise PrivacyRefused(
                 "optimizer.step() · without a batch of its own: every step is charged, and every batch is for one step",
                 next="Step once for every batch that engine.batches gives.",
                 code="step_without_batch",
             )
-        part.stepped.add(name)
-        with torch.no_grad():
-            self._add(part, name)
-            for parameter in self._parameters_of(name):
-                parameter.grad = None
-            if part.last:
-                self._release(name)
+        return name
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         part = self._part
-        if self._watch is not None:
-            self._watch.check_step()
+        with self.processes.agreeing():
+            if self._watch is not None:
+                self._watch.check_step()
         if part is not None and part.last and len(part.stepped) == len(self._optimizers):
             self._commit(part)
         if not self._draws_batches and part is not None and part.last:
@@ -429,8 +563,7 @@ class DifferentialPrivacyEngine(_Engine):
             self.ledger.commit(part.sequence)
             part.sequence = None
 
-    def _hand_written_part(self) -> Part:
-        """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
+    def _check_hand_written(self) -> None:
         if self._expected_batch_size is None or self._sampling_rate is None:
             raise UsageError(
                 f"expected_batch_size = {self._expected_batch_size}, sampling_rate = {self._sampling_rate} · "
@@ -448,28 +581,50 @@ class DifferentialPrivacyEngine(_Engine):
             raise UsageError(
                 "optimizer.step() · no backward() came before it", next="Call loss.backward() before optimizer.step()."
             )
+
+    def _hand_written_part(self) -> Part:
+        """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
         more = self._passes.accumulating
         if self._part is not None and not self._part.last:  # of a batch that was charged with its first micro-batch
             sequence = self._part.sequence
         else:
-            self._sums, self._count = {}, 0.0
+            self._forget_sums()
             sequence = self._reserve()
         self._part = Part(None, False, not more, sequence)
         return self._part
 
     def _add(self, part: Part, name: str) -> None:
         """Adds the clipped gradients of a physical part to the sum of its batch."""
+        with self.processes.agreeing():
+            layers, terms, units = self._taken(part, name)
+        reduction = self._reductions[name]
+        if layers:
+            device = layers[0].parameters[0].device
+            scale = part.scale(units, self.loss_reduction).to(device)
+            clips, group_of = self._partition.clips(layers)
+
+            def give(number: int, sums: Sums) -> None:
+                for parameter, value in sums.items():
+                    reduction.add(parameter, value)
+                reduction.layer_done(layers[number])
+
+            clipped = clipped_sums(terms, units.to(device), scale, clips, group_of, give)
+            self._non_finite_here += clipped.non_finite
+            if self._adaptive is not None:
+                self._count += self._adaptive.count(clipped.norms[0], self.max_grad_norm)
+        reduction.part_done()
+
+    def _taken(self, part: Part, name: str) -> tuple[list[Layer], list[list[Term]], Units]:
+        """What the backward pass of a physical part has left, checked."""
         layers, terms, rows = self._tape.take()
         if self._draws_batches and self._watch is not None:
             self._watch.check_forward()
         units = part.units if part.units is not None else Units(None, rows)
-        if not layers:
-            if units.num_rows:
-                raise UsageError(
-                    "optimizer.step() · no backward() came before it, though the batch has rows",
-                    next="Call losses.mean().backward() before optimizer.step().",
-                )
-            return
+        if not layers and units.num_rows:
+            raise UsageError(
+                "optimizer.step() · no backward() came before it, though the batch has rows",
+                next="Call losses.mean().backward() before optimizer.step().",
+            )
         others = [str(layer) for layer in layers if name and self._partition.owner(layer).name != name]
         if others:
             raise UsageError(
@@ -477,36 +632,26 @@ class DifferentialPrivacyEngine(_Engine):
                 "backward()",
                 next=f"Put forward, backward() and step() into `with engine.training({name!r}):`.",
             )
-        if rows:
+        if layers and rows:
             self._check_all_recorded(name, {p for group in terms for term in group for p in term.parameters})
-        device = layers[0].parameters[0].device
-        scale = part.scale(units, self.loss_reduction).to(device)
-        units = units.to(device)
-        clips, group_of = self._partition.clips(layers)
-        clipped = clipped_sums(terms, units, scale, clips, group_of)
-        self.non_finite += clipped.non_finite
-        if self._adaptive is not None:
-            self._count += self._adaptive.count(clipped.norms[0], self.max_grad_norm)
-        for parameter, value in clipped.sums.items():
-            self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
+        return layers, terms, units
 
     def _release(self, name: str) -> None:
-        """.grad = (sum + noise) / expected batch size + what is public, in float64 until the last rounding."""
+        """.grad = (sum + noise) / expected batch size + what is public. Then the sum is dropped."""
         assert self._expected_batch_size is not None
-        for parameter in self._parameters_of(name):
-            total = self._sums.pop(parameter, None)
-            plus = None if total is None else total.reshape(-1).cpu()
-            std = self._partition.part_of[parameter].noise_std
-            noisy = gaussian(parameter.numel(), std, self.random, plus).div_(self._expected_batch_size)
-            gradient = noisy.view(parameter.shape).to(parameter.device)
-            if parameter in self._passes.public:
-                gradient += self._passes.public.pop(parameter)
-            self._gradients.write(parameter, gradient.to(parameter.dtype))
+        size, parameters = self._expected_batch_size, self._parameters_of(name)
+        stds = {parameter: self._partition.part_of[parameter].noise_std for parameter in parameters}
+        public = self._passes.take_public(parameters, self.processes)
+        for parameter, gradient in self._reductions[name].released(stds, size, self.random):
+            self._gradients.write(parameter, gradient + public[parameter] if parameter in public else gradient)
+        here, count = self.processes.total([self._non_finite_here, self._count])
+        self.non_finite, self._non_finite_here = self.non_finite + int(here), 0
         if self._adaptive is not None:
-            part, size = self._partition.parts[0], self._expected_batch_size
+            part = self._partition.parts[0]
             std = widened(self._adaptive.count_std(self.noise_multiplier, size), 0.5, 1)
-            count = gaussian(1, std, self.random, torch.tensor([self._count], dtype=torch.float64))
-            part.max_grad_norm = self._adaptive.next_bound(part.max_grad_norm, float(count), size, self._initial_bound)
+            total = torch.tensor([count], dtype=torch.float64)
+            noisy = self.processes.decide(lambda: float(gaussian(1, std, self.random, total)))
+            part.max_grad_norm = self._adaptive.next_bound(part.max_grad_norm, noisy, size, self._initial_bound)
 
     def _parameters_of(self, part: str) -> Iterable[nn.Parameter]:
         return list(self._tape.parameters if part == WHOLE else self._partition.named(part).parameters)
@@ -530,6 +675,14 @@ class DifferentialPrivacyEngine(_Engine):
                 )
             self._checked_all_recorded.add(part)
 
+    def _refuse_other_sharding(self) -> None:
+        problems = sharding_problem(self.model, self.processes)
+        if problems:
+            raise UnsupportedLayer(
+                f"{len(problems)} parameters are split in a way that is not supported: {'; '.join(problems[:20])}",
+                next="Use torch.distributed.fsdp.fully_shard over one mesh of all processes, and no other parallelism.",
+            )
+
 
 class NotPrivateEngine(_Engine):
     """The same face without protection: ordinary gradients of the mean loss, over the expected batch size.
@@ -545,8 +698,15 @@ class NotPrivateEngine(_Engine):
         sampling_rate: float | None = None,
         random: Random | None = None,
         plan: NotPrivate | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__(model, plan, None, random)
+        super().__init__(model, plan, None, random, processes)
+        sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
+        if sharded:
+            raise UsageError(
+                f"{listed(sharded)} · sharded, which the engine without privacy does not treat",
+                next="Train without an engine: fully_shard reduces ordinary gradients itself.",
+            )
         if expected_batch_size is not None:
             self._expected_batch_size = expected_batch_size
         if sampling_rate is not None:
@@ -555,10 +715,16 @@ class NotPrivateEngine(_Engine):
 
     @classmethod
     def from_plan(
-        cls, model: nn.Module, plan: NotPrivate, *, ledger: Ledger | None = None, random: Random | None = None
+        cls,
+        model: nn.Module,
+        plan: NotPrivate,
+        *,
+        ledger: Ledger | None = None,
+        random: Random | None = None,
+        processes: Processes | None = None,
     ) -> "NotPrivateEngine":
         """The twin of ``DifferentialPrivacyEngine.from_plan``; there is no event to write into a ledger."""
-        return cls(model, random=random, plan=plan)
+        return cls(model, random=random, plan=plan, processes=processes)
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
         return math.inf
@@ -580,19 +746,34 @@ class NotPrivateEngine(_Engine):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._passes.require_step_allowed()
-        part, last = self._part, True
+        part, share = self._part, 1.0  # in a hand-written loop: ordinary training as it is
+        if part is not None and part.units is not None and self._expected_batch_size is not None:
+            share = (part.units.num_rows if part.over_rows else part.units.num_units) / self._expected_batch_size
+        elif self.processes.together:
+            raise UsageError(
+                "optimizer.step() · in several processes, without a batch of engine.batches",
+                next="Use engine.batches, or leave the engine out and average the gradients yourself.",
+            )
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.no_grad():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                gradient = parameter.grad  # in a hand-written loop: ordinary training as it is
-                if part is not None and part.units is not None and self._expected_batch_size is not None:
-                    last = part.last
-                    size = part.units.num_rows if part.over_rows else part.units.num_units
-                    scaled = None if gradient is None or not size else gradient * (size / self._expected_batch_size)
-                    gradient = _added(self._sums.pop(parameter, None), scaled)
-                if last:
-                    parameter.grad = _added(gradient, self._passes.public.pop(parameter, None))
-                elif gradient is not None:
-                    self._sums[parameter], parameter.grad = gradient, None
+            for parameter in trained:
+                if parameter.grad is not None and share:
+                    before = self._sums.get(parameter)
+                    value = parameter.grad * share if share != 1.0 else parameter.grad
+                    self._sums[parameter] = value if before is None else before + value
+                parameter.grad = None
+            if part is None or part.last:
+                public = self._passes.take_public(trained, self.processes)
+                self._add_up(trained)
+                for parameter in trained:
+                    parameter.grad = _added(self._sums.pop(parameter, None), public.get(parameter))
+
+    def _add_up(self, trained: list[nn.Parameter]) -> None:
+        """The sum over processes; a parameter that none of them has a gradient of keeps none."""
+        if self.processes.together:
+            used = self.processes.total([float(p in self._sums) for p in trained])
+            for parameter in (p for p, users in zip(trained, used, strict=True) if users):
+                self.processes.all_reduce(self._sums.setdefault(parameter, torch.zeros_like(parameter)))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Nothing is charged."""
@@ -605,14 +786,18 @@ class NotPrivateEngine(_Engine):
 
 
 def make_engine(
-    model: nn.Module, plan: PrivacyPlan, ledger: Ledger | None = None, random: Random | None = None
+    model: nn.Module,
+    plan: PrivacyPlan,
+    ledger: Ledger | None = None,
+    random: Random | None = None,
+    processes: Processes | None = None,
 ) -> DifferentialPrivacyEngine | NotPrivateEngine:
     """The engine that a plan asks for; one loop serves both."""
     match plan:
         case DpSgd():
-            return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random)
+            return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random, processes=processes)
         case NotPrivate():
-            return NotPrivateEngine.from_plan(model, plan, random=random)
+            return NotPrivateEngine.from_plan(model, plan, random=random, processes=processes)
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -7,10 +7,12 @@ here say it. None of them changes what is charged.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UsageError
 from sfumato.privacy.gradients.bookkeeping import Tape
+from sfumato.privacy.processes import Processes, is_sharded
 
 
 class Passes:
@@ -33,6 +35,16 @@ class Passes:
                 f"optimizer.step() · was called inside engine.{self._plain[-1]}()",
                 next="Leave the context before the step.",
             )
+
+    def take_public(self, parameters: Iterable[nn.Parameter], processes: Processes) -> dict[nn.Parameter, Tensor]:
+        """The public gradients of these, gone afterwards: the mean over processes (of which fully_shard has taken it)."""
+        parameters = list(parameters)
+        if processes.anyone(any(p in self.public for p in parameters)) and processes.together:
+            for p in (p for p in parameters if not is_sharded(p)):
+                gradient = self.public.setdefault(p, torch.zeros_like(p))
+                processes.all_reduce(gradient)
+                gradient /= processes.size
+        return {p: self.public.pop(p) for p in parameters if p in self.public}
 
     @contextmanager
     def of_same_units(self) -> Iterator[None]:
@@ -118,6 +130,11 @@ class Passes:
 @contextmanager
 def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     held = [p for p in parameters if p.requires_grad]
+    if any(is_sharded(p) for p in held):
+        raise UsageError(
+            "engine.frozen() · fully_shard does not notice parameters that are frozen for a moment",
+            next="Freeze with requires_grad_(False) before fully_shard, or train with replicated parameters.",
+        )
     for p in held:
         p.requires_grad_(False)
     try:

@@ -1,10 +1,12 @@
 """THE MAIN LOOP: from a table of encoded records to trained weights, private or not, top to bottom.
 
 Spend first, then act: ``engine.batches`` has reserved a step in the ledger before it draws that step's units.
+Several processes run it side by side (``launch``, ``privacy.processes``); the first of them writes, charges and shows.
 Shapes: B units in a batch.
 """
 
 import math
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import NotPrivate, PrivacyPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
-from sfumato.training import state
+from sfumato.training import launch, state
 from sfumato.training.interrupt import interruptible
 from sfumato.training.meter import Meter, Timer
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
@@ -37,6 +39,9 @@ class Trained:
     seconds: float
     units_seen: int  # internal
     for_release: bool  # False if chance came from a test source
+    processes: int = 1
+    others_processor_seconds: float = 0.0  # of all processes but the first
+    others_peak_bytes: int = 0
 
 
 def train(
@@ -58,26 +63,33 @@ def train(
 
     Raises: PrivacyRefused for a layer or loss that couples examples, LedgerError, OutsideError where the disk says no.
     """
-    if performance.threads is not None:
-        torch.set_num_threads(performance.threads)
     model.train()
-    engine = make_engine(model, plan, ledger=ledger, random=random)
-    optimizer = make_optimizer(model, settings)
     average = state.Average(model, settings.ema_decay)
-    with interruptible() as stop, _attached(engine, optimizer):
-        progress = state.restore(checkpoints, model, average, optimizer, engine)
-        if progress.step == 0:
-            engine.check_independence(model.losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
+    with (
+        launch.together(
+            performance.processes, train, model, table, plan, settings, performance,
+            checkpoints=checkpoints, threads=performance.threads,
+        ) as processes,
+        interruptible() as stop,
+        _attached(
+            make_engine(model, plan, ledger=ledger, random=random, processes=processes), make_optimizer(model, settings)
+        ) as (engine, optimizer),
+    ):  # fmt: skip
+        with processes.agreeing():
+            progress = state.restore(checkpoints, model, average, optimizer, engine)
+            if progress.step == 0:
+                engine.check_independence(model.losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
 
         step = first_step = progress.step  # taken by the weights
-        steps_left = _steps_left(plan, ledger, step)
+        steps_left = processes.decide(lambda: _steps_left(plan, ledger, step))
         wasted = plan.steps - steps_left - step  # charged by attempts that died, lost to the weights
         meter = Meter(plan, charged=step + wasted, seconds=progress.seconds, units_seen=progress.units_seen)
         pictures, saves = time.monotonic(), Timer(settings.checkpoint_every_seconds)
 
         def save() -> None:
-            here = state.Progress(step=step, seconds=meter.seconds, units_seen=meter.units_seen)
-            state.save(checkpoints, model, average, optimizer, engine, here)
+            if processes.first:
+                here = state.Progress(step=step, seconds=meter.seconds, units_seen=meter.units_seen)
+                state.save(checkpoints, model, average, optimizer, engine, here)
 
         for batch in engine.batches(
             table, steps=steps_left, max_physical_batch_size=performance.max_physical_batch_size
@@ -92,6 +104,7 @@ def train(
             if not batch.last:
                 continue
 
+            meter.add_up(processes)
             average.update(model, step)
             step += 1
             charged = step + wasted
@@ -108,9 +121,12 @@ def train(
             if saves.due:
                 save()
                 saves.restart()
-            if stop.is_set():
+            if processes.anyone(stop.is_set()):
+                stop.set()
                 break
         save()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        others = processes.total([0, 0] if processes.first else [used.ru_utime + used.ru_stime, used.ru_maxrss * 1024])
 
     average.swap(model)
     model.eval()
@@ -121,6 +137,9 @@ def train(
         seconds=meter.seconds,
         units_seen=meter.units_seen,
         for_release=engine.for_release,
+        processes=processes.size,
+        others_processor_seconds=others[0],
+        others_peak_bytes=int(others[1]),
     )
 
 
@@ -151,10 +170,10 @@ def _steps_left(plan: PrivacyPlan, ledger: Ledger | None, taken: int) -> int:
 
 
 @contextmanager
-def _attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
     """However the training ends, the model is an ordinary one afterwards."""
     engine.attach(optimizer)
     try:
-        yield
+        yield engine, optimizer
     finally:
         engine.detach()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.processes import Processes
 from sfumato.privacy.spending import Spending
 
 
@@ -16,9 +17,9 @@ class RunningMean:
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
-    def add(self, values: Tensor) -> None:
-        self._total += float(values.sum())
-        self._count += values.numel()
+    def add(self, total: float, count: int) -> None:
+        self._total += total
+        self._count += count
 
     def take(self) -> float:
         mean = self._total / self._count if self._count else math.nan
@@ -40,6 +41,7 @@ class Meter:
         self._began = time.monotonic()
         self._units_before = self.units_seen = units_seen
         self._loss = RunningMean()
+        self._here = (0.0, 0)  # sum and number of losses of this process, of the present step
 
     @property
     def seconds(self) -> float:
@@ -48,8 +50,15 @@ class Meter:
 
     def add(self, losses: Tensor) -> None:
         """Args: losses: (B,), of one physical part."""
-        self.units_seen += losses.numel()
-        self._loss.add(losses.detach())
+        total, count = self._here
+        self._here = (total + float(losses.detach().sum()), count + losses.numel())
+
+    def add_up(self, processes: Processes) -> None:
+        """The step is over: what all processes had of it."""
+        total, count = processes.total(self._here)
+        self._here = (0.0, 0)
+        self.units_seen += int(count)
+        self._loss.add(total, int(count))
 
     def figures(self, charged: int, learning_rate: float) -> dict[str, Any]:
         """One line of ``metrics.jsonl``, after ``charged`` steps of the plan."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sfumato.errors import UsageError
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import PrivacyPlan
@@ -20,6 +21,11 @@ class LocalTraining:
     def __init__(
         self, settings: TrainingSettings, performance: PerformanceSettings, random: Random | None = None
     ) -> None:
+        if performance.processes > 1:
+            raise UsageError(
+                f"performance.processes = {performance.processes} · a site of a federation trains in one process",
+                next="Leave it out, or use `sfumato train`.",
+            )
         self._settings = settings
         self._performance = performance
         self._random = random

@@ -43,10 +43,12 @@ class PerformanceSettings:
     """Changes speed and memory, never the mechanism."""
 
     max_physical_batch_size: int | None = None  # units at once; None: the whole sampled batch
-    threads: int | None = None  # None: torch's default
+    threads: int | None = None  # of each process; None: torch's default, or each process's share of the cores
+    processes: int = 1  # on this machine, sharing every batch
 
     def __post_init__(self) -> None:
         if self.max_physical_batch_size is not None:
             checks.positive(max_physical_batch_size=self.max_physical_batch_size)
         if self.threads is not None:
             checks.positive(threads=self.threads)
+        checks.positive(processes=self.processes)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
@@ -26,6 +28,7 @@ from sfumato.privacy.gradients.rules import (
     trainable,
 )
 from sfumato.privacy.gradients.terms import Term, Units
+from sfumato.privacy.processes import gathered, is_fully_sharded, let_go, wrapper_problem
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (
@@ -36,7 +39,7 @@ _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, "has rows in the second dimension of its states: use nn.GRUCell, nn.LSTMCell, or attention"),
     (
         nn.parallel.DistributedDataParallel,
-        "reduces gradients before they are clipped: give the engine the module inside",
+        "reduces gradients before they are clipped: leave it out; the engine itself reduces over all processes",
     ),
     (nn.DataParallel, "splits rows over replicas that are not recorded: give the engine the module inside"),
 )
@@ -55,6 +58,15 @@ class Layer:
     terms: list[Term] = field(default_factory=list)  # of calls whose norms were taken already
     alone: bool = True  # no other layer has one of its parameters
 
+    def __post_init__(self) -> None:
+        known = {id(parameter) for parameter in self.parameters}
+        self._places = [
+            (part, name, parameter)
+            for part in self.module.modules()
+            for name, parameter in part._parameters.items()
+            if id(parameter) in known
+        ]
+
     @property
     def has_other_rows(self) -> bool:
         """Its calls were not all with the same rows, so that they cannot be added up row by row."""
@@ -63,16 +75,34 @@ class Layer:
     def __str__(self) -> str:
         return f"{self.name or 'model'} ({type(self.module).__name__})"
 
+    def take_terms(self) -> list[Term]:
+        """The terms of all calls, in the parameters that the optimizer has.
+
+        While ``fully_shard`` has a layer gathered, other parameters stand in their places.
+        """
+        before = [(part, name, part._parameters[name]) for part, name, _ in self._places]
+        try:
+            for part, name, parameter in self._places:
+                part._parameters[name] = parameter
+            terms = self.rule.terms(self.module, self.calls)
+        finally:
+            for part, name, parameter in before:
+                part._parameters[name] = parameter
+        self.calls.clear()
+        return terms
+
 
 class Tape:
     """Records the layers of one model.
 
     ``rows`` is R: set by the engine for its own batches; in a hand-written loop, the leading dimension of the first
-    tensor that the model itself is called with. Nothing is recorded for 0 rows: there is nobody to protect.
+    tensor that the model itself is called with. Nothing is recorded for 0 rows: there is nobody to protect. Then too the
+    parameters get no gradient, so that processes with and without rows meet equally often in ``fully_shard``'s hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        let_go(model)
         self.layers = _find_layers(model)
         protected = {id(p) for layer in self.layers for p in layer.parameters}
         self.parameters = {p: name for name, p in model.named_parameters() if id(p) in protected}  # with their names
@@ -125,8 +155,10 @@ class Tape:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
             self.units = None if self.rows is None else Units(None, self.rows)
-        if not recording or layer is None or self.rows == 0 or not any(p.requires_grad for p in layer.parameters):
+        if not recording or layer is None or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
+        if self.rows == 0:
+            return _without_rows(module, trainable(module)[0], args, kwargs)
         if torch._C._current_graph_task_id() == -1:  # not a checkpointed part that is run once more
             layer.awaited += 1
         if not isinstance(layer.rule, RowByRow):
@@ -173,15 +205,16 @@ class Tape:
         """While the numbers are in the cache; and what is not needed for the sum is let go before the next layer."""
         if layer.has_other_rows:
             return  # left to ``take``
-        terms = layer.rule.terms(layer.module, layer.calls)
+        calls = list(layer.calls)
+        terms = layer.take_terms()
         units = units.to(layer.parameters[0].device)
         used = Counter(id(p) for term in terms for p in term.parameters)
         if any(count > 1 for count in used.values()) or any(term.num_rows != units.num_rows for term in terms):
+            layer.calls += calls
             return  # left to ``take``
         for term in terms:
             term.squared(units)
         layer.terms += terms
-        layer.calls.clear()
 
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
@@ -193,7 +226,7 @@ class Tape:
                 f"{', '.join(others)} · was called with different numbers of rows before one step",
                 next="Keep the rows as the leading dimension; a pass over other rows is a step of its own.",
             )
-        terms = [layer.terms + (layer.rule.terms(layer.module, layer.calls) if layer.calls else []) for layer in called]
+        terms = [layer.terms + (layer.take_terms() if layer.calls else []) for layer in called]
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
             rows.add(self.rows)
@@ -228,6 +261,36 @@ class _Recorder:
         self._tape.record(self._layer, tensors)
 
 
+class _NoRows(Function):
+    """Ties outputs that have no rows to the graph. Whatever came in has a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs, ctx.inputs = tensors[:count], tensors[count:]
+        ctx.count = count
+        ctx.mark_non_differentiable(*(y for y in outputs if not y.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[2 + ctx.count :]
+        zeros = [torch.zeros_like(x) if wants else None for x, wants in zip(ctx.inputs, wanted, strict=True)]
+        return None, None, *[None] * ctx.count, *zeros
+
+
+def _without_rows(module: nn.Module, anchor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module gives for 0 rows; a gradient passes through, and leaves the parameters alone."""
+    with torch.no_grad():
+        result = plain_forward(module)(*args, **kwargs)
+    leaves, shape = pytree.tree_flatten(result)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+    outputs: Any = _NoRows.apply(len(places), anchor, *(leaves[i].view_as(leaves[i]) for i in places), *inputs)
+    for i, output in zip(places, outputs, strict=True):
+        leaves[i] = output
+    return pytree.tree_unflatten(leaves, shape)
+
+
 class _Forward:
     """The ``forward`` of one recorded module. Copies and pickles of the module get the plain one."""
 
@@ -254,9 +317,10 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
-        found = rule_for(module)
-        if problem is None and found is not None and found.treats(module):
-            problem = found.problem(module)
+        with gathered(module):  # rules try out what a module computes
+            found = rule_for(module)
+            if problem is None and found is not None and found.treats(module):
+                problem = found.problem(module)
         if problem is not None:
             problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
         elif not covered:
@@ -266,6 +330,12 @@ def _find_layers(model: nn.Module) -> list[Layer]:
             if found is not None and treated:
                 layers.append(Layer(name, module, found, treated))
                 inside = {id(child) for child in found.covers(module)}
+                torn = [part for child in found.covers(module) for part in child.modules() if is_fully_sharded(part)]
+                if torn:
+                    problems.append(
+                        f"{name or 'model'} ({type(module).__name__}): is treated as a whole, but fully_shard was applied "
+                        f"inside it, to {type(torn[0]).__name__}: apply it to the whole"
+                    )
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child, covered or id(child) in inside)
 
@@ -279,6 +349,9 @@ def _find_layers(model: nn.Module) -> list[Layer]:
 
 
 def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
+    wrapper = wrapper_problem(module)
+    if wrapper is not None:
+        return wrapper
     for kind, reason in _REFUSED:
         if isinstance(module, kind):
             return reason

@@ -38,7 +38,12 @@ def normalise_to(bound: float, stability: float = 0.01) -> Clip:
 
 
 def clipped_sums(
-    layers: list[list[Term]], units: Units, scale: Tensor, clips: Sequence[Clip], group_of: Sequence[int]
+    layers: list[list[Term]],
+    units: Units,
+    scale: Tensor,
+    clips: Sequence[Clip],
+    group_of: Sequence[int],
+    give: Callable[[int, Sums], None] | None = None,
 ) -> Clipped:
     """Clips every unit's gradient, group of layers by group of layers, and adds up.
 
@@ -52,6 +57,8 @@ def clipped_sums(
       scale: (B,) float64; a unit's gradient is this times what the terms say (undoes the mean over the batch).
       clips: one for each group.
       group_of: which group each entry of ``layers`` is of.
+      give: takes (number of the layer, its sums) as soon as they are there, so that they need not be held together;
+        then ``Clipped.sums`` is empty.
     """
     terms = [term for group in layers for term in group]
     upwards = 1 + 8 * smallest_unit(terms)
@@ -67,10 +74,13 @@ def clipped_sums(
             term.forget(bad, units)
     factors = [torch.where(bad, 0.0, clip(norm) * scale) for clip, norm in zip(clips, norms, strict=True)]
     sums: Sums = {}
-    for layer, group in zip(layers, group_of, strict=True):
+    for number, (layer, group) in enumerate(zip(layers, group_of, strict=True)):
         for term in layer:
             for parameter, value in term.sums(factors[group], units).items():
                 sums[parameter] = sums[parameter] + value if parameter in sums else value
+        if give is not None:
+            give(number, sums)
+            sums = {}
     return Clipped(sums, norms, int(bad.sum()))
 
 

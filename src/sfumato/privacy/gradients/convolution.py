@@ -165,7 +165,8 @@ class Convolution(Term):
 
     @staticmethod
     def _weight_gradient(inputs: Tensor, outputs: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:
-        return convolution_backward(outputs, inputs, weight.to(inputs.dtype), geometry, (False, True))[1]
+        shape = inputs.new_empty(1).expand(weight.shape)  # only its shape is read; it may be sharded
+        return convolution_backward(outputs, inputs, shape, geometry, (False, True))[1]
 
     def _grams(self, rows: slice, of: slice | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Gram matrices of patches and of output gradients, (n, T, T) each, for units with equally many rows.
