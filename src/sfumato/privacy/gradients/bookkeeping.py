@@ -198,20 +198,23 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         if id(module) in seen:
             return
         seen.add(id(module))
+        inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
         found = rule_for(module)
-        if problem is None and own and found is not None:
+        if problem is None and found is not None and found.treats(module):
             problem = found.problem(module)
         if problem is not None:
             problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
-        elif not covered and own and found is not None:
-            layers.append(Layer(name, module, found, own))
-        elif not covered and (own or (hasattr(module, "parametrizations") and trainable(module))):
-            layers.append(Layer(name, module, RowByRow(), trainable(module)))
-            covered = True
+        elif not covered:
+            if found is None and (own or (hasattr(module, "parametrizations") and trainable(module))):
+                found = RowByRow()
+            treated = found.treats(module) if found is not None else []
+            if found is not None and treated:
+                layers.append(Layer(name, module, found, treated))
+                inside = {id(child) for child in found.covers(module)}
         for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child, covered)
+            visit(f"{name}.{child_name}" if name else child_name, child, covered or id(child) in inside)
 
     visit("", model, covered=False)
     if problems:

@@ -53,6 +53,14 @@ class Rule(ABC):
         """Why this module cannot be trained privately, with what to do; None if it can."""
         return None
 
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        """The trainable parameters that this rule answers for: the module's own."""
+        return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        """The children that the rule treats with everything below them; rules of their own are not used there."""
+        return []
+
     @abstractmethod
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -61,6 +69,7 @@ class Rule(ABC):
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
 def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
@@ -80,10 +89,20 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
     return register
 
 
+def rule_finder(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
+    """Registers a function that knows rules for classes which cannot be named here, because they are not imported."""
+    _FINDERS.append(find)
+    return find
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
     if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
+    for find in _FINDERS:
+        special = find(module)
+        if special is not None:
+            return special
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:
@@ -428,6 +447,12 @@ class RowByRow(Rule):
 
     Tensors among the arguments whose leading dimension is R are rows; other tensors are shared by all rows.
     """
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        return trainable(module)
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        return list(module.children())
 
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
         leaves, shape = pytree.tree_flatten((args, kwargs))
