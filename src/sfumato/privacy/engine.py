@@ -26,6 +26,7 @@ from sfumato.privacy.accounting import Event
 from sfumato.privacy.drawing import Part, Source, source_of
 from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
+from sfumato.privacy.gradients.rules import computed_by_hooks
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.noise import gaussian
@@ -637,4 +638,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    """Of all buffers but those that a weight is computed with (power iteration): these never see data."""
+    of_weights: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "parametrizations"):
+            of_weights |= {id(buffer) for buffer in module.parametrizations.buffers()}  # type: ignore[union-attr, operator]
+        for name in computed_by_hooks(module):
+            of_weights |= {id(x) for key, x in module._buffers.items() if key.startswith(f"{name}_")}
+    return {
+        name: (id(buffer), buffer._version) for name, buffer in model.named_buffers() if id(buffer) not in of_weights
+    }

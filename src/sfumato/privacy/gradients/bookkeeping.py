@@ -11,15 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.gradients.rules import (
     Call,
+    Record,
     RowByRow,
     Rule,
     forward_is_replaced,
     plain_forward,
+    problem_of_embedding,
     rule_for,
     trainable,
 )
@@ -37,6 +40,10 @@ _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
         "reduces gradients before they are clipped: give the engine the module inside",
     ),
     (nn.DataParallel, "splits rows over replicas that are not recorded: give the engine the module inside"),
+    (
+        torch.jit.ScriptModule,
+        "was compiled by torch.jit, which leaves nothing to record: give the engine the module itself",
+    ),
 )
 
 
@@ -71,6 +78,7 @@ class Tape:
         self.enabled = True
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
+        self._outer: dict[int, int] = {}  # the backward pass that another one was started in, by a checkpoint
         self._by_module = {id(layer.module): layer for layer in self.layers}
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
@@ -93,6 +101,7 @@ class Tape:
         for layer in self.layers:
             layer.calls.clear()
         self._pass = None
+        self._outer.clear()
         if not self.rows_are_given:
             self.rows = None
 
@@ -104,12 +113,12 @@ class Tape:
         layer = self._by_module.get(id(module))
         recording = self.enabled and not self._inside and torch.is_grad_enabled()
         if recording and module is self.model and not self.rows_are_given:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
         if not recording or layer is None or self.rows == 0 or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
         if not isinstance(layer.rule, RowByRow):
-            args = tuple(self._with_rows(x) for x in args)
+            args, kwargs = layer.rule.over_rows(self._with_rows(), args, kwargs)
             return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
         self._inside += 1
         try:
@@ -117,16 +126,27 @@ class Tape:
         finally:
             self._inside -= 1
 
-    def _with_rows(self, x: Any) -> Any:
+    def _with_rows(self) -> Callable[[Tensor], Tensor]:
         """(1, ...) -> (R, ...): what all rows share (position ids) is every row's own input, written once."""
-        if isinstance(x, Tensor) and self.rows not in (None, 1) and x.dim() > 1 and x.shape[0] == 1:
-            return x.expand(self.rows, *x.shape[1:])
-        return x
+        done: dict[int, Tensor] = {}  # one tensor given twice stays one
 
-    def record(self, layer: Layer, tensors: Call) -> None:
+        def expanded(x: Tensor) -> Tensor:
+            if self.rows in (None, 1) or x.dim() < 2 or x.shape[0] != 1:
+                return x
+            return done.setdefault(id(x), x.expand(self.rows, *x.shape[1:]))
+
+        return expanded
+
+    def layer_of(self, module: nn.Module) -> Layer | None:
+        return self._by_module.get(id(module))
+
+    def record(self, layer: Layer, tensors: Call, made_in: int = -1) -> None:
+        """Args: made_in: the backward pass in which the layer was run again, by a checkpoint; -1 if in none."""
         if not self.enabled:
             return
         number = torch._C._current_graph_task_id()
+        if made_in not in (-1, number):  # a reentrant checkpoint: a backward pass inside that one
+            number = self._outer.setdefault(number, self._outer.get(made_in, made_in))
         if self._pass is None:
             self._pass = number
         elif self._pass != number:
@@ -140,25 +160,51 @@ class Tape:
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
         called = [layer for layer in self.layers if layer.calls]
-        terms = [layer.rule.terms(layer.module, layer.calls) for layer in called]
+        terms = [self._terms_of(layer) for layer in called]
+        called, terms = self._to_their_layers(called, terms)
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
             rows.add(self.rows)
         if len(rows) > 1:
             expected = self.rows
-            shown = f", {expected}," if expected else ""
             wrong = [
                 f"{layer}: {sorted({t.num_rows for t in group})}"
                 for layer, group in zip(called, terms, strict=True)
                 if any(t.num_rows != expected for t in group)
             ]
-            self.clear()
-            raise UnsupportedLayer(
-                f"leading dimension · must be the batch's rows{shown} in every layer, but is in " + "; ".join(wrong),
-                next="Keep the rows as the leading dimension; put draws and positions after it.",
-            )
+            raise self._not_the_rows("; ".join(wrong))
         self.clear()
         return called, terms, rows.pop() if rows else 0
+
+    def _terms_of(self, layer: Layer) -> list[Term]:
+        try:
+            return layer.rule.terms(layer.module, layer.calls)
+        except RuntimeError as error:
+            sizes = {x.shape[0] for call in layer.calls for x in call if x.dim() > 0}
+            if len(sizes) < 2:
+                raise
+            raise self._not_the_rows(f"{layer}: {sorted(sizes)}") from error
+
+    def _to_their_layers(self, called: list[Layer], terms: list[list[Term]]) -> tuple[list[Layer], list[list[Term]]]:
+        """A module that went row by row as a whole also tells of the layers inside it: their terms go to them."""
+        found = dict(zip((id(layer) for layer in called), terms, strict=True))
+        owners = {id(p): layer for layer in reversed(self.layers) for p in layer.parameters}
+        for layer in called:
+            own = {id(p) for p in layer.parameters}
+            foreign = [term for term in found[id(layer)] if id(term.parameters[0]) not in own]
+            for term in foreign:
+                found[id(layer)].remove(term)
+                found.setdefault(id(owners[id(term.parameters[0])]), []).append(term)
+        layers = [layer for layer in self.layers if id(layer) in found]
+        return layers, [found[id(layer)] for layer in layers]
+
+    def _not_the_rows(self, where: str) -> UnsupportedLayer:
+        shown = f", {self.rows}," if self.rows else ""
+        self.clear()
+        return UnsupportedLayer(
+            f"leading dimension · must be the batch's rows{shown} in every layer, but is in {where}",
+            next="Keep the rows as the leading dimension; put draws and positions after it.",
+        )
 
 
 class _Recorder:
@@ -166,13 +212,14 @@ class _Recorder:
 
     def __init__(self, tape: Tape, layer: Layer) -> None:
         self._tape, self._layer = tape, layer
+        self._made_in = torch._C._current_graph_task_id()
 
     @property
     def rows(self) -> int | None:
         return self._tape.rows
 
     def __call__(self, *tensors: Tensor) -> None:
-        self._tape.record(self._layer, tensors)
+        self._tape.record(self._layer, tensors, self._made_in)
 
 
 class _Forward:
@@ -184,6 +231,11 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tape.call(self.module, args, kwargs)
 
+    def served(self) -> tuple[Rule, Record] | None:
+        """The rule of this layer, and what it is to record with; None where it is not a recorded layer."""
+        layer = self.tape.layer_of(self.module)
+        return None if layer is None else (layer.rule, _Recorder(self.tape, layer))
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
         return plain_forward, (self.module,)
 
@@ -192,12 +244,12 @@ def _find_layers(model: nn.Module) -> list[Layer]:
     """Which module is treated by which rule. Raises UnsupportedLayer that names every layer that cannot be treated."""
     problems: list[str] = []
     layers: list[Layer] = []
-    seen: set[int] = set()
+    seen: dict[int, bool] = {}  # whether only as a part of another layer
 
     def visit(name: str, module: nn.Module, covered: bool) -> None:
-        if id(module) in seen:
+        if not seen.get(id(module), True) or (covered and id(module) in seen):
             return
-        seen.add(id(module))
+        seen[id(module)] = covered
         inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
@@ -205,7 +257,8 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         if problem is None and found is not None and found.treats(module):
             problem = found.problem(module)
         if problem is not None:
-            problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
+            said = f"{name or 'model'} ({type(module).__name__}): {problem}"
+            problems.extend([said] if said not in problems else [])
         elif not covered:
             if found is None and (own or (hasattr(module, "parametrizations") and trainable(module))):
                 found = RowByRow()
@@ -213,6 +266,8 @@ def _find_layers(model: nn.Module) -> list[Layer]:
             if found is not None and treated:
                 layers.append(Layer(name, module, found, treated))
                 inside = {id(child) for child in found.covers(module)}
+                for below_name, below in found.nested(module):
+                    visit(f"{name}.{below_name}" if name else below_name, below, False)
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child, covered or id(child) in inside)
 
@@ -233,6 +288,12 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
         return "keeps running averages of private data, which leave without noise: set track_running_stats=False"
     if getattr(module, "batch_first", True) is False:
         return "has positions before rows: set batch_first=True"
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return "was compiled by torch.compile, which leaves nothing to record: give the engine the module itself"
+    if isinstance(module, nn.EmbeddingBag) and owns_trainable:
+        return problem_of_embedding(module)
+    if any(p is not None and p.requires_grad and p.is_complex() for p in module._parameters.values()):
+        return "has complex parameters, whose gradients have no norm here: hold real and imaginary parts"
     if isinstance(vars(module).get("forward"), _Forward):
         return "is recorded by another engine already: call its detach() first"
     if owns_trainable and forward_is_replaced(module):

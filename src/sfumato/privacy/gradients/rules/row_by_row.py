@@ -1,0 +1,457 @@
+"""Every module that has no rule: its forward, row by row, with a copy of its parameters for every row.
+
+The module runs once, under ``torch.func.vmap``, as if the batch had one row; or in a loop over the rows where vmap
+cannot. A layer inside that has a rule of its own keeps it: it is called with all rows at once, so that a model with one
+bare parameter costs no more than that parameter.
+
+A weight that is computed from parameters (weight norm, spectral norm, an orthogonal map) is computed once, as the
+module itself would; what is copied for the rows is the result, and each row's gradient goes back through the
+computation. Such a computation sees no data, so what it remembers (a power iteration) needs no noise.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from sfumato.errors import UnsupportedLayer
+from sfumato.privacy.gradients.rules.observing import Observed, agree
+from sfumato.privacy.gradients.rules.registry import (
+    Call,
+    Record,
+    Rule,
+    once,
+    plain_forward,
+    rule_for,
+    sum_of,
+    trainable,
+)
+from sfumato.privacy.gradients.rules.vmapped import Stays, lifted
+from sfumato.privacy.gradients.terms import PerRow, Term
+
+Place = tuple[dict[str, Any], str]  # where a module keeps a tensor
+
+
+class Copies(Function):
+    """A parameter once for every row, (R, *shape) without a copy; the gradients of the rows are recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Record, index: int, rows: int, parameter: Tensor) -> Tensor:
+        ctx.record, ctx.index = record, index
+        return parameter.detach().expand(rows, *parameter.shape)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        ctx.record(torch.tensor(ctx.index), grad_outputs[0])
+        return None, None, None, None
+
+
+class _ComputedCopies(Function):
+    """The same for a tensor that was computed from parameters; records the gradients of these."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Record, sources: list[tuple[int, Tensor]], rows: int, computed: Tensor) -> Tensor:
+        ctx.record, ctx.sources, ctx.computed = record, sources, computed
+        return computed.detach().expand(rows, *computed.shape)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        gradients = _back_through(ctx.computed, [parameter for _, parameter in ctx.sources], grad_outputs[0])
+        for (index, _), gradient in zip(ctx.sources, gradients, strict=True):
+            if gradient is not None:
+                ctx.record(torch.tensor(index), gradient)
+        return None, None, None, None
+
+
+def _back_through(computed: Tensor, parameters: list[Tensor], rows: Tensor) -> list[Tensor | None]:
+    """Gradients (R, *shape) of the parameters, from gradients (R, *) of what was computed from them."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        with _quiet():
+            return list(torch.autograd.grad(computed, parameters, rows, is_grads_batched=True, **options))
+    except RuntimeError:  # an operator whose backward has no batching rule
+        found = [torch.autograd.grad(computed, parameters, row, **options) for row in rows]
+        return [None if gradients[0] is None else torch.stack(gradients) for gradients in zip(*found, strict=True)]
+
+
+def terms_of_copies(parameters: list[Any], calls: list[Call]) -> list[Term]:
+    """Of calls (index of the parameter, gradients of the rows)."""
+    terms: list[Term] = []
+    for i, parameter in enumerate(parameters):
+        gradients = [g.reshape(g.shape[0], *parameter.shape) for index, g in calls if int(index) == i]
+        if gradients:
+            terms.append(PerRow(parameter, sum_of(gradients)))
+    return terms
+
+
+@dataclass(eq=False)
+class _Known:
+    """What was found out about one module."""
+
+    nests: bool = True  # layers inside keep their rules
+    loops: bool = False  # vmap cannot
+    shared: dict[str, set[int]] = field(default_factory=dict)  # arguments once seen without the batch's rows
+    checked: set[Any] = field(default_factory=set)
+
+
+class RowByRow(Rule):
+    """Any module whose rows do not influence each other, with everything below it that has no rule.
+
+    Tensors among the arguments whose leading dimension is R are rows; other tensors are shared by all rows. The first
+    time, and whenever another argument looks like rows, the result is compared with that of the module itself.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+    def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        parts, _ = divided(module)
+        found = {id(p): p for part in parts for p in part._parameters.values() if p is not None and p.requires_grad}
+        return list(found.values())
+
+    def covers(self, module: nn.Module) -> list[nn.Module]:
+        return list(module.children())
+
+    def nested(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers below, at any depth, that keep a rule of their own, with their names."""
+        return divided(module)[1]
+
+    def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
+        known = self._known.setdefault(module, _Known())
+        call = _Call(module, record, args, kwargs)
+        key = repr(call.shape)
+        shared = known.shared.setdefault(key, set())
+        call.mapped = [is_row and i not in shared for i, is_row in enumerate(call.mapped)]
+        shared |= {i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.dim() and not call.mapped[i]}
+        result = self._run(call, known)
+        pattern = (key, tuple(call.mapped), module.training)
+        if call.rows > 1 and pattern not in known.checked:
+            result = self._checked(call, known, result, shared)
+            known.checked.add((key, tuple(call.mapped), module.training))
+        return result
+
+    def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]:
+        return terms_of_copies(trainable(module), calls)
+
+    def _run(self, call: "_Call", known: _Known) -> Any:
+        before = Observed(call.module, call.leaves)
+        if not known.loops and known.nests:
+            try:
+                return call.vmapped(before, nesting=True)
+            except Stays:
+                known.nests = False
+            except (RuntimeError, ValueError):
+                before.require_untouched()
+        if not known.loops:
+            try:
+                result = call.vmapped(before, nesting=False)
+                known.nests = False
+                return result
+            except (RuntimeError, ValueError):  # no batching rule, control flow, a change in place
+                before.require_untouched()
+        result = call.looped(before)
+        known.loops = True
+        return result
+
+    def _checked(self, call: "_Call", known: _Known, result: Any, shared: set[int]) -> Any:
+        """The result, if it is the module's own; else that of the one reading of the arguments which gives it."""
+        own = call.ordinary(seed=0)
+        if agree(result, own):
+            return result
+        if not agree(own, call.ordinary(seed=1)):  # chance inside: nothing to compare but shapes
+            if agree(result, own, values=False) and call.is_clear:
+                return result
+        else:
+            doubtful = [i for i in call.doubtful if call.mapped[i]]
+            for count in range(1, len(doubtful) + 1):
+                for constant in combinations(doubtful, count):
+                    again = call.reading(constant)
+                    try:
+                        result = self._run(again, known)
+                    except (RuntimeError, ValueError, UnsupportedLayer):
+                        continue
+                    if agree(result, own):
+                        shared |= set(constant)
+                        call.mapped = again.mapped
+                        return result
+        raise UnsupportedLayer(
+            f"{type(call.module).__name__} · gives for a batch something else than for its rows one by one",
+            next="Keep rows apart and first in every argument; give what they share without a leading dimension of rows.",
+        )
+
+
+class _Call:
+    """One call of a module, to be run row by row."""
+
+    def __init__(self, module: nn.Module, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module, self.record = module, record
+        self.leaves, self.shape = pytree.tree_flatten((args, kwargs))
+        self.rows = self._rows()
+        self.mapped = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == self.rows for x in self.leaves]
+        if not any(self.mapped):
+            raise UnsupportedLayer(
+                f"{type(module).__name__} · got no tensor with the batch's {self.rows} rows as its leading dimension",
+                next="Give it the rows first (batch_first=True), and expand what all rows share.",
+            )
+        self.doubtful = [i for i, is_row in enumerate(self.mapped) if is_row][1:]  # by chance as long as the batch?
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether no argument but the first has the batch's rows, so that there is one way to read them."""
+        return not any(self.mapped[i] for i in self.doubtful)
+
+    def reading(self, constant: tuple[int, ...]) -> "_Call":
+        """The same call with some arguments taken as shared by all rows."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.shape)
+        other = _Call(self.module, self.record, args, kwargs)
+        other.mapped = [is_row and i not in constant for i, is_row in enumerate(self.mapped)]
+        return other
+
+    def vmapped(self, before: Observed, *, nesting: bool) -> Any:
+        with _copied(self.module, self.record, self.rows, nesting=nesting) as (copies, put):
+            made: list[Any] = []
+            layers = [layer for _, layer in divided(self.module)[1]]
+
+            def one_row(own: list[Tensor], row: list[Tensor]) -> tuple[Tensor, ...]:
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(put(own))
+                    if nesting:
+                        stack.enter_context(lifted(layers, self.rows))
+                    found, shape = pytree.tree_flatten(self._of_one_row(row))
+                before.require_nothing_kept(alone=False)
+                tensors = [_only_row(self.module, y) for y in found if isinstance(y, Tensor)]
+                made[:] = [shape, [_ROWS if isinstance(y, Tensor) else _constant(self.module, y) for y in found]]
+                return tuple(tensors)
+
+            row_values = [x for x, is_row in zip(self.leaves, self.mapped, strict=True) if is_row]
+            message = "saved tensors cannot be hooked here"  # a checkpointed part is run again when the rows are gone
+            with _quiet(), torch.autograd.graph.disable_saved_tensors_hooks(message):
+                tensors = iter(torch.func.vmap(one_row, randomness="different")(copies, row_values))
+        shape, found = made
+        return pytree.tree_unflatten([next(tensors) if y is _ROWS else y for y in found], shape)
+
+    def looped(self, before: Observed) -> Any:
+        with _copied(self.module, self.record, self.rows, nesting=False) as (copies, put):
+            results = []
+            for i in range(self.rows):
+                row = [x[i] for x, is_row in zip(self.leaves, self.mapped, strict=True) if is_row]
+                with put([copy[i] for copy in copies]):
+                    results.append(self._of_one_row(row))
+                before.require_untouched()
+                before.require_nothing_kept(alone=True)
+        flattened = [pytree.tree_flatten(result) for result in results]
+        shape = flattened[0][1]
+        if any(other != shape for _, other in flattened):
+            raise _unequal(self.module)
+        joined = []
+        for values in zip(*(found for found, _ in flattened), strict=True):
+            if all(isinstance(y, Tensor) for y in values):
+                joined.append(torch.stack([_only_row(self.module, y) for y in values]))
+            elif len({_constant(self.module, y) for y in values}) == 1:
+                joined.append(values[0])
+            else:
+                raise _unequal(self.module)
+        return pytree.tree_unflatten(joined, shape)
+
+    def ordinary(self, seed: int) -> Any:
+        """What the module itself gives, without a gradient and without a trace."""
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.shape)
+        before = Observed(self.module, [])
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with before.restored_afterwards():
+                return plain_forward(self.module)(*args, **kwargs)
+
+    def _of_one_row(self, row: list[Tensor]) -> Any:
+        values = iter(row)
+        full = [next(values).unsqueeze(0) if m else x for x, m in zip(self.leaves, self.mapped, strict=True)]
+        args, kwargs = pytree.tree_unflatten(full, self.shape)
+        return plain_forward(self.module)(*args, **kwargs)
+
+    def _rows(self) -> int:
+        if self.record.rows is not None:
+            return self.record.rows
+        for x in self.leaves:
+            if isinstance(x, Tensor) and x.dim() > 0:
+                return x.shape[0]
+        raise UnsupportedLayer(
+            f"{type(self.module).__name__} · is called without a tensor, so its rows are unknown",
+            next="Give the layer the batch's rows as its first tensor.",
+        )
+
+
+# --------------------------------------------------------------------------------------------- parts and their copies
+
+
+def divided(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, nn.Module]]]:
+    """The modules that go row by row with this one (it is the first), and the layers below that keep their own rules."""
+    parts: list[nn.Module] = []
+    layers: dict[int, tuple[str, nn.Module]] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, part: nn.Module, whole: bool) -> None:
+        if id(part) in seen:
+            return
+        found = rule_for(part) if parts and not whole else None
+        if found is not None and found.treats(part):
+            if found.nests:
+                layers.setdefault(id(part), (name, part))
+                return
+            whole = True
+        seen.add(id(part))
+        parts.append(part)
+        for child_name, child in part.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child, whole or hasattr(part, "parametrizations"))
+
+    visit("", module, False)
+    return parts, [layer for key, layer in layers.items() if key not in seen]
+
+
+def computed_by_hooks(module: nn.Module) -> list[str]:
+    """The tensors that a hook of torch.nn.utils (weight_norm, spectral_norm, prune) makes before every forward."""
+    found = []
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            found.append(hook.name)
+        elif isinstance(hook, BasePruningMethod):
+            found.append(hook._tensor_name)
+    return found
+
+
+Put = Callable[[list[Tensor]], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _copied(module: nn.Module, record: Record, rows: int, *, nesting: bool) -> Iterator[tuple[list[Any], Put]]:
+    """Copies (R, ...) of everything that is trained, and what puts one row's tensors into their places for a while."""
+    parts = divided(module)[0] if nesting else list(module.modules())
+    index = {id(p): i for i, p in enumerate(trainable(module))}
+    copies: list[Any] = []
+    places: list[list[Place]] = []
+
+    def computed(tensor: Tensor, parameters: list[nn.Parameter], place: Place) -> None:
+        sources = [(index[id(p)], p) for p in parameters if id(p) in index]
+        if tensor.requires_grad and sources:
+            copies.append(_ComputedCopies.apply(record, sources, rows, tensor))
+            places.append([place])
+
+    inside: set[int] = set()  # parametrizations: computed once, for all rows
+    for part in parts:
+        parametrizations: Any = getattr(part, "parametrizations", None)
+        if parametrizations is not None:
+            inside |= {id(below) for below in parametrizations.modules()}
+            for name, parametrization in parametrizations.items():
+                place = (parametrizations._modules, name)
+                computed(getattr(part, name), list(parametrization.parameters()), place)
+    for name in computed_by_hooks(module):  # of the module itself: its hooks have run, those of parts run inside
+        computed(vars(module)[name], list(module._parameters.values()), (vars(module), name))  # type: ignore[arg-type]
+    by_parameter: dict[int, list[Place]] = {}
+    for part in parts:
+        for name, parameter in part._parameters.items():
+            if id(parameter) in index and id(part) not in inside:
+                by_parameter.setdefault(id(parameter), []).append((part._parameters, name))  # type: ignore[arg-type]
+    for key, found in by_parameter.items():
+        copies.append(Copies.apply(record, index[key], rows, trainable(module)[index[key]]))
+        places.append(found)
+
+    @contextlib.contextmanager
+    def put(own: list[Tensor]) -> Iterator[None]:
+        pairs = [(place, value) for found, value in zip(places, own, strict=True) for place in found]
+        before = [holder[name] for (holder, name), _ in pairs]
+        made = [(vars(part), name) for part in parts for name in computed_by_hooks(part) if name in vars(part)]
+        made_before = [holder[name] for holder, name in made]
+        for (holder, name), value in pairs:
+            holder[name] = _Standing(value) if isinstance(holder.get(name), nn.Module) else value
+        try:
+            yield
+        finally:
+            for ((holder, name), _), value in zip(pairs, before, strict=True):
+                holder[name] = value
+            for (holder, name), value in zip(made, made_before, strict=True):
+                holder[name] = value
+
+    yield copies, put
+
+
+class _Standing:
+    """Stands for a parametrization: gives what was computed."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+
+    def __call__(self) -> Tensor:
+        return self._value
+
+
+@contextlib.contextmanager
+def swapped(module: nn.Module, parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """The module with other tensors in all places of its parameters."""
+    new = {id(parameter): value for parameter, value in zip(parameters, values, strict=True)}
+    places = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if id(parameter) in new
+    ]
+    for part, name, parameter in places:
+        part._parameters[name] = new[id(parameter)]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, name, parameter in places:
+            part._parameters[name] = parameter
+
+
+# ------------------------------------------------------------------------------------------------- what comes back
+
+
+_ROWS = object()  # in the place of a tensor
+
+
+def _constant(module: nn.Module, y: Any) -> Any:
+    """A part of a result that is no tensor, and so is the same for all rows."""
+    if y is None or isinstance(y, (bool, int, float, complex, str, Enum, torch.dtype, torch.device, torch.Size)):
+        return y
+    raise UnsupportedLayer(
+        f"{type(module).__name__} · returned a {type(y).__name__}, in which its rows cannot be seen",
+        next="Return tensors, or tuples, lists and dicts of them.",
+    )
+
+
+def _unequal(module: nn.Module) -> UnsupportedLayer:
+    return UnsupportedLayer(
+        f"{type(module).__name__} · gave results of several kinds for the rows of one batch",
+        next="Return the same kind of result for every row.",
+    )
+
+
+def _only_row(module: nn.Module, y: Tensor) -> Tensor:
+    if y.dim() == 0 or y.shape[0] != 1:
+        raise UnsupportedLayer(
+            f"{type(module).__name__} · gave an output of shape {tuple(y.shape)} for one row, expected the row first",
+            next="Return tensors whose leading dimension is the batch's rows.",
+        )
+    return y.squeeze(0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning of an operator that loops inside vmap."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield

@@ -1,0 +1,91 @@
+"""Layers that keep their own rule inside a module that ``torch.func.vmap`` runs as if its batch had one row.
+
+Such a layer gets tensors (1, ...) or (...) that stand for all rows. Here the R rows behind them are taken out, the
+layer's rule is called with them as on any other batch, and its result is put back.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._C._functorch import (  # type: ignore[import]
+    _add_batch_dim,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    maybe_get_level,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from sfumato.privacy.gradients.rules.registry import Record, Rule, plain_forward
+
+
+class Stays(Exception):
+    """A layer cannot be taken out of the vmap: its parameters are copied for the rows, as the module's own are."""
+
+
+@contextlib.contextmanager
+def lifted(layers: list[nn.Module], rows: int) -> Iterator[None]:
+    """Inside, calls of the layers go to their rules, for all rows together."""
+    before = [vars(layer).get("forward") for layer in layers]
+    level = _level()
+    served: list[tuple[Rule, Record]] = []
+    for forward in before:
+        found = forward.served() if hasattr(forward, "served") else None  # type: ignore[union-attr]
+        if found is None:
+            raise Stays
+        served.append(found)
+    for layer, (rule, record) in zip(layers, served, strict=True):
+        vars(layer)["forward"] = functools.partial(_call, layer, rule, record, rows, level)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            vars(layer)["forward"] = forward
+
+
+def _level() -> int:
+    stack = get_interpreter_stack() or []
+    if len(stack) != 1:  # the caller's own vmap or grad is around ours, or inside
+        raise Stays
+    return stack[0].level()
+
+
+def _call(layer: nn.Module, rule: Rule, record: Record, rows: int, level: int, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain_forward(layer)(*args, **kwargs)
+    if _level() != level:
+        raise Stays
+    leading: set[bool] = set()  # whether the tensors had a 1 for the row
+    done: dict[int, Tensor] = {}  # one tensor given twice stays one
+
+    def take_out(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            if is_functorch_wrapped_tensor(x):
+                bdim = maybe_get_bdim(x)
+                if maybe_get_level(x) != level or bdim < 0:
+                    raise Stays
+                y = get_unwrapped(x).movedim(bdim, 0)
+            else:
+                y = x.expand(rows, *x.shape)
+            has_row = x.dim() > 0 and x.shape[0] == 1
+            leading.add(has_row)
+            done[id(x)] = y.squeeze(1) if has_row else y
+        return done[id(x)]
+
+    args, kwargs = rule.over_rows(take_out, args, kwargs)
+    left = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and is_functorch_wrapped_tensor(x)]
+    if left or len(leading) != 1 or not (rule.any_shape or leading == {True}):
+        raise Stays
+    with temporarily_clear_interpreter_stack():
+        result = rule.forward(layer, record, *args, **kwargs)
+
+    def put_back(y: Tensor) -> Tensor:
+        return _add_batch_dim(y.unsqueeze(1) if leading == {True} else y, 0, level)
+
+    return pytree.tree_map_only(Tensor, put_back, result)
