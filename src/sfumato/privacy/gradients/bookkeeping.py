@@ -78,7 +78,8 @@ class Tape:
         self.enabled = True
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
-        self._outer: dict[int, int] = {}  # the backward pass that another one was started in, by a checkpoint
+        self._running: list[int] = []  # backward passes, each started inside the one before, by a checkpoint
+        self._outermost: dict[int, int] = {}
         self._by_module = {id(layer.module): layer for layer in self.layers}
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
@@ -101,7 +102,8 @@ class Tape:
         for layer in self.layers:
             layer.calls.clear()
         self._pass = None
-        self._outer.clear()
+        self._running.clear()
+        self._outermost.clear()
         if not self.rows_are_given:
             self.rows = None
 
@@ -111,6 +113,7 @@ class Tape:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._by_module.get(id(module))
+        self._current_pass()  # a checkpoint runs layers again inside a backward pass
         recording = self.enabled and not self._inside and torch.is_grad_enabled()
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
@@ -137,16 +140,25 @@ class Tape:
 
         return expanded
 
+    def _current_pass(self) -> int:
+        """The backward pass that is running; of passes inside one another (reentrant checkpoints) the outermost."""
+        number = torch._C._current_graph_task_id()
+        if number != -1 and number not in self._outermost:
+            running = self._running
+            self._outermost[number] = self._outermost[running[-1]] if running else number
+            running.append(number)
+            torch.autograd.Variable._execution_engine.queue_callback(  # at the end of this pass
+                lambda: running.remove(number) if number in running else None
+            )
+        return self._outermost.get(number, number)
+
     def layer_of(self, module: nn.Module) -> Layer | None:
         return self._by_module.get(id(module))
 
-    def record(self, layer: Layer, tensors: Call, made_in: int = -1) -> None:
-        """Args: made_in: the backward pass in which the layer was run again, by a checkpoint; -1 if in none."""
+    def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
             return
-        number = torch._C._current_graph_task_id()
-        if made_in not in (-1, number):  # a reentrant checkpoint: a backward pass inside that one
-            number = self._outer.setdefault(number, self._outer.get(made_in, made_in))
+        number = self._current_pass()
         if self._pass is None:
             self._pass = number
         elif self._pass != number:
@@ -212,14 +224,13 @@ class _Recorder:
 
     def __init__(self, tape: Tape, layer: Layer) -> None:
         self._tape, self._layer = tape, layer
-        self._made_in = torch._C._current_graph_task_id()
 
     @property
     def rows(self) -> int | None:
         return self._tape.rows
 
     def __call__(self, *tensors: Tensor) -> None:
-        self._tape.record(self._layer, tensors, self._made_in)
+        self._tape.record(self._layer, tensors)
 
 
 class _Forward:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from sfumato.privacy.gradients.rules.normalisation import AffineRule
-from sfumato.privacy.gradients.rules.registry import Record, once, one_input, rule
+from sfumato.privacy.gradients.rules.registry import Record, no_view, once, one_input, rule
 
 
 class _PReLU(Function):
@@ -16,7 +16,7 @@ class _PReLU(Function):
     def forward(ctx: Any, record: Record, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record = record
-        return F.prelu(x, weight)
+        return no_view(F.prelu(x, weight))
 
     @staticmethod
     @once

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, once, one_input, rule, sum_of
+from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, no_view, once, one_input, rule, sum_of
 from sfumato.privacy.gradients.terms import Convolution, Geometry, PerRow, Term, convolution_backward
 
 
@@ -18,7 +18,7 @@ class _Convolution(Function):
         ctx.save_for_backward(x if ctx.with_input else None, weight)
         ctx.record, ctx.geometry = record, geometry
         ctx.kind, ctx.like = x.dtype, x.shape
-        return _convolution(x, weight, bias, geometry)
+        return no_view(_convolution(x, weight, bias, geometry))
 
     @staticmethod
     @once

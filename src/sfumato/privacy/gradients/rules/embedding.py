@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from sfumato.privacy.gradients.rules.linear import beside
-from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, once, one_input, rule
+from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, no_view, once, one_input, rule
 from sfumato.privacy.gradients.terms import Lookup, Term
 
 
@@ -17,7 +17,7 @@ class Embedding(Function):
     def forward(ctx: Any, record: Record, words: Tensor, weight: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(words)
         ctx.record, ctx.padding = record, padding
-        return F.embedding(words, weight)
+        return no_view(F.embedding(words, weight))
 
     @staticmethod
     @once

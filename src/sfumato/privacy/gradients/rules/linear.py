@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, flat, once, one_input, rule
+from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, flat, no_view, once, one_input, rule
 from sfumato.privacy.gradients.terms import Outer, PerRow, Term
 
 
@@ -19,7 +19,7 @@ class Linear(Function):
         ctx.with_input = weight.requires_grad
         ctx.save_for_backward(x if ctx.with_input else None, weight)  # a frozen layer's input may change afterwards
         ctx.record, ctx.kind = record, x.dtype
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     @once

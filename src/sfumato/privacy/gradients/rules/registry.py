@@ -183,6 +183,11 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return total
 
 
+def no_view(y: Tensor) -> Tensor:
+    """The same memory, but no view to autograd, which lets nobody change a view from a custom function in place."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def flat(x: Tensor) -> Tensor:
     """(R, ..., D) -> (R, L, D)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)

@@ -92,8 +92,10 @@ def terms_of_copies(parameters: list[Any], calls: list[Call]) -> list[Term]:
     """Of calls (index of the parameter, gradients of the rows)."""
     terms: list[Term] = []
     for i, parameter in enumerate(parameters):
-        gradients = [g.reshape(g.shape[0], *parameter.shape) for index, g in calls if int(index) == i]
+        gradients = [g for index, g in calls if int(index) == i]
         if gradients:
+            shape = parameter.shape or (1,)  # a number has a dimension here
+            gradients = [g.reshape(g.shape[0], *shape) for g in gradients]
             terms.append(PerRow(parameter, sum_of(gradients)))
     return terms
 
