@@ -81,6 +81,7 @@ class Tape:
         self._running: list[int] = []  # backward passes, each started inside the one before, by a checkpoint
         self._outermost: dict[int, int] = {}
         self._by_module = {id(layer.module): layer for layer in self.layers}
+        self.call: Callable[..., Any] = torch.compiler.disable(self._call)
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
             modules.append(model)  # its first tensor tells R in a hand-written loop
@@ -111,7 +112,8 @@ class Tape:
         """Says what R is, or (None) that the model's input shows it."""
         self.rows, self.rows_are_given = rows, rows is not None
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward, recorded. Inside torch.compile it runs as it is: a compiled record would be lost."""
         layer = self._by_module.get(id(module))
         self._current_pass()  # a checkpoint runs layers again inside a backward pass
         recording = self.enabled and not self._inside and torch.is_grad_enabled()
@@ -264,7 +266,7 @@ def _find_layers(model: nn.Module) -> list[Layer]:
         inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
-        found = rule_for(module)
+        found = rule_for(module) if problem is None else None
         if problem is None and found is not None and found.treats(module):
             problem = found.problem(module)
         if problem is not None:

@@ -1,6 +1,7 @@
 """What a module's forward leaves behind besides its result, and whether two results agree."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,9 @@ class Observed:
         self._buffers = [(part._buffers, key, x) for _, part in self._parts for key, x in part._buffers.items()]
         self._buffer_versions = [_version(x) for _, _, x in self._buffers]
         self._kept = [dict(_attributes(part)) for _, part in self._parts]
-        self._lengths = [{key: len(x) for key, x in kept.items() if isinstance(x, _CONTAINERS)} for kept in self._kept]
+        self._contents = [
+            {key: copy.copy(x) for key, x in kept.items() if isinstance(x, _CONTAINERS)} for kept in self._kept
+        ]
 
     def require_untouched(self) -> None:
         """Raises if an argument or a buffer was changed, as another attempt would then see other values."""
@@ -43,12 +46,12 @@ class Observed:
 
         Args: alone: only one row was run, so that whatever was kept is this row's.
         """
-        for (name, part), kept, lengths in zip(self._parts, self._kept, self._lengths, strict=True):
+        for (name, part), kept, contents in zip(self._parts, self._kept, self._contents, strict=True):
             for key, value in [*_attributes(part), *part._buffers.items()]:
                 before = kept.get(key, part._buffers.get(key) if alone else None)
                 if isinstance(value, _CONTAINERS):
                     values = list(value.values() if isinstance(value, dict) else value)
-                    new = len(values) != lengths.get(key, -1) or value is not before
+                    new = len(values) != len(contents.get(key, ())) or value is not before
                     bad = new and any(isinstance(x, Tensor) and (alone or _of_rows(x)) for x in values)
                 else:
                     bad = isinstance(value, Tensor) and value is not before and (alone or _of_rows(value))
@@ -79,12 +82,17 @@ class Observed:
     def _restore(self) -> None:
         for holder, key, x in self._buffers:
             holder[key] = x
-        for (_, part), kept in zip(self._parts, self._kept, strict=True):
-            for key, value in list(_attributes(part)):
+        for (_, part), kept, contents in zip(self._parts, self._kept, self._contents, strict=True):
+            for key, value in _attributes(part):
                 if key not in kept:
                     del vars(part)[key]
                 elif kept[key] is not value:
                     vars(part)[key] = kept[key]
+            for key, content in contents.items():
+                held = kept[key]
+                if len(held) != len(content):
+                    held.clear()
+                    held.extend(content) if isinstance(held, list) else held.update(content)
 
 
 def _attributes(part: nn.Module) -> list[tuple[str, Any]]:
@@ -118,7 +126,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     if not (x.is_floating_point() or x.is_complex()):
         return bool((x == y).all())
     tolerance = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3, torch.complex64: 1e-3}
-    rounding = tolerance.get(x.dtype, 5e-2)
+    rounding = max(tolerance.get(kind, 5e-2) for kind in (x.dtype, y.dtype))
     wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
     x, y = x.to(wide), y.to(wide)
     size = float(y.abs().nan_to_num(0, 0, 0).max()) if y.numel() else 0.0

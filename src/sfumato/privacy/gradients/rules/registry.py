@@ -171,9 +171,9 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward that is not its class's. (Copies of a recorded module have their class's.)"""
+    """Whether the instance has a forward that is not its class's. (A recorded module, and a copy of it, have theirs.)"""
     own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return own is not None and not hasattr(own, "served") and getattr(own, "__func__", None) is not type(module).forward
 
 
 def sum_of(tensors: list[Tensor]) -> Tensor:

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from sfumato.errors import UnsupportedLayer
+from sfumato.errors import SfumatoError, UnsupportedLayer
 from sfumato.privacy.gradients.rules.observing import Observed, agree
 from sfumato.privacy.gradients.rules.registry import (
     Call,
@@ -38,9 +39,12 @@ from sfumato.privacy.gradients.rules.registry import (
     sum_of,
     trainable,
 )
-from sfumato.privacy.gradients.rules.vmapped import Stays, lifted
+from sfumato.privacy.gradients.rules.vmapped import Lifted, Stays
 from sfumato.privacy.gradients.terms import PerRow, Term
 
+_StopRecomputation: Any = getattr(
+    torch.utils.checkpoint, "_StopRecomputationError", ()
+)  # how a checkpoint ends its work
 Place = tuple[dict[str, Any], str]  # where a module keeps a tensor
 
 
@@ -107,7 +111,7 @@ class _Known:
     nests: bool = True  # layers inside keep their rules
     loops: bool = False  # vmap cannot
     shared: dict[str, set[int]] = field(default_factory=dict)  # arguments once seen without the batch's rows
-    checked: set[Any] = field(default_factory=set)
+    checked: dict[Any, list[torch.dtype]] = field(default_factory=dict)  # readings, with the types of the results
 
 
 class RowByRow(Rule):
@@ -139,61 +143,62 @@ class RowByRow(Rule):
         shared = known.shared.setdefault(key, set())
         call.mapped = [is_row and i not in shared for i, is_row in enumerate(call.mapped)]
         shared |= {i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.dim() and not call.mapped[i]}
+        casts = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+        state = (key, module.training, call.rows == 1, *casts)
+        if (*state, *call.mapped) not in known.checked:
+            own = self._choose(call, known, shared)
+            known.checked[(*state, *call.mapped)] = [y.dtype for y in pytree.tree_leaves(own) if isinstance(y, Tensor)]
         result = self._run(call, known)
-        pattern = (key, tuple(call.mapped), module.training)
-        if call.rows > 1 and pattern not in known.checked:
-            result = self._checked(call, known, result, shared)
-            known.checked.add((key, tuple(call.mapped), module.training))
-        return result
+        return _of_types(result, known.checked[(*state, *call.mapped)])  # under autocast, vmap may forget to cast
 
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]:
         return terms_of_copies(trainable(module), calls)
 
     def _run(self, call: "_Call", known: _Known) -> Any:
         before = Observed(call.module, call.leaves)
-        if not known.loops and known.nests:
+        for nesting in (True, False):
+            if known.loops or (nesting and not known.nests):
+                continue
             try:
-                return call.vmapped(before, nesting=True)
+                result = call.vmapped(before, nesting=nesting)
+                known.nests = nesting
+                return result
             except Stays:
                 known.nests = False
-            except (RuntimeError, ValueError):
-                before.require_untouched()
-        if not known.loops:
-            try:
-                result = call.vmapped(before, nesting=False)
-                known.nests = False
-                return result
-            except (RuntimeError, ValueError):  # no batching rule, control flow, a change in place
+            except (SfumatoError, _StopRecomputation):
+                raise
+            except Exception as error:  # no batching rule, control flow on values: whatever it is, a loop shows it
+                _refuse_hooks(call.module, error)
                 before.require_untouched()
         result = call.looped(before)
         known.loops = True
         return result
 
-    def _checked(self, call: "_Call", known: _Known, result: Any, shared: set[int]) -> Any:
-        """The result, if it is the module's own; else that of the one reading of the arguments which gives it."""
-        own = call.ordinary(seed=0)
-        if agree(result, own):
-            return result
-        if not agree(own, call.ordinary(seed=1)):  # chance inside: nothing to compare but shapes
-            if agree(result, own, values=False) and call.is_clear:
-                return result
-        else:
-            doubtful = [i for i in call.doubtful if call.mapped[i]]
-            for count in range(1, len(doubtful) + 1):
-                for constant in combinations(doubtful, count):
-                    again = call.reading(constant)
-                    try:
-                        result = self._run(again, known)
-                    except (RuntimeError, ValueError, UnsupportedLayer):
-                        continue
-                    if agree(result, own):
-                        shared |= set(constant)
-                        call.mapped = again.mapped
-                        return result
+    def _choose(self, call: "_Call", known: _Known, shared: set[int]) -> Any:
+        """Tries, without a trace, how the module can be run, until it gives what it gives by itself; returns that."""
+        own, other = call.ordinary(seed=0), call.ordinary(seed=1)
+        by_chance = not agree(own, other)  # there is nothing to compare but shapes
+        failure: Exception | None = None
+        doubtful = [i for i in call.doubtful if call.mapped[i] and call.rows > 1]
+        for count in range(1 if by_chance else len(doubtful) + 1):
+            for constant in combinations(doubtful, count):
+                reading = call.reading(constant)
+                try:
+                    with torch.no_grad(), Observed(call.module, []).restored_afterwards():
+                        result = self._run(reading, known)
+                except Exception as error:
+                    failure = failure or error
+                    continue
+                if agree(result, own, values=not by_chance) and not (by_chance and doubtful):
+                    shared |= set(constant)
+                    call.mapped = reading.mapped
+                    return own
+        if isinstance(failure, SfumatoError):
+            raise failure
         raise UnsupportedLayer(
             f"{type(call.module).__name__} · gives for a batch something else than for its rows one by one",
             next="Keep rows apart and first in every argument; give what they share without a leading dimension of rows.",
-        )
+        ) from failure
 
 
 class _Call:
@@ -211,28 +216,25 @@ class _Call:
             )
         self.doubtful = [i for i, is_row in enumerate(self.mapped) if is_row][1:]  # by chance as long as the batch?
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether no argument but the first has the batch's rows, so that there is one way to read them."""
-        return not any(self.mapped[i] for i in self.doubtful)
-
     def reading(self, constant: tuple[int, ...]) -> "_Call":
-        """The same call with some arguments taken as shared by all rows."""
-        args, kwargs = pytree.tree_unflatten(self.leaves, self.shape)
+        """The same call on copies of its arguments, some of them taken as shared by all rows."""
+        args, kwargs = pytree.tree_unflatten(self._copies(), self.shape)
         other = _Call(self.module, self.record, args, kwargs)
         other.mapped = [is_row and i not in constant for i, is_row in enumerate(self.mapped)]
         return other
 
+    def _copies(self) -> list[Any]:
+        return [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+
     def vmapped(self, before: Observed, *, nesting: bool) -> Any:
-        with _copied(self.module, self.record, self.rows, nesting=nesting) as (copies, put):
+        inner = Lifted([layer for _, layer in divided(self.module)[1]] if nesting else [], self.rows)
+        with _copied(self.module, self.record, self.rows) as (copies, put):
             made: list[Any] = []
-            layers = [layer for _, layer in divided(self.module)[1]]
 
             def one_row(own: list[Tensor], row: list[Tensor]) -> tuple[Tensor, ...]:
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(put(own))
-                    if nesting:
-                        stack.enter_context(lifted(layers, self.rows))
+                    stack.enter_context(inner.calls())
                     found, shape = pytree.tree_flatten(self._of_one_row(row))
                 before.require_nothing_kept(alone=False)
                 tensors = [_only_row(self.module, y) for y in found if isinstance(y, Tensor)]
@@ -240,18 +242,17 @@ class _Call:
                 return tuple(tensors)
 
             row_values = [x for x, is_row in zip(self.leaves, self.mapped, strict=True) if is_row]
-            message = "saved tensors cannot be hooked here"  # a checkpointed part is run again when the rows are gone
-            with _quiet(), torch.autograd.graph.disable_saved_tensors_hooks(message):
+            with _quiet(), _no_hooks():
                 tensors = iter(torch.func.vmap(one_row, randomness="different")(copies, row_values))
         shape, found = made
         return pytree.tree_unflatten([next(tensors) if y is _ROWS else y for y in found], shape)
 
     def looped(self, before: Observed) -> Any:
-        with _copied(self.module, self.record, self.rows, nesting=False) as (copies, put):
+        with _copied(self.module, self.record, self.rows) as (copies, put):
             results = []
             for i in range(self.rows):
                 row = [x[i] for x, is_row in zip(self.leaves, self.mapped, strict=True) if is_row]
-                with put([copy[i] for copy in copies]):
+                with put([copy[i] for copy in copies]), _no_hooks():
                     results.append(self._of_one_row(row))
                 before.require_untouched()
                 before.require_nothing_kept(alone=True)
@@ -271,8 +272,7 @@ class _Call:
 
     def ordinary(self, seed: int) -> Any:
         """What the module itself gives, without a gradient and without a trace."""
-        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.shape)
+        args, kwargs = pytree.tree_unflatten(self._copies(), self.shape)
         before = Observed(self.module, [])
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -339,9 +339,12 @@ Put = Callable[[list[Tensor]], contextlib.AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def _copied(module: nn.Module, record: Record, rows: int, *, nesting: bool) -> Iterator[tuple[list[Any], Put]]:
-    """Copies (R, ...) of everything that is trained, and what puts one row's tensors into their places for a while."""
-    parts = divided(module)[0] if nesting else list(module.modules())
+def _copied(module: nn.Module, record: Record, rows: int) -> Iterator[tuple[list[Any], Put]]:
+    """Copies (R, ...) of everything that is trained, and what puts one row's tensors into their places for a while.
+
+    (Also of layers with a rule of their own: the module may read their weights instead of calling them.)
+    """
+    parts = list(module.modules())
     index = {id(p): i for i, p in enumerate(trainable(module))}
     copies: list[Any] = []
     places: list[list[Place]] = []
@@ -435,6 +438,15 @@ def _constant(module: nn.Module, y: Any) -> Any:
     )
 
 
+def _of_types(result: Any, kinds: list[torch.dtype] | None) -> Any:
+    found, shape = pytree.tree_flatten(result)
+    tensors = [i for i, y in enumerate(found) if isinstance(y, Tensor)]
+    for i, kind in zip(tensors, kinds or (), strict=False):
+        if found[i].is_floating_point() and kind.is_floating_point:
+            found[i] = found[i].to(kind)
+    return pytree.tree_unflatten(found, shape)
+
+
 def _unequal(module: nn.Module) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"{type(module).__name__} · gave results of several kinds for the rows of one batch",
@@ -449,6 +461,32 @@ def _only_row(module: nn.Module, y: Tensor) -> Tensor:
             next="Return tensors whose leading dimension is the batch's rows.",
         )
     return y.squeeze(0)
+
+
+_HOOKED = "sfumato: saved tensors are hooked inside a module that goes row by row"
+
+
+@contextlib.contextmanager
+def _no_hooks() -> Iterator[None]:
+    """A checkpoint inside would run its part again in the backward pass, when the rows' own tensors are gone."""
+    hooks: Any = torch._C._autograd  # type: ignore[attr-defined]
+    before = hooks._saved_tensors_hooks_get_disabled_error_message()
+    hooks._saved_tensors_hooks_disable(_HOOKED, False)  # those around this module stay
+    try:
+        yield
+    finally:
+        if before is None:
+            hooks._saved_tensors_hooks_enable()
+        else:
+            hooks._saved_tensors_hooks_disable(before, False)
+
+
+def _refuse_hooks(module: nn.Module, error: Exception) -> None:
+    if _HOOKED in str(error):
+        raise UnsupportedLayer(
+            f"{type(module).__name__} · has a checkpoint (or another hook on saved tensors) inside, and goes row by row",
+            next="Checkpoint the whole of it, or give its own parameters a module of their own.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._C._functorch import (  # type: ignore[import]
@@ -22,31 +21,44 @@ from torch._C._functorch import (  # type: ignore[import]
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from sfumato.privacy.gradients.rules.registry import Record, Rule, plain_forward
+from sfumato.privacy.gradients.rules.registry import Record, Rule
 
 
 class Stays(Exception):
     """A layer cannot be taken out of the vmap: its parameters are copied for the rows, as the module's own are."""
 
 
-@contextlib.contextmanager
-def lifted(layers: list[nn.Module], rows: int) -> Iterator[None]:
-    """Inside, calls of the layers go to their rules, for all rows together."""
-    before = [vars(layer).get("forward") for layer in layers]
-    level = _level()
-    served: list[tuple[Rule, Record]] = []
-    for forward in before:
-        found = forward.served() if hasattr(forward, "served") else None  # type: ignore[union-attr]
-        if found is None:
-            raise Stays
-        served.append(found)
-    for layer, (rule, record) in zip(layers, served, strict=True):
-        vars(layer)["forward"] = functools.partial(_call, layer, rule, record, rows, level)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            vars(layer)["forward"] = forward
+class Lifted:
+    """Layers, with the parameters they have before copies for single rows take their places."""
+
+    def __init__(self, layers: list[nn.Module], rows: int) -> None:
+        self._layers, self._rows = layers, rows
+        self._parameters = [
+            [(part._parameters, name, p) for part in layer.modules() for name, p in part._parameters.items()]
+            for layer in layers
+        ]
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[None]:
+        """Inside, calls of the layers go to their rules, for all rows together."""
+        if not self._layers:
+            yield
+            return
+        before = [vars(layer).get("forward") for layer in self._layers]
+        served: list[tuple[Rule, Record]] = []
+        for forward in before:
+            found = forward.served() if hasattr(forward, "served") else None  # type: ignore[union-attr]
+            if found is None:
+                raise Stays
+            served.append(found)
+        level = _level()
+        for layer, parameters, how in zip(self._layers, self._parameters, served, strict=True):
+            vars(layer)["forward"] = functools.partial(_call, layer, parameters, how, self._rows, level)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self._layers, before, strict=True):
+                vars(layer)["forward"] = forward
 
 
 def _level() -> int:
@@ -56,9 +68,28 @@ def _level() -> int:
     return stack[0].level()
 
 
-def _call(layer: nn.Module, rule: Rule, record: Record, rows: int, level: int, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return plain_forward(layer)(*args, **kwargs)
+@contextlib.contextmanager
+def _in_place(parameters: list[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    before = [holder[name] for holder, name, _ in parameters]
+    for holder, name, parameter in parameters:
+        holder[name] = parameter
+    try:
+        yield
+    finally:
+        for (holder, name, _), value in zip(parameters, before, strict=True):
+            holder[name] = value
+
+
+def _call(
+    layer: nn.Module,
+    parameters: list[tuple[dict[str, Any], str, Any]],
+    served: tuple[Rule, Record],
+    rows: int,
+    level: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    rule, record = served
     if _level() != level:
         raise Stays
     leading: set[bool] = set()  # whether the tensors had a 1 for the row
@@ -82,7 +113,7 @@ def _call(layer: nn.Module, rule: Rule, record: Record, rows: int, level: int, *
     left = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and is_functorch_wrapped_tensor(x)]
     if left or len(leading) != 1 or not (rule.any_shape or leading == {True}):
         raise Stays
-    with temporarily_clear_interpreter_stack():
+    with temporarily_clear_interpreter_stack(), _in_place(parameters):
         result = rule.forward(layer, record, *args, **kwargs)
 
     def put_back(y: Tensor) -> Tensor:
