@@ -633,7 +633,16 @@ WHOLE = {"computed_weights", "computed_weights_inside_bare_parameters"}  # a pow
 @given(data=st.data(), seed=st.integers(0, 2**31), counts=st.lists(st.integers(1, 3), min_size=1, max_size=5))
 def test_the_step_is_the_references(name, data, seed, counts):
     """Units of one to three rows, whole or in physical parts."""
+    check(name, data, seed, counts)
 
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(data=st.data(), seed=st.integers(0, 2**31), counts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_attention_with_all_its_options_together(data, seed, counts):
+    check("attention", data, seed, counts)
+
+
+def check(name: str, data: Any, seed: int, counts: list[int]) -> None:
     def pick(*choice: Any) -> Any:
         if len(choice) == 2:
             return data.draw(st.integers(*choice))

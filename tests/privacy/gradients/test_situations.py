@@ -293,7 +293,7 @@ class Masking(nn.Module):
         self.inner, self.length = Masked(), length
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.linspace(-1, 1, self.length**2, dtype=x.dtype).view(self.length, self.length)
+        mask = torch.linspace(0, 40, self.length**2, dtype=x.dtype).sin().view(self.length, self.length)
         return self.inner(x, mask)
 
 
@@ -430,7 +430,16 @@ def test_in_a_hand_written_loop_rows_are_found_in_dictionaries_too():
 
 
 def test_layers_inside_a_module_with_bare_parameters_keep_their_rules():
-    tape = Tape(everything())
+    """Each is called with all rows, and records for itself."""
+    model = everything()
+    tape = Tape(model)
+    tape.give_rows(5)
+    for _ in range(2):
+        model(torch.randn(5, 1, 4, 4)).sum().backward()
+        assert all(layer.calls for layer in tape.layers)
+        assert [len(call) for call in tape.layers[1].calls] == [2]  # input and output gradient, of a convolution
+        assert tape.layers[1].calls[0][0].shape == (5, 1, 4, 4)
+        tape.clear()
     found = {layer.name: type(layer.rule).__name__ for layer in tape.layers}
     assert found == {
         "": "RowByRow",
