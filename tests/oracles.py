@@ -166,3 +166,24 @@ def effective_noise_multiplier(step: Step, model: nn.Module, losses: Losses, bat
     distance = (quiet - after(without_last(batch), 0.0)).norm()
     noise = (after(batch, privacy["noise_multiplier"]) - quiet).square().mean().sqrt()
     return float(noise / distance)
+
+
+def effective_joint_noise_multiplier(
+    step: Callable[..., list[Tensor]], model: nn.Module, losses: Losses, batch: Batch, *, repeats: int, **privacy: Any
+) -> float:
+    """The same for a step that releases several vectors, each with noise of its own: (sum_i (D_i / s_i)^2)^(-1/2), where
+    D_i is how far the last unit moves the i-th, exactly, and s_i the root mean square of its noise over ``repeats`` runs.
+    ``step`` returns what it released.
+    """
+
+    def after(batch: Batch, sigma: float, seed: int = 0) -> list[Tensor]:
+        trained = copy.deepcopy(model)
+        return step(trained, losses, batch, **{**privacy, "noise_multiplier": sigma}, random=TestRandom(seed))
+
+    quiet, without = after(batch, 0.0), after(without_last(batch), 0.0)
+    runs = [after(batch, privacy["noise_multiplier"], seed) for seed in range(1, repeats + 1)]
+    total = 0.0
+    for i, (value, other) in enumerate(zip(quiet, without, strict=True)):
+        noise = torch.stack([run[i] - value for run in runs]).square().mean().sqrt()
+        total += float((value - other).norm() / noise) ** 2
+    return total**-0.5

@@ -16,6 +16,7 @@ from PIL import Image
 from sfumato import workflow
 from sfumato.errors import DataError, LedgerError, PrivacyRefused, UsageError
 from sfumato.privacy.ledger import show
+from sfumato.release import verify
 from sfumato.training import folder as folders
 
 STEPS = 6
@@ -168,6 +169,44 @@ def test_a_run_without_privacy_has_no_epsilon_to_plan(tmp_path):
     answer = workflow.plan(recipe_file(tmp_path, privacy={"mechanism": "none"}))
     assert (answer["epsilon"], answer["noise_multiplier"], answer["refusals"]) == (None, None, [])
     assert [warning["code"] for warning in answer["warnings"]] == ["not_private"]
+
+
+PARTS = [
+    {"name": "text", "modules": ["text_encoder"], "max_grad_norm": 0.3, "share": 0.2},
+    {"name": "picture", "modules": ["denoiser"], "max_grad_norm": 0.4, "share": 0.8},
+]
+
+
+def test_the_plan_of_a_recipe_with_parts_says_the_noise_of_each(tmp_path):
+    answer = workflow.plan(recipe_file(tmp_path, privacy={"parts": PARTS}))
+    assert answer["noise_multiplier"] == 20.0 and answer["max_grad_norm"] == 0.5
+    assert [part["noise_multiplier"] for part in answer["parts"]] == pytest.approx([20 / 0.2**0.5, 20 / 0.8**0.5])
+    assert workflow.plan(recipe_file(tmp_path))["parts"] == []
+    json.dumps(answer, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([{**PARTS[0], "share": None}], r"denoiser\..*is trainable, and in no part"),
+        ([PARTS[0], {**PARTS[1], "modules": ["denoizer"]}], r"denoiser\..*is trainable, and in no part"),
+        ([*PARTS[:1], {**PARTS[1], "modules": ["", "vision"]}], "modules = 'vision' of part picture · names nothing"),
+        ([{**PARTS[0], "modulez": 1}], "privacy.parts.0.modulez · is not a key"),
+    ],
+)
+def test_parts_that_are_not_those_of_the_model_are_refused_before_anything_is_planned(tmp_path, parts, words):
+    with pytest.raises(UsageError, match=words):
+        workflow.plan(recipe_file(tmp_path, privacy={"parts": parts}))
+
+
+def test_a_run_with_parts_is_released_and_verified(tmp_path, own_home):
+    recipe = recipe_file(tmp_path, privacy={"parts": PARTS, "clipping": "per_layer"})
+    answer = workflow.train(recipe, out=tmp_path / "runs")
+    assert answer["reasons"] == []
+    result = verify.verify(answer["bundle"])
+    assert result["valid"], result
+    claim = json.loads(Path(answer["bundle"], "privacy.json").read_text())
+    assert (claim["mechanism"]["clipping"], len(claim["mechanism"]["parts"])) == ("per_layer", 2)
 
 
 # ---- one run ----

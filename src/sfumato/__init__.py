@@ -16,6 +16,8 @@ _HOME = {
     "DifferentialPrivacyEngine": "sfumato.privacy.engine",
     "NotPrivateEngine": "sfumato.privacy.engine",
     "make_engine": "sfumato.privacy.engine",
+    "AdaptiveClip": "sfumato.privacy.adaptive",
+    "Part": "sfumato.privacy.gradients.groups",
     "DpSgd": "sfumato.privacy.plan",
     "NotPrivate": "sfumato.privacy.plan",
     "Ledger": "sfumato.privacy.ledger",
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from sfumato.errors import PrivacyRefused as PrivacyRefused
     from sfumato.errors import SfumatoError as SfumatoError
     from sfumato.errors import UnsupportedLayer as UnsupportedLayer
+    from sfumato.privacy.adaptive import AdaptiveClip as AdaptiveClip
     from sfumato.privacy.engine import DifferentialPrivacyEngine as DifferentialPrivacyEngine
     from sfumato.privacy.engine import NotPrivateEngine as NotPrivateEngine
     from sfumato.privacy.engine import make_engine as make_engine
+    from sfumato.privacy.gradients.groups import Part as Part
     from sfumato.privacy.ledger import Ledger as Ledger
     from sfumato.privacy.plan import DpSgd as DpSgd
     from sfumato.privacy.plan import NotPrivate as NotPrivate

@@ -58,7 +58,16 @@ def memory_left(recipe: Recipe) -> tuple[int, int]:
     return there - batch, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def check_parts(recipe: Recipe) -> None:
+    """Raises UsageError if the recipe's parts are not those of its model: before a plan is made, not at the first step."""
+    if recipe.privacy.parts:
+        from sfumato.privacy.gradients import groups
+
+        groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
+
+
 def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
+    check_parts(recipe)
     memory, parameters = memory_left(recipe)
     return plans.make_plan(
         recipe.privacy,
@@ -75,10 +84,15 @@ def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = 
     if isinstance(plan, DpSgd):
         progress(
             f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
-            f"noise multiplier {plan.noise_multiplier:.4g}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
+            f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
     for warning in plans.warnings_of(plan, parameters=parameters):
         progress(f"note: {warning['message']} · {warning['next']}")
+
+
+def _parts_in_words(plan: DpSgd) -> str:
+    noise = plan.part_noise_multipliers()
+    return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
 def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:

@@ -83,6 +83,7 @@ def plan(
             training.expected_batch_size if expected_batch_size is None else expected_batch_size
         )
         sizes["steps"] = training.steps if steps is None else steps
+        stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
     if population is not None:
         settings = replace(settings, population=population)
@@ -135,6 +136,11 @@ def _plan_values(found: PrivacyPlan, accountant: str) -> dict[str, Any]:
         "delta": found.delta,
         "adjacency": found.adjacency,
         "max_grad_norm": found.max_grad_norm,
+        "clipping": found.clipping,
+        "parts": [
+            {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
+            for part in plans.plan_to_dict(found).get("parts", [])
+        ],
         "accountants": accountants,
         "accountant": accountant,
     }

@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from sfumato import reports
 from sfumato.errors import UsageError
 from sfumato.privacy.guarantee import guarantee, in_words
-from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan import DpSgd, NotPrivate, plan_to_dict
+from sfumato.privacy.settings import PartSettings
 
 PLAN = DpSgd(
     population=10_000, expected_batch_size=200.0, steps=50, noise_multiplier=1.1, delta=1e-5,
@@ -41,6 +43,25 @@ def test_a_run_without_privacy_claims_nothing_and_is_not_for_release():
     assert (claim.definition, claim.epsilon, claim.delta, claim.curve) == ("none", None, None, [])
     assert claim.not_for_release == "trained without privacy"
     assert "without differential privacy" in in_words(claim)
+
+
+def test_the_parts_of_a_model_are_in_the_claim_in_words_and_figures():
+    parts = (
+        PartSettings(name="text", modules=("text_encoder",), max_grad_norm=0.3, share=0.2),
+        PartSettings(name="picture", modules=("",), max_grad_norm=0.4, share=0.8),
+    )
+    plan = replace(PLAN, parts=parts, max_grad_norm=0.5)
+    claim = guarantee(plan, [plan.event(3)], boundary=[])
+    assert claim.epsilon == PLAN.epsilon(3)
+    assert claim.mechanism["parts"] == plan_to_dict(plan)["parts"]
+    assert (
+        "charged as one mechanism of noise multiplier 1.1: text (text_encoder): gradients of at most 0.3, noise multiplier "
+        "2.46; picture (all else that is trained): gradients of at most 0.4, noise multiplier 1.23. Every other weight was "
+        "frozen."
+    ) in claim.boundary[0]
+    assert "parts" not in guarantee(PLAN, [], boundary=[]).mechanism
+    assert guarantee(PLAN, [], boundary=[]).mechanism["clipping"] == "flat"
+    json.dumps(reports.to_dict(claim), allow_nan=False)
 
 
 def test_noise_of_zero_claims_nothing():

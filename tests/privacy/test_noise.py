@@ -1,6 +1,7 @@
 """Goodness of fit of the noise; seeds are fixed, each test states its false-alarm probability."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -47,41 +48,67 @@ def test_coordinates_are_uncorrelated(draws):
             assert abs(correlation) < 4.9
 
 
-def test_the_low_bits_show_no_lattice(draws):
-    """Chi-square of the bits 2 to 9 of the mantissa where the sum is as large as its summands, so that all its bits are
-    in use (the lowest ones favour even numbers in every rounded sum); false-alarm probability 1e-6. A float32 source
-    leaves zeros there."""
+def test_noise_and_sum_lie_on_one_grid_and_its_last_bits_are_uniform(draws):
+    """Whatever is added, the release is a whole multiple of the spacing: no low bit tells what it was. Chi-square of the
+    last 8 bits of the multiples; false-alarm probability 1e-6. A float32 source leaves zeros there."""
 
-    def statistic(values: np.ndarray) -> float:
-        values = values[np.abs(values) > 4]  # twice the standard deviation
-        expected = len(values) / 256
-        counts = np.bincount((values.view(np.int64) >> 2) & 255, minlength=256)
-        return float(((counts - expected) ** 2 / expected).sum())
+    def statistic(multiples: np.ndarray) -> float:
+        counts = np.bincount(multiples.astype(np.int64) & 255, minlength=256)
+        return float(((counts - COUNT / 256) ** 2 / (COUNT / 256)).sum())
 
-    assert statistic(draws) < stats.chi2.ppf(1 - 1e-6, 255)
-    assert statistic(draws.astype(np.float32).astype(np.float64)) > stats.chi2.ppf(1 - 1e-6, 255)
-    assert len(np.unique(draws)) == COUNT
+    step = noise.spacing(2.0)
+    sums = torch.from_numpy(np.random.default_rng(0).standard_normal(COUNT) * 1e-3)
+    released = gaussian(COUNT, 2.0, TestRandom(2), plus=sums).numpy()
+    for values in (draws, released):
+        assert (values / step == np.round(values / step)).all()
+        assert statistic(values / step) < stats.chi2.ppf(1 - 1e-6, 255)
+    coarse = (draws.astype(np.float32) / step).round()
+    assert statistic(coarse) > stats.chi2.ppf(1 - 1e-6, 255)
 
 
-def test_every_number_uses_four_independent_normals():
-    """Holohan & Braghin: an attacker must guess all summands; 64 bytes of secret stand behind each pair of numbers."""
-    assert noise.SUMMANDS == 4
-    random = TestRandom(0)
-    gaussian(1000, 1.0, random)
-    assert random._given == 1000 // 2 * 2 * 4 * 8
+def test_the_sum_is_added_exactly_after_rounding_to_the_grid():
+    sums = torch.tensor([0.1, -1e3, 1e-12, math.pi], dtype=torch.float64)
+    step = noise.spacing(3.0)
+    alone = gaussian(4, 3.0, TestRandom(5))
+    together = gaussian(4, 3.0, TestRandom(5), plus=sums)
+    for a, b, c in zip(alone.tolist(), together.tolist(), sums.tolist(), strict=True):
+        assert Fraction(b) == Fraction(a) + round(Fraction(c) / Fraction(step)) * Fraction(step)
+
+
+@pytest.mark.parametrize("std", [1e-20, 0.3, 1.0, 1.5, 1e12])
+def test_the_grid_is_fine_and_rounding_is_paid_for(std):
+    assert 2.0**-31 < noise.spacing(std) / std <= 2.0**-30
+    bound, dimension = std / 3, 10_000_000
+    moved = bound + math.sqrt(dimension) * noise.spacing(std)  # how far two sums may be apart after rounding
+    assert noise.widened(std, bound, dimension) / moved >= std / bound
+    assert noise.widened(std, bound, dimension) <= std * (1 + 3e-5)
+    assert noise.widened(0.0, 1.0, 10) == 0.0
 
 
 def test_the_noise_equals_a_slow_box_muller_of_the_same_bytes():
     """Oracle: the formula, one number after the other, from the same key stream."""
-    words = np.frombuffer(TestRandom(9).bytes(16 * 4 * 3), dtype="<u8").reshape(2, 4, 3)
-    unit = (words & np.uint64(2**52 - 1)) / 2.0**52
+    words = np.frombuffer(TestRandom(9).bytes(24 * 3), dtype="<u8").reshape(3, 3)
+    first, second, third = ([int(word) & (2**52 - 1) for word in row] for row in words)
     expected = np.zeros((2, 3))
-    for i in range(4):
-        for j in range(3):
-            radius = math.sqrt(-2 * math.log(1 - unit[0, i, j]))
-            expected[0, j] += radius * math.cos(2 * math.pi * unit[1, i, j]) / 2
-            expected[1, j] += radius * math.sin(2 * math.pi * unit[1, i, j]) / 2
-    np.testing.assert_allclose(gaussian(5, 1.0, TestRandom(9)).numpy(), expected.flatten()[:5], rtol=1e-9, atol=1e-12)
+    for j in range(3):
+        uniform = Fraction(first[j], 2**52) + (1 - Fraction(second[j], 2**52)) / 2**52
+        radius = math.sqrt(-2 * math.log(float(uniform)))
+        expected[0, j] = radius * math.cos(2 * math.pi * third[j] / 2**52)
+        expected[1, j] = radius * math.sin(2 * math.pi * third[j] / 2**52)
+    np.testing.assert_allclose(gaussian(5, 1.0, TestRandom(9)).numpy(), expected.flatten()[:5], rtol=0, atol=2.0**-30)
+
+
+def test_the_tail_is_fine_where_the_first_bits_are_all_zero():
+    """The radius then comes from the next 52 bits, so that far numbers are not a few fixed ones."""
+
+    class FewBits:
+        def bytes(self, count):
+            third = count // 3
+            return bytearray(third) + TestRandom(3).bytes(third) + bytearray(third)
+
+    drawn = gaussian(2000, 1.0, FewBits())[:1000]  # type: ignore[arg-type]
+    assert float(drawn.min()) > 8.4
+    assert len(drawn.unique()) > 990
 
 
 def test_two_draws_of_one_source_never_repeat():
@@ -105,11 +132,10 @@ def test_an_impossible_scale_is_refused(std):
         gaussian(1, std, SecretRandom())
 
 
-def test_the_largest_possible_number_is_finite():
-    """All bits zero would be log(1) = 0, all ones log(2^-52): both finite."""
-
-    class Ones:
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
+def test_the_largest_possible_number_is_finite(byte):
+    class Same:
         def bytes(self, count):
-            return bytearray(b"\xff" * count)
+            return bytearray(byte * count)
 
-    assert torch.isfinite(gaussian(2, 1.0, Ones())).all()  # type: ignore[arg-type]
+    assert torch.isfinite(gaussian(2, 1.0, Same())).all()  # type: ignore[arg-type]

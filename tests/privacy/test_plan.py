@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,10 +17,12 @@ from sfumato.privacy.plan import (
     plan_to_dict,
     warnings_of,
 )
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.settings import PartSettings, PrivacySettings
 
 PLAN = DpSgd(population=10_000, expected_batch_size=200.0, steps=50, noise_multiplier=1.1, delta=1e-5)
 NOISE = PrivacySettings(epsilon=None, noise_multiplier=1.1)
+TEXT = PartSettings(name="text", modules=("text_encoder",), max_grad_norm=0.3)
+REST = PartSettings(name="rest", modules=("",), max_grad_norm=0.4)
 
 
 def codes(settings: PrivacySettings, **sizes) -> list[str]:
@@ -88,6 +92,12 @@ def test_without_privacy_there_is_no_event_and_epsilon_is_infinite():
         (PrivacySettings(epsilon=None, noise_multiplier=1e6), {}, "noise_multiplier_out_of_range"),
         (PrivacySettings(epsilon=None, noise_multiplier=0.1), {"steps": 1000}, "epsilon_too_large"),
         (PrivacySettings(mechanism="none"), {"expected_batch_size": 10_001}, "batch_larger_than_population"),
+        (
+            PrivacySettings(epsilon=None, noise_multiplier=1.1, clipping="adaptive"),
+            {"expected_batch_size": 11},
+            "count_noise",
+        ),
+        (PrivacySettings(epsilon=0.1, clipping="adaptive"), {"expected_batch_size": 4}, "count_noise"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_reason(settings, sizes, code):
@@ -137,10 +147,91 @@ def test_noise_that_drowns_every_signal_is_warned_about():
 
 
 @pytest.mark.parametrize(
-    "plan", [PLAN, NotPrivate(population=10, expected_batch_size=5, steps=3, unit="person", records_per_unit=4)]
+    "plan",
+    [
+        PLAN,
+        NotPrivate(population=10, expected_batch_size=5, steps=3, unit="person", records_per_unit=4),
+        replace(PLAN, clipping="adaptive"),
+        replace(PLAN, clipping="per_layer", parts=(TEXT, REST), max_grad_norm=0.5),
+    ],
 )
 def test_plans_survive_a_round_trip(plan):
+    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
+
+
+def test_a_plan_without_parts_is_written_as_it_always_was():
+    """The ledger hashes it: an old run must find its plan again."""
+    old = {
+        "kind": "dp_sgd", "population": 10_000, "expected_batch_size": 200.0, "steps": 50, "noise_multiplier": 1.1,
+        "delta": 1e-5, "max_grad_norm": 1.0, "unit": "record", "records_per_unit": 1, "adjacency": "add_or_remove",
+        "target_epsilon": None, "population_from_data": False,
+    }  # fmt: skip
+    assert plan_to_dict(PLAN) == old
+    assert plan_from_dict(old) == PLAN
+
+
+def test_a_plan_with_parts_has_the_event_of_the_whole_and_shares_its_noise():
+    """1/sigma^2 is the sum of the parts'; shares that are left out give the same noise everywhere."""
+    for shares in ((None, None), (0.25, 0.75)):
+        parts = tuple(replace(part, share=share) for part, share in zip((TEXT, REST), shares, strict=True))
+        settings = PrivacySettings(epsilon=2.0, parts=parts)
+        plan = make_plan(settings, steps=100, expected_batch_size=200, population=10_000)
+        assert isinstance(plan, DpSgd)
+        whole = make_plan(PrivacySettings(epsilon=2.0), steps=100, expected_batch_size=200, population=10_000)
+        assert isinstance(whole, DpSgd)
+        assert plan.event() == whole.event() and plan.epsilon() == whole.epsilon()
+        assert settings.max_grad_norm == plan.max_grad_norm == 0.5
+        noise = plan.part_noise_multipliers()
+        assert sum(value**-2 for value in noise.values()) ** -0.5 == pytest.approx(plan.noise_multiplier, rel=1e-12)
+        if shares[0] is None:
+            assert noise["text"] * 0.3 == pytest.approx(noise["rest"] * 0.4)
+        else:
+            assert noise["text"] == pytest.approx(plan.noise_multiplier / math.sqrt(0.25))
+    assert plan_to_dict(plan)["parts"][0] == {
+        "name": "text", "modules": ["text_encoder"], "max_grad_norm": 0.3, "share": 0.25
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": {}}, {"parts": [1]}, {"parts": [{"name": "a"}]}, {"clipping": "adaptive"}, {"clipping": "none"},
+        {"clipping": 1}, {"max_grad_norm": 0.4},
+        *({"parts": [{**plan_to_dict(replace(PLAN, parts=(REST,), max_grad_norm=0.4))["parts"][0], **bad}]} for bad in (
+            {"share": 0.5}, {"share": "1"}, {"share": None}, {"share": 10**400}, {"share": -1.0}, {"max_grad_norm": 0},
+            {"modules": []}, {"modules": "all"}, {"modules": [1]}, {"name": ""}, {"name": None}, {"more": 1},
+            {"max_grad_norm": 10**400},
+        )),
+    ],
+)  # fmt: skip
+def test_changed_parts_are_refused(change):
+    plan = replace(PLAN, parts=(REST,), max_grad_norm=0.4)
     assert plan_from_dict(plan_to_dict(plan)) == plan
+    if "max_grad_norm" not in change and "clipping" not in change:
+        change = {**change, "max_grad_norm": change["parts"][0].get("max_grad_norm", 0.4) if _is_part(change) else 0.4}
+    elif "max_grad_norm" in change:
+        change = {"max_grad_norm": 0.41}
+    with pytest.raises(UsageError):
+        plan_from_dict({**plan_to_dict(plan), **change})
+
+
+def _is_part(change: dict) -> bool:
+    return isinstance(change["parts"], list) and isinstance(change["parts"][0], dict)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parts": (TEXT, TEXT)}, "'text', 'text_encoder' occurs twice"),
+        ({"parts": (replace(TEXT, share=0.5), REST)}, "must be 1 together, or missing in all"),
+        ({"parts": (replace(TEXT, share=0.5), replace(REST, share=0.4))}, "must be 1 together"),
+        ({"parts": (TEXT, REST), "max_grad_norm": 0.7}, r"max_grad_norm = 0\.7 · every part has its own.*0\.5"),
+        ({"parts": (TEXT, REST), "clipping": "adaptive"}, "adaptive · follows one bound"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        PrivacySettings(**values)
 
 
 @pytest.mark.parametrize(

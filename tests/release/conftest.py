@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from sfumato import recipe, reports
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan import DpSgd, NotPrivate, plan_to_dict
 from sfumato.release import bundle, keys, provenance
 
 FACTS = ("side", "zone", "heart", "effusion", "view", "kind")
@@ -83,6 +83,7 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
             "unit": "person",
             "records_per_unit": 4,
             "account": "/srv/account.db",
+            **({"clipping": plan.clipping, "parts": plan_to_dict(plan).get("parts", [])} if private else {}),
         },
         "audit": {"members": 1000},
     }

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.release.conftest import PLAN
 
 from sfumato.errors import UsageError, VerificationFailed
-from sfumato.release import canonical, card, keys, manifest, verify
+from sfumato.privacy.settings import PartSettings
+from sfumato.release import bundle, canonical, card, keys, manifest, verify
 
 TRIES = 600
 
@@ -91,6 +94,34 @@ def test_a_bundle_is_accepted_from_a_trust_list_and_from_the_signers_own_machine
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     shutil.copytree(signer, tmp_path / "config" / "sfumato")
     assert failed(verify.verify(released)) == {}
+
+
+def test_a_bundle_from_before_clipping_was_stated_is_accepted(released: Path, signer: Path, public_key: Path) -> None:
+    change(released, "privacy.json", lambda v: v["mechanism"].pop("clipping"))
+    change(released, "provenance.json", lambda v: [v["recipe"]["privacy"].pop(key) for key in ("clipping", "parts")])
+    rewrite_card(released)
+    resign(released, signer)
+    assert failed(verify.verify(released, key_file=public_key)) == {}
+
+
+def test_a_bundle_of_a_model_with_parts_says_what_each_was_given(
+    make_run: Callable[..., Path], tmp_path: Path, signer: Path, public_key: Path
+) -> None:
+    parts = tuple(
+        PartSettings(name=name, modules=(name,), max_grad_norm=bound, share=share)
+        for name, bound, share in (("text", 0.3, 0.2), ("unet", 0.4, 0.8))
+    )
+    run = make_run(tmp_path / "clinic" / "v1", plan=replace(PLAN, parts=parts, max_grad_norm=0.5))
+    bundle.write(run, run / "bundle", keys.own(signer))
+    result = verify.verify(run / "bundle", key_file=public_key)
+    assert failed(result) == {}
+    assert result["epsilon"] == pytest.approx(7.99915, abs=1e-4)  # of the joint event
+    claim = json.loads((run / "bundle" / "privacy.json").read_text())
+    assert [part["share"] for part in claim["mechanism"]["parts"]] == [0.2, 0.8]
+    assert any("text (text): gradients of at most 0.3" in sentence for sentence in claim["boundary"])
+    change(run / "bundle", "privacy.json", lambda v: v["mechanism"]["parts"][0].update(share=0.1))
+    resign(run / "bundle", signer)
+    assert "parts" in failed(verify.verify(run / "bundle", key_file=public_key))["ledger"]
 
 
 def test_an_unknown_signer_is_exit_code_4(released: Path, tmp_path: Path) -> None:
@@ -405,6 +436,21 @@ def test_a_wrong_path_is_wrong_use_and_not_a_verdict(tmp_path: Path, public_key:
         ("provenance.json", lambda v: v["data_card"].update(languages={"en": 512}), "what leaves", "languages"),
         ("provenance.json", lambda v: v["recipe"]["privacy"].update(epsilon=4.0), "plan", "the recipe allowed 4.0"),
         ("provenance.json", lambda v: v["recipe"]["privacy"].update(mechanism="none"), "plan", "no private mechanism"),
+        (
+            "provenance.json",
+            lambda v: v["recipe"]["privacy"].update(clipping="adaptive"),
+            "plan",
+            "clipping: the recipe",
+        ),
+        (
+            "provenance.json",
+            lambda v: v["recipe"]["privacy"].update(parts=[{"name": "a"}]),
+            "plan",
+            "parts: the recipe",
+        ),
+        ("privacy.json", lambda v: v["mechanism"].update(clipping="per_layer"), "ledger", "clipping"),
+        ("privacy.json", lambda v: v["mechanism"].update(parts=[{}]), "ledger", "parts"),
+        ("privacy.json", lambda v: v["mechanism"].update(parts=7), "ledger", "parts"),
     ],
 )
 def test_a_false_claim_is_refused_even_when_it_is_signed(

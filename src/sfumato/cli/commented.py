@@ -35,6 +35,8 @@ EXPLAINED = {
     "privacy.noise_multiplier": "instead of epsilon (then set epsilon: null)",
     "privacy.delta": "the slack of the guarantee, far below 1/N; auto is 1/(N ln N)",
     "privacy.max_grad_norm": "each unit's gradient is cut to this length",
+    "privacy.clipping": "flat: one cut; per_layer; automatic: all to one length; adaptive: the length follows the median",
+    "privacy.parts": "parts of the model with a cut each: [{name: text, modules: [text_encoder], max_grad_norm: 0.5, share: 0.4}, ...]",
     "privacy.accountant": "how the events are added up",
     "privacy.on_exhausted": "what happens when the budget is spent",
     "privacy.account": "the ledger that all runs on these data share; null is .sfumato/account.db beside them",

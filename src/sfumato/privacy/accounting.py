@@ -100,6 +100,20 @@ def merged(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(replace(event, count=count) for event, count in counts.items() if count)
 
 
+def joint_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
+    """(sum sigma_i^-2)^(-1/2): of Gaussian mechanisms on the same sample of units, seen as one.
+
+    The Gaussians may be asked one after another, each question chosen after the earlier answers: their trade-off
+    function is that of one Gaussian (composition of mu-GDP: Dong, Roth, Su 2022, arXiv:1905.02383, section 3), and by
+    Blackwell's theorem the answers can be made from its answer, under Poisson sampling too. 0, no guarantee, if one of them has no noise.
+    """
+    if len(noise_multipliers) == 1:
+        return noise_multipliers[0]
+    if any(value == 0 for value in noise_multipliers):
+        return 0.0
+    return sum(value**-2 for value in noise_multipliers) ** -0.5
+
+
 def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld") -> float | None:
     """The smallest epsilon that the accountant can prove for all events together, at ``delta``.
 

@@ -1,7 +1,7 @@
 """What batches are drawn from: the rows of some units, out of a table or any dataset with a length and an index."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,14 @@ class Part:
     over_rows: bool  # the loss is a mean over rows (an ordinary dataset), not over units (a UnitTable)
     last: bool
     sequence: int | None  # of the ledger
-    taken: bool = False
+    stepped: set[str] = field(default_factory=set)  # the parts of the model whose optimizer was stepped
+
+    def scale(self, units: Units, loss_reduction: str) -> Tensor:
+        """(B,): undoes the loop's mean, so that a unit's gradient does not depend on how many others there are."""
+        ones = torch.ones(units.num_units, dtype=torch.float64)
+        per_unit = units.counts.double() if self.over_rows else ones  # the unit's gradient is the mean over its rows
+        size = units.num_rows if self.over_rows else units.num_units
+        return (size if loss_reduction == "mean" else 1.0) * ones / per_unit
 
 
 class Source:

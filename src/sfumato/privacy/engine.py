@@ -13,7 +13,8 @@ Shapes: R rows, B units. Rows convention: every protected layer sees the rows as
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -23,31 +24,34 @@ from sfumato import checks
 from sfumato.errors import BudgetExhausted, PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
+from sfumato.privacy.adaptive import AdaptiveClip
+from sfumato.privacy.attached import Attached
 from sfumato.privacy.drawing import Part, Source, source_of
-from sfumato.privacy.gradients.bookkeeping import Layer, Tape
-from sfumato.privacy.gradients.clipping import Clip, clip_to, clipped_sums, normalise_to
-from sfumato.privacy.gradients.rules import computed_by_hooks
+from sfumato.privacy.gradients.bookkeeping import Tape
+from sfumato.privacy.gradients.clipping import clipped_sums
+from sfumato.privacy.gradients.groups import WHOLE, Partition, listed, parts_of
+from sfumato.privacy.gradients.groups import Part as ModelPart
 from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.noise import gaussian
+from sfumato.privacy.noise import gaussian, widened
+from sfumato.privacy.passes import Passes
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.sampling import physical_parts, poisson_units
+from sfumato.privacy.watch import Gradients, Watch
 from sfumato.randomness import Random, SecretRandom
 from sfumato.records import Batch
 
-Clipping = Literal["flat", "per_layer", "automatic"]
+Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
 STATE_FORMAT = 1
 
 
-class _Engine:
+class _Engine(Attached):
     """What the private and the ordinary engine share: drawing batches, and following the optimizer's steps."""
-
-    model: nn.Module
 
     def __init__(
         self, model: nn.Module, plan: PrivacyPlan | None, ledger: Ledger | None, random: Random | None
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.plan = plan
         self.ledger = ledger
         self.random: Random = random if random is not None else SecretRandom()
@@ -55,41 +59,11 @@ class _Engine:
         self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
         self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
         self._sampling_rate: float | None = plan.sampling_rate if plan is not None else None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: list[Any] = []
-        self._part: Part | None = None
-        self._draws_batches = False
 
     @property
     def for_release(self) -> bool:
         """False if chance comes from a test source: nothing made with it may be released."""
         return self.random.for_release
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Makes ``optimizer.step()`` private. In place; returns the same object.
-
-        Raises: UsageError if the optimizer does not train exactly the model's trainable parameters, by name.
-        """
-        if self._optimizer is not None:
-            raise UsageError(
-                f"optimizer = {type(optimizer).__name__} · the engine has {type(self._optimizer).__name__} already",
-                next="Use one optimizer (with parameter groups), or call engine.detach() first.",
-            )
-        self._check_optimizer(optimizer)
-        self._optimizer = optimizer
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        return optimizer
-
-    def detach(self) -> None:
-        """Takes the engine off the optimizer and the model: both are ordinary again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._optimizer = None
-        self._part = None
 
     def batches(
         self,
@@ -130,11 +104,7 @@ class _Engine:
         checks.non_negative(steps=steps)
         if max_physical_batch_size is not None:
             checks.positive(max_physical_batch_size=max_physical_batch_size)
-        if self._optimizer is None:
-            raise UsageError(
-                "engine.batches · the engine is not attached, so a step would train nothing",
-                next="Call engine.attach(optimizer) before the loop.",
-            )
+        self._check_attached(max_physical_batch_size)
         self._draws_batches = True
         return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
 
@@ -187,21 +157,6 @@ class _Engine:
             raise UsageError("steps = None · must be given without a plan", next="Give steps=1_000, for example.")
         return max(0, self.plan.steps - self.steps_started)
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        named = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        missing = [name for key, name in named.items() if key not in held]
-        if missing:
-            raise UsageError(
-                f"optimizer · does not train {_listed(missing)}, which the model has as trainable",
-                next="Give the optimizer all trainable parameters, or freeze these with requires_grad_(False).",
-            )
-        if len(held) > len(named):
-            raise UsageError(
-                f"optimizer · also trains {len(held) - len(named)} parameters that are not the model's, unprotected",
-                next="Give the engine the module that holds them all.",
-            )
-
     def _require_stepped(self) -> None:
         """Hook: raises if the batch just yielded went backward, but not through optimizer.step()."""
 
@@ -214,20 +169,15 @@ class _Engine:
     def _reserve(self) -> int | None:
         raise NotImplementedError
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError
-
 
 class DifferentialPrivacyEngine(_Engine):
-    """Differentially private training of one model with one optimizer.
+    """Differentially private training of one model with one optimizer, or with one for each of its parts.
 
     Guarantee: what ``optimizer.step()`` does to the parameters, over all steps together, is (epsilon, delta)-private
     for adding or removing one unit, with ``get_epsilon(delta)``; provided that the batches are Poisson-sampled
     (``engine.batches`` does that; in a hand-written loop it is the loop's promise) and that the loss is one loss per
-    unit, each from that unit's rows alone. Buffers that a forward pass changes are not protected and therefore refused.
+    unit, each from that unit's rows alone. Buffers that a forward pass changes are not protected and therefore refused;
+    so is a frozen parameter that changes.
 
     Args:
       max_grad_norm: C, the bound on a unit's gradient, over all parameters together.
@@ -235,7 +185,10 @@ class DifferentialPrivacyEngine(_Engine):
       expected_batch_size, sampling_rate: B and q; for hand-written loops. ``batches`` finds them itself.
       loss_reduction: how the loop makes one number of its losses: their "mean" or their "sum".
       clipping: "flat", one clip; "per_layer", each of L layers to C / sqrt(L), so that together they keep C;
-        "automatic", AUTO-S, every gradient normalised to about C.
+        "automatic", AUTO-S, every gradient normalised to about C; "adaptive" (or an ``AdaptiveClip``), C follows a
+        quantile of the norms from ``max_grad_norm`` on, and sigma pays for the counting too.
+      parts: parts of the model with a bound each, in place of ``max_grad_norm``, and with a noise multiplier each or
+        ``noise_multiplier`` for all together (gradients/groups.py). A trainable parameter in no part is refused.
       ledger: writes every event durably before the data is touched.
       random: where sampling and noise come from; SecretRandom, unless it is a test.
     """
@@ -244,20 +197,24 @@ class DifferentialPrivacyEngine(_Engine):
         self,
         model: nn.Module,
         *,
-        max_grad_norm: float,
-        noise_multiplier: float,
+        max_grad_norm: float | None = None,
+        noise_multiplier: float | None = None,
         expected_batch_size: float | None = None,
         sampling_rate: float | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
-        clipping: Clipping = "flat",
+        clipping: Clipping | AdaptiveClip = "flat",
+        parts: Mapping[str, ModelPart] | None = None,
         ledger: Ledger | None = None,
         random: Random | None = None,
         plan: DpSgd | None = None,
     ) -> None:
-        checks.positive(max_grad_norm=max_grad_norm)
-        checks.non_negative(noise_multiplier=noise_multiplier)
         checks.one_of(("mean", "sum"), loss_reduction=loss_reduction)
-        checks.one_of(("flat", "per_layer", "automatic"), clipping=clipping)
+        self._adaptive = AdaptiveClip() if clipping == "adaptive" else None
+        if isinstance(clipping, AdaptiveClip):
+            self._adaptive, clipping = clipping, "adaptive"
+        checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=clipping)
+        if self._adaptive is not None and parts is not None:
+            raise UsageError("clipping = adaptive · follows one bound, but parts have several", next="Use 'flat'.")
         super().__init__(model, plan, ledger, random)
         if expected_batch_size is not None:
             checks.positive(expected_batch_size=expected_batch_size)
@@ -266,21 +223,37 @@ class DifferentialPrivacyEngine(_Engine):
             checks.probability(sampling_rate=sampling_rate)
             checks.positive(sampling_rate=sampling_rate)
             self._sampling_rate = float(sampling_rate)
-        self.max_grad_norm = float(max_grad_norm)
-        self.noise_multiplier = float(noise_multiplier)
         self.loss_reduction = loss_reduction
         self.clipping: Clipping = clipping
         self.non_finite = 0  # units whose gradient was not finite, so far; internal, never released
         self._events: list[Event] = []
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._given: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the .grad that we wrote, and its version
-        self._checked_all_recorded = False
-        self._buffers: dict[str, tuple[int, int]] = {}  # when the batch was drawn
+        self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
+        self._checked_all_recorded: set[str] = set()
+        self._watch: Watch | None = None  # since the batch was drawn
         self._tape = Tape(model)
-        if not self._tape.layers:
+        self._gradients = Gradients(model)
+        self._passes = Passes(self._tape, self._trainable)
+        try:
+            if not self._tape.layers:
+                raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
+            self._partition = Partition(
+                self._tape.layers,
+                model,
+                parts=parts,
+                max_grad_norm=max_grad_norm,
+                noise_multiplier=noise_multiplier,
+                clipping=clipping,
+            )
+            # what an event says; for parts, sigma is what it was given as, not what the roundings of its shares make
+            self.noise_multiplier = float(
+                self._partition.noise_multiplier if noise_multiplier is None else noise_multiplier
+            )
+            self._initial_bound = self._partition.max_grad_norm
+            self._share_noise()
+        except Exception:
             self._tape.detach()
-            raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
-        self._refuse_tied_layers()
+            raise
 
     @classmethod
     def from_plan(
@@ -289,12 +262,19 @@ class DifferentialPrivacyEngine(_Engine):
         """The engine that does what the plan says."""
         return cls(
             model,
-            max_grad_norm=plan.max_grad_norm,
+            max_grad_norm=None if plan.parts else plan.max_grad_norm,
             noise_multiplier=plan.noise_multiplier,
+            clipping=plan.clipping,
+            parts=parts_of(plan),
             ledger=ledger,
             random=random,
             plan=plan,
         )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The bound on a unit's gradient over everything; where clipping is adaptive, that of the next step."""
+        return self._partition.max_grad_norm
 
     def detach(self) -> None:
         super().detach()
@@ -320,17 +300,20 @@ class DifferentialPrivacyEngine(_Engine):
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, and up to where the ledger had come. Never the noise, never which units were drawn."""
+        """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
+        noise, never which units were drawn."""
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
             "events": [event.to_dict() for event in self._events],
             "ledger_sequence": self.ledger.sequence if self.ledger is not None else None,
+            **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the count of a stopped run. Raises LedgerError if the state is newer than the ledger."""
         keys = {"format", "steps_started", "events", "ledger_sequence"}
+        keys |= {"max_grad_norm"} if self._adaptive is not None else set()
         if set(state) != keys or state["format"] != STATE_FORMAT:
             raise UsageError(
                 f"state = {sorted(state)} · must have {sorted(keys)} in format {STATE_FORMAT}",
@@ -340,6 +323,9 @@ class DifferentialPrivacyEngine(_Engine):
             self.ledger.require_at_least(int(state["ledger_sequence"]))
         self._events = [Event.from_dict(event) for event in state["events"]]
         self.steps_started = int(state["steps_started"])
+        if self._adaptive is not None:
+            checks.positive(max_grad_norm=state["max_grad_norm"])
+            self._partition.parts[0].max_grad_norm = float(state["max_grad_norm"])
 
     def check_independence(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
         """Raises UnsupportedLayer when one unit's loss or gradient moves with another unit's data, naming the layer.
@@ -374,13 +360,24 @@ class DifferentialPrivacyEngine(_Engine):
         self.steps_started += 1
         return sequence
 
+    def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
+        super()._set_rate(expected_batch_size, num_units)
+        self._share_noise()
+
+    def _share_noise(self) -> None:
+        """Adaptive clipping: what of sigma is left for the gradient. Raises PrivacyRefused before anything is charged."""
+        if self._adaptive is not None and self._expected_batch_size is not None:
+            self._partition.parts[0].noise_multiplier = self._adaptive.gradient_noise_multiplier(
+                self.noise_multiplier, self._expected_batch_size
+            )
+
     def _begin(self) -> None:
-        self._sums = {}
-        self._buffers = _buffer_versions(self.model)
+        self._sums, self._count = {}, 0.0
+        self._watch = Watch(self.model)
 
     def _expect(self, part: Part) -> None:
         self._tape.clear()
-        self._tape.give_rows(part.units.num_rows if part.units is not None else None)
+        self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
         if self._tape.has_records:
@@ -389,6 +386,8 @@ class DifferentialPrivacyEngine(_Engine):
                 "optimizer.step() · was not called after backward(), so the step would be lost",
                 next="Step the optimizer that was attached, once for every batch or part.",
             )
+        if self._part is not None and self._part.stepped and self._part.last:
+            self._commit(self._part)  # of several optimizers, not all were stepped
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(x is not None for x in args[1:]) or kwargs.get("closure") is not None:  # args[0] is the optimizer
@@ -396,31 +395,39 @@ class DifferentialPrivacyEngine(_Engine):
                 f"{type(optimizer).__name__}.step(closure) · would compute gradients that are not protected",
                 next="Call backward() before, and step() without a closure.",
             )
-        self._check_optimizer(optimizer)
+        self._passes.require_step_allowed()
+        name = next(name for name, held in self._optimizers.items() if held is optimizer)
+        self._check_optimizer(optimizer, name)
         if self._tape.rows != 0:  # the gradients of no rows are zero
-            self._check_gradients()
+            self._gradients.check(self._tape, optimizer)
         part = self._part if self._draws_batches else self._hand_written_part()
-        if part is None or part.taken:
+        if part is None or name in part.stepped:
             raise PrivacyRefused(
                 "optimizer.step() · without a batch of its own: every step is charged, and every batch is for one step",
                 next="Step once for every batch that engine.batches gives.",
                 code="step_without_batch",
             )
-        part.taken = True
+        part.stepped.add(name)
         with torch.no_grad():
-            self._add(part)
-            for parameter in self._tape.parameters:
+            self._add(part, name)
+            for parameter in self._parameters_of(name):
                 parameter.grad = None
             if part.last:
-                self._release()
+                self._release(name)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         part = self._part
-        if part is not None and part.last and part.sequence is not None and self.ledger is not None:
+        if self._watch is not None:
+            self._watch.check_step()
+        if part is not None and part.last and len(part.stepped) == len(self._optimizers):
+            self._commit(part)
+        if not self._draws_batches and part is not None and part.last:
+            self._part = None
+
+    def _commit(self, part: Part) -> None:
+        if part.sequence is not None and self.ledger is not None:
             self.ledger.commit(part.sequence)
             part.sequence = None
-        if not self._draws_batches:
-            self._part = None
 
     def _hand_written_part(self) -> Part:
         """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
@@ -431,19 +438,30 @@ class DifferentialPrivacyEngine(_Engine):
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
+        if len(self._optimizers) > 1:
+            raise UsageError(
+                f"optimizer.step() · a hand-written loop with {len(self._optimizers)} optimizers does not say which "
+                "steps are of one batch",
+                next="Use engine.batches(dataset, expected_batch_size=, steps=).",
+            )
         if not self._tape.has_records and self._tape.rows != 0:
             raise UsageError(
                 "optimizer.step() · no backward() came before it", next="Call loss.backward() before optimizer.step()."
             )
-        self._sums = {}
-        sequence = self._reserve()
-        self._part = Part(None, False, True, sequence)
+        more = self._passes.accumulating
+        if self._part is not None and not self._part.last:  # of a batch that was charged with its first micro-batch
+            sequence = self._part.sequence
+        else:
+            self._sums, self._count = {}, 0.0
+            sequence = self._reserve()
+        self._part = Part(None, False, not more, sequence)
         return self._part
 
-    def _add(self, part: Part) -> None:
-        """Adds a part's clipped gradients to the sum of its batch."""
+    def _add(self, part: Part, name: str) -> None:
+        """Adds the clipped gradients of a physical part to the sum of its batch."""
         layers, terms, rows = self._tape.take()
-        self._check_buffers()
+        if self._draws_batches and self._watch is not None:
+            self._watch.check_forward()
         units = part.units if part.units is not None else Units(None, rows)
         if not layers:
             if units.num_rows:
@@ -452,110 +470,65 @@ class DifferentialPrivacyEngine(_Engine):
                     next="Call losses.mean().backward() before optimizer.step().",
                 )
             return
+        others = [str(layer) for layer in layers if name and self._partition.owner(layer).name != name]
+        if others:
+            raise UsageError(
+                f"{type(self._optimizers[name]).__name__}.step() · is for part {name}, but {listed(others)} took part in "
+                "backward()",
+                next=f"Put forward, backward() and step() into `with engine.training({name!r}):`.",
+            )
         if rows:
-            self._check_all_recorded({p for group in terms for term in group for p in term.parameters})
+            self._check_all_recorded(name, {p for group in terms for term in group for p in term.parameters})
         device = layers[0].parameters[0].device
-        scale = self._scale(units, part.over_rows).to(device)
+        scale = part.scale(units, self.loss_reduction).to(device)
         units = units.to(device)
-        clips, group_of = self._clips(layers)
+        clips, group_of = self._partition.clips(layers)
         clipped = clipped_sums(terms, units, scale, clips, group_of)
         self.non_finite += clipped.non_finite
+        if self._adaptive is not None:
+            self._count += self._adaptive.count(clipped.norms[0], self.max_grad_norm)
         for parameter, value in clipped.sums.items():
             self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
 
-    def _scale(self, units: Units, over_rows: bool) -> Tensor:
-        """(B,): undoes the loop's mean, so that a unit's gradient does not depend on how many others there are."""
-        ones = torch.ones(units.num_units, dtype=torch.float64)
-        per_unit = units.counts.double() if over_rows else ones  # the unit's gradient is the mean over its rows
-        size = units.num_rows if over_rows else units.num_units
-        return (size if self.loss_reduction == "mean" else 1.0) * ones / per_unit
-
-    def _clips(self, layers: list[Layer]) -> tuple[list[Clip], list[int]]:
-        match self.clipping:
-            case "flat":
-                return [clip_to(self.max_grad_norm)], [0] * len(layers)
-            case "automatic":
-                return [normalise_to(self.max_grad_norm)], [0] * len(layers)
-            case "per_layer":
-                bound = self.max_grad_norm / math.sqrt(len(self._tape.layers))
-                return [clip_to(bound)] * len(layers), list(range(len(layers)))
-
-    def _release(self) -> None:
-        """.grad = (sum + noise) / expected batch size, in float64 until the last rounding. Then the sum is dropped."""
+    def _release(self, name: str) -> None:
+        """.grad = (sum + noise) / expected batch size + what is public, in float64 until the last rounding."""
         assert self._expected_batch_size is not None
-        std = self.noise_multiplier * self.max_grad_norm
-        self._given = {}
-        for parameter in self._tape.parameters:
-            noisy = gaussian(parameter.numel(), std, self.random).view(parameter.shape).to(parameter.device)
-            if parameter in self._sums:
-                noisy += self._sums[parameter]
-            parameter.grad = noisy.div_(self._expected_batch_size).to(parameter.dtype)
-            self._given[parameter] = (parameter.grad, parameter.grad._version)
-        self._sums = {}
+        for parameter in self._parameters_of(name):
+            total = self._sums.pop(parameter, None)
+            plus = None if total is None else total.reshape(-1).cpu()
+            std = self._partition.part_of[parameter].noise_std
+            noisy = gaussian(parameter.numel(), std, self.random, plus).div_(self._expected_batch_size)
+            gradient = noisy.view(parameter.shape).to(parameter.device)
+            if parameter in self._passes.public:
+                gradient += self._passes.public.pop(parameter)
+            self._gradients.write(parameter, gradient.to(parameter.dtype))
+        if self._adaptive is not None:
+            part, size = self._partition.parts[0], self._expected_batch_size
+            std = widened(self._adaptive.count_std(self.noise_multiplier, size), 0.5, 1)
+            count = gaussian(1, std, self.random, torch.tensor([self._count], dtype=torch.float64))
+            part.max_grad_norm = self._adaptive.next_bound(part.max_grad_norm, float(count), size, self._initial_bound)
+
+    def _parameters_of(self, part: str) -> Iterable[nn.Parameter]:
+        return list(self._tape.parameters if part == WHOLE else self._partition.named(part).parameters)
+
+    def _names_of(self, optimizer: torch.optim.Optimizer, part: str) -> dict[int, str]:
+        if part == WHOLE:
+            return super()._names_of(optimizer, part)
+        return {id(p): name for p, name in self._partition.named(part).parameters.items()}
 
     # -- what must never pass in silence --
 
-    def _check_gradients(self) -> None:
-        """No trainable parameter may be unknown to us, or have a gradient that did not come through the records."""
-        protected = self._tape.parameters
-        unknown = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in protected]
-        if unknown:
-            self._tape.clear()
-            raise UnsupportedLayer(
-                f"{_listed(unknown)} · became trainable after the engine was made, and would train unprotected",
-                next="Freeze it, or call engine.detach() and make a new engine.",
-            )
-        leaked = [name for p, name in protected.items() if p.grad is not None and not self._is_ours(p)]
-        if leaked:
-            self._tape.clear()
-            for p in protected:
-                p.grad = None
-            raise UnsupportedLayer(
-                f"{_listed(leaked)} · got a gradient that was not clipped: it is used outside its module's forward()",
-                next="Call the module instead of reading its weight (or call zero_grad() if you changed .grad).",
-            )
-
-    def _is_ours(self, parameter: nn.Parameter) -> bool:
-        gradient, version = self._given.get(parameter, (None, -1))
-        return parameter.grad is gradient and gradient is not None and gradient._version == version
-
-    def _check_all_recorded(self, recorded: set[nn.Parameter]) -> None:
+    def _check_all_recorded(self, part: str, recorded: set[nn.Parameter]) -> None:
         """At the first step with rows: a parameter that no layer used would only ever receive noise."""
-        if not self._checked_all_recorded:
+        if part not in self._checked_all_recorded:
             names = self._tape.parameters
-            missing = [names[p] for p in names if p.requires_grad and p not in recorded]
+            missing = [names[p] for p in self._parameters_of(part) if p.requires_grad and p not in recorded]
             if missing:
                 raise UsageError(
-                    f"{_listed(missing)} · took no part in the loss, and would receive noise alone",
+                    f"{listed(missing)} · took no part in the loss, and would receive noise alone",
                     next="Use it in the loss, or freeze it with requires_grad_(False).",
                 )
-            self._checked_all_recorded = True
-
-    def _check_buffers(self) -> None:
-        if not self._draws_batches:
-            return
-        after = _buffer_versions(self.model)
-        changed = [name for name, state in self._buffers.items() if after.get(name) != state]
-        if changed:
-            raise UnsupportedLayer(
-                f"{_listed(changed)} · a buffer that the forward pass changed with private data, without noise",
-                next="Use a layer without running averages.",
-            )
-
-    def _refuse_tied_layers(self) -> None:
-        if self.clipping != "per_layer":
-            return
-        users: dict[nn.Parameter, list[str]] = {}
-        for layer in self._tape.layers:
-            for parameter in layer.parameters:
-                users.setdefault(parameter, []).append(layer.name)
-        tied = [" and ".join(names) for names in users.values() if len(names) > 1]
-        if tied:
-            self._tape.detach()
-            raise UnsupportedLayer(
-                f"{_listed(tied)} · share a parameter, which has no layer of its own to be clipped in",
-                next="Use clipping='flat'.",
-            )
+            self._checked_all_recorded.add(part)
 
 
 class NotPrivateEngine(_Engine):
@@ -606,20 +579,29 @@ class NotPrivateEngine(_Engine):
         self._sums = {}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        part = self._part
-        if part is None or part.units is None or self._expected_batch_size is None:
-            return  # a hand-written loop: ordinary training as it is
-        size = (part.units.num_rows if part.over_rows else part.units.num_units) / self._expected_batch_size
+        self._passes.require_step_allowed()
+        part, last = self._part, True
         with torch.no_grad():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.grad is not None and part.units.num_rows:
-                    value = parameter.grad * size
-                    self._sums[parameter] = self._sums[parameter] + value if parameter in self._sums else value
-                parameter.grad = self._sums.get(parameter) if part.last else None
+                gradient = parameter.grad  # in a hand-written loop: ordinary training as it is
+                if part is not None and part.units is not None and self._expected_batch_size is not None:
+                    last = part.last
+                    size = part.units.num_rows if part.over_rows else part.units.num_units
+                    scaled = None if gradient is None or not size else gradient * (size / self._expected_batch_size)
+                    gradient = _added(self._sums.pop(parameter, None), scaled)
+                if last:
+                    parameter.grad = _added(gradient, self._passes.public.pop(parameter, None))
+                elif gradient is not None:
+                    self._sums[parameter], parameter.grad = gradient, None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._part is not None and self._part.last:
-            self._sums = {}
+        """Nothing is charged."""
+
+    def accumulate(self, *, more: bool = True) -> AbstractContextManager[None]:
+        raise UsageError(
+            "engine.accumulate() · without privacy, how many rows a micro-batch of a hand-written loop has is not known",
+            next="Use engine.batches(..., max_physical_batch_size=), or scale and add the losses yourself.",
+        )
 
 
 def make_engine(
@@ -633,18 +615,5 @@ def make_engine(
             return NotPrivateEngine.from_plan(model, plan, random=random)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of all buffers but those that a weight is computed with (power iteration): these never see data."""
-    of_weights: set[int] = set()
-    for module in model.modules():
-        if hasattr(module, "parametrizations"):
-            of_weights |= {id(buffer) for buffer in module.parametrizations.buffers()}  # type: ignore[union-attr, operator]
-        for name in computed_by_hooks(module):
-            of_weights |= {id(x) for key, x in module._buffers.items() if key.startswith(f"{name}_")}
-    return {
-        name: (id(buffer), buffer._version) for name, buffer in model.named_buffers() if id(buffer) not in of_weights
-    }
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -7,7 +7,7 @@ from typing import Any
 from sfumato.errors import UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, plan_to_dict
 from sfumato.reports import Guarantee
 
 NOT_PROMISED = (
@@ -35,7 +35,7 @@ def guarantee(
       boundary: sentences on which data and steps are inside, and what is declared public.
       composed_with: earlier releases on the same account, each with its own figures (they are not added up here).
     """
-    inside = [*boundary, _population_sentence(plan)]
+    inside = [*boundary, *_parts_sentences(plan), _population_sentence(plan)]
     if isinstance(plan, NotPrivate):
         if events_spent:
             raise UsageError(
@@ -79,6 +79,8 @@ def guarantee(
             "expected_batch_size": plan.expected_batch_size,
             "noise_multiplier": plan.noise_multiplier,
             "max_grad_norm": plan.max_grad_norm,
+            "clipping": plan.clipping,
+            **({"parts": plan_to_dict(plan)["parts"]} if plan.parts else {}),
             "steps_planned": plan.steps,
             "steps_spent": sum(event.count for event in events_spent),
             "target_epsilon": plan.target_epsilon,
@@ -121,6 +123,21 @@ def in_words(claim: Guarantee) -> str:
 def _odds(epsilon: float) -> str:
     odds = math.exp(min(epsilon, 700.0))
     return f"{odds:,.2f}" if odds < 10 else f"{odds:,.0f}" if odds < 1e6 else f"{odds:.1e}"
+
+
+def _parts_sentences(plan: PrivacyPlan) -> list[str]:
+    if isinstance(plan, NotPrivate) or not plan.parts:
+        return []
+    noise = plan.part_noise_multipliers()
+    parts = "; ".join(
+        f"{part.name} ({', '.join(module or 'all else that is trained' for module in part.modules)}): gradients of at "
+        f"most {part.max_grad_norm:g}, noise multiplier {noise[part.name]:.4g}"
+        for part in plan.parts
+    )
+    return [
+        f"Parts of the model are noised differently, and charged as one mechanism of noise multiplier "
+        f"{plan.noise_multiplier:.4g}: {parts}. Every other weight was frozen."
+    ]
 
 
 def _population_sentence(plan: PrivacyPlan) -> str:

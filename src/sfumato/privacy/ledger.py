@@ -428,7 +428,8 @@ class Ledger:
             )
         if plan is not None and plan != self.plan:
             held = plan_to_dict(self.plan) if self.plan is not None else {}
-            changed = [key for key, value in plan_to_dict(plan).items() if held.get(key, "nothing") != value]
+            asked = plan_to_dict(plan)
+            changed = [key for key in {**asked, **held} if held.get(key, "nothing") != asked.get(key, "nothing")]
             raise LedgerError(
                 f"plan = another than the ledger's (different: {', '.join(changed)}) · a run keeps its plan",
                 next="Resume with the plan in the run's folder, or begin a new run.",

@@ -1,12 +1,15 @@
 """Gaussian noise from a cryptographic source, hardened against attacks on floating-point numbers.
 
 Mironov (2012) and Jin et al. (2022) read the data back from the low bits of noisy floating-point numbers: a generator
-can only reach a sparse set of doubles, and not every sum lies on it. Holohan & Braghin 2021 (arXiv:2107.10138, section
-on the Gaussian) answer it by giving out (X_1 + ... + X_2n) / sqrt(2n) of independent normals X_i; with 2n = 4, as here,
-an attacker would have to search about 2^159 combinations. The noise is made and added in float64.
+reaches only some doubles, and which ones the sum can be tells what was added. Here neither has low bits. Noise and sum
+are whole multiples of one power of two, ``spacing(std)``, about 2^-30 standard deviations, and are added exactly: every
+release lies on a grid that knows nothing of the data, and rounding a Gaussian to the grid of a value that lies on it is
+post-processing of the Gaussian mechanism. Rounding the sum moves neighbouring sums apart by at most one spacing in each
+of d coordinates, sqrt(d) spacings in length, which ``widened`` pays for with as much more noise.
 
-Differs: the X_i come from the Box-Muller transform on 52-bit uniforms, so each has |X_i| <= sqrt(2 * 52 * ln 2) =
-8.49; what is missing of the normal tail is less than 2^-52 of its mass.
+The normals come from the Box-Muller transform (1958) in float64, of an angle of 52 bits and a radius from a uniform
+number with 52 significant bits however small it is, down to 2^-104: |x| <= 12.0, and a point of the grid is reached in
+some 2^40 ways at least. What is missing is far below any delta.
 """
 
 import math
@@ -18,39 +21,60 @@ from sfumato.randomness import Random
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMMANDS = 4  # 2n of Holohan & Braghin
+GRID_BITS = 30
 
 _CHUNK = 1 << 15  # pairs of normals made at once, so that the work stays in the processor's cache
 _MANTISSA = (1 << 52) - 1
 _ONE = 0x3FF0000000000000  # the bits of 1.0; with 52 random bits below, uniform on [1, 2)
 
 
-def gaussian(count: int, std: float, random: Random) -> "Tensor":
-    """Draws ``count`` independent normals with mean 0 and standard deviation ``std``.
+def spacing(std: float) -> float:
+    """The grid of noise with this standard deviation: the power of two at or just below std / 2^30."""
+    return math.ldexp(1.0, math.floor(math.log2(std)) - GRID_BITS)
+
+
+def widened(std: float, bound: float, dimension: int) -> float:
+    """The standard deviation that makes up for rounding a sum of this L2 sensitivity, in so many coordinates."""
+    return std * (1.0 + 2.0 * spacing(std) * math.sqrt(dimension) / bound) if std > 0 else 0.0
+
+
+def gaussian(count: int, std: float, random: Random, plus: "Tensor | None" = None) -> "Tensor":
+    """Draws ``count`` independent normals with mean 0 and standard deviation ``std``, rounded to their grid.
 
     Guarantee: no two calls share randomness, as long as ``random`` gives out no byte twice.
 
-    Returns: (count,) float64 on the CPU; exact zeros for ``std`` = 0.
+    Args: plus: (count,), on the CPU, is rounded to the same grid and added, exactly while it is below 2^22 ``std``; as it is for
+        ``std`` = 0.
+    Returns: (count,) float64 on the CPU; without ``plus``, exact zeros for ``std`` = 0.
     """
     import torch
 
     checks.non_negative(count=count, std=std)
-    out = torch.zeros(2, (count + 1) // 2, dtype=torch.float64)  # cosines in row 0, sines in row 1
-    if std > 0:
-        for start in range(0, out.shape[1], _CHUNK):
-            _add_normal_pairs(out[:, start : start + _CHUNK], random)
-        out *= std / math.sqrt(SUMMANDS)
-    return out.view(-1)[:count]
+    if std == 0:
+        return torch.zeros(count, dtype=torch.float64) if plus is None else plus.double()
+    step = spacing(std)
+    pairs = torch.empty(2, (count + 1) // 2, dtype=torch.float64)  # cosines in row 0, sines in row 1
+    for start in range(0, pairs.shape[1], _CHUNK):
+        _normal_pairs(pairs[:, start : start + _CHUNK], std / step, random)
+    out = pairs.view(-1)[:count]
+    for start in range(0, count, _CHUNK):
+        part = out[start : start + _CHUNK]
+        if plus is not None:
+            part.add_(plus[start : start + _CHUNK].double().div(step).round_())
+        part.mul_(step)
+    return out
 
 
-def _add_normal_pairs(out: "Tensor", random: Random) -> None:
-    """Adds to out (2, n) SUMMANDS standard normals each; those of one Box-Muller pair go to different rows."""
+def _normal_pairs(out: "Tensor", std: float, random: Random) -> None:
+    """Fills out (2, n) with whole numbers; the two of a Box-Muller pair go to different rows."""
     import torch
 
     pairs = out.shape[1]
-    words = torch.frombuffer(random.bytes(16 * SUMMANDS * pairs), dtype=torch.int64)
-    unit = words.bitwise_and_(_MANTISSA).bitwise_or_(_ONE).view(torch.float64).view(2, SUMMANDS, pairs)
-    radius = (2.0 - unit[0]).log_().mul_(-2.0).sqrt_()  # 2 - [1, 2) is (0, 1]: the logarithm is finite
-    angle = unit[1].mul_(2.0 * math.pi)  # [2 pi, 4 pi)
-    out[0] += (angle.cos() * radius).sum(dim=0)
-    out[1] += (angle.sin_() * radius).sum(dim=0)
+    words = torch.frombuffer(random.bytes(24 * pairs), dtype=torch.int64)
+    unit = words.bitwise_and_(_MANTISSA).bitwise_or_(_ONE).view(torch.float64).view(3, pairs)
+    # the first 52 bits, and 52 more that count where the first are few; 2 - [1, 2) is (0, 1], so no logarithm of 0
+    uniform = unit[0].sub_(1.0).add_(unit[1].neg_().add_(2.0), alpha=2.0**-52)
+    radius = uniform.log_().mul_(-2.0).clamp_(min=0.0).sqrt_().mul_(std)
+    angle = unit[2].mul_(2.0 * math.pi)  # [2 pi, 4 pi)
+    torch.mul(angle.cos(), radius, out=out[0]).round_()
+    torch.mul(angle.sin_(), radius, out=out[1]).round_()

@@ -5,14 +5,15 @@ A plan is complete when it exists: ``DpSgd.calibrated`` finds the noise first, t
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from sfumato import checks
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.adaptive import AdaptiveClip
+from sfumato.privacy.settings import Clipping, PartSettings, PrivacySettings, check_parts, joint_max_grad_norm
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
 LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
@@ -35,6 +36,10 @@ class DpSgd:
       steps: T, the most steps that may ever be taken.
       noise_multiplier: sigma, standard deviation / clipping bound; 0 is no noise, and epsilon infinite.
       max_grad_norm: C, the clipping bound over all parameters together.
+      clipping: flat, per_layer, automatic or adaptive, as in ``PrivacySettings``; however it is done, one unit moves the
+        sum by at most C. With adaptive, C is where the bound begins, and sigma is of gradient and count together.
+      parts: each with its own C_m and share of 1/sigma^2, so that its noise is sigma / sqrt(share) times C_m; sigma is of
+        all together, and ``max_grad_norm`` is sqrt(sum C_m^2). What is in no part is frozen.
       records_per_unit: k, at most so many records of a unit are used in a step.
       target_epsilon: what was asked for, if the noise was calibrated to it.
       population_from_data: N was counted in the data and is hereby declared public.
@@ -54,16 +59,43 @@ class DpSgd:
     adjacency: Literal["add_or_remove"] = "add_or_remove"
     target_epsilon: float | None = None
     population_from_data: bool = False
+    clipping: Clipping = "flat"
+    parts: tuple[PartSettings, ...] = ()
 
     def __post_init__(self) -> None:
         _check_sizes(self)
         checks.positive(max_grad_norm=self.max_grad_norm)
+        checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=self.clipping)
         checks.non_negative(noise_multiplier=self.noise_multiplier)
         checks.one_of(("add_or_remove",), adjacency=self.adjacency)
         if not 0 < self.delta < 1:
             raise UsageError(
                 f"delta = {self.delta} · must be between 0 and 1, both excluded", next="Give about 1/(N ln N)."
             )
+        if self.parts:
+            object.__setattr__(self, "parts", self._checked_parts())
+        if self.clipping == "adaptive":
+            AdaptiveClip().gradient_noise_multiplier(self.noise_multiplier, self.expected_batch_size)  # or it refuses
+
+    def _checked_parts(self) -> tuple[PartSettings, ...]:
+        """The parts, every one with its share."""
+        check_parts(self.parts)
+        joint = joint_max_grad_norm(self.parts)
+        if self.clipping == "adaptive" or not math.isclose(self.max_grad_norm, joint, rel_tol=1e-9):
+            raise UsageError(
+                f"clipping = {self.clipping}, max_grad_norm = {self.max_grad_norm} · with these parts it must not be "
+                f"adaptive, and {joint:.6g}",
+                next="Take max_grad_norm from the parts: sqrt(sum C_m^2).",
+            )
+        return tuple(
+            part if part.share is not None else replace(part, share=(part.max_grad_norm / joint) ** 2)
+            for part in self.parts
+        )
+
+    def part_noise_multipliers(self) -> dict[str, float]:
+        """sigma_m = sigma / sqrt(share) of every part; (sum sigma_m^-2)^(-1/2) is sigma."""
+        shares = {part.name: part.share or 0.0 for part in self.parts}  # each > 0: __post_init__ has filled them in
+        return {name: self.noise_multiplier * math.sqrt(sum(shares.values()) / share) for name, share in shares.items()}
 
     @property
     def sampling_rate(self) -> float:
@@ -98,10 +130,13 @@ class DpSgd:
         unit: str = "record",
         records_per_unit: int = 1,
         population_from_data: bool = False,
+        clipping: Clipping = "flat",
+        parts: tuple[PartSettings, ...] = (),
     ) -> "DpSgd":
         """The plan with the least noise whose ``epsilon()`` is at most ``epsilon``."""
         sizes = {"population": population, "expected_batch_size": expected_batch_size, "steps": steps, "delta": delta}
-        rest = {"max_grad_norm": max_grad_norm, "unit": unit, "records_per_unit": records_per_unit}
+        rest: dict[str, Any] = {"max_grad_norm": max_grad_norm, "unit": unit, "records_per_unit": records_per_unit}
+        rest |= {"clipping": clipping, "parts": parts}
         cls(**sizes, **rest, noise_multiplier=0.0)  # every other value is checked before the search
         noise_multiplier = accounting.calibrate(
             epsilon=epsilon, delta=delta, sampling_rate=expected_batch_size / population, steps=steps
@@ -246,6 +281,7 @@ def _dp_sgd(
     if refusals or not possible:
         return None, refusals
     values = {**sizes, "delta": delta, "max_grad_norm": settings.max_grad_norm}
+    values |= {"clipping": settings.clipping, "parts": settings.parts}
     try:
         if noise is not None:
             plan = DpSgd(**values, noise_multiplier=noise, adjacency=settings.adjacency)
@@ -360,9 +396,16 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
 
 
 def plan_to_dict(plan: PrivacyPlan) -> dict[str, Any]:
-    """Plain JSON values; ``kind`` says which plan it is."""
+    """Plain JSON values; ``kind`` says which plan it is. ``clipping`` and ``parts`` are left out where they say nothing,
+    so that a plan without them is written, and hashed, as it always was."""
     kind = "dp_sgd" if isinstance(plan, DpSgd) else "none"
-    return {"kind": kind, **asdict(plan)}
+    values = asdict(plan)
+    for name, default in (("clipping", "flat"), ("parts", ())):
+        if values.get(name) == default:
+            del values[name]
+    if "parts" in values:
+        values["parts"] = [{**part, "modules": list(part["modules"])} for part in values["parts"]]
+    return {"kind": kind, **values}
 
 
 def plan_from_dict(values: Any) -> PrivacyPlan:
@@ -376,7 +419,9 @@ def plan_from_dict(values: Any) -> PrivacyPlan:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UsageError(f"plan.kind = {kind!r} · must be dp_sgd or none", next="It was written by something else.")
-    _check_types(rest)
+    _check_types("plan", rest, _TYPES)
+    if "parts" in rest:
+        rest["parts"] = tuple(_part_from_dict(part) for part in rest["parts"])
     try:
         return kinds[kind](**rest)
     except (TypeError, OverflowError) as error:
@@ -397,15 +442,39 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "adjacency": (str,),
     "target_epsilon": (int, float, type(None)),
     "population_from_data": (bool,),
+    "clipping": (str,),
+    "parts": (list,),
+}
+_PART_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "modules": (list,),
+    "max_grad_norm": (int, float),
+    "share": (int, float),
 }
 
 
-def _check_types(values: dict[str, Any]) -> None:
+def _part_from_dict(values: Any) -> PartSettings:
+    if not isinstance(values, dict) or set(values) != {field.name for field in fields(PartSettings)}:
+        given = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise UsageError(
+            f"plan.parts = {given} · must have exactly {', '.join(_PART_TYPES)}",
+            next="It was written by another version, or changed.",
+        )
+    _check_types("plan.parts", values, _PART_TYPES)
+    if not all(type(module) is str for module in values["modules"]):
+        raise UsageError("plan.parts.modules · must be text", next="It was written by something else, or changed.")
+    try:
+        return PartSettings(**{**values, "modules": tuple(values["modules"])})
+    except OverflowError as error:
+        raise UsageError(f"plan.parts · {error}", next="It was written by something else, or changed.") from None
+
+
+def _check_types(where: str, values: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
     for key, value in values.items():
-        if key in _TYPES and type(value) not in _TYPES[key]:
-            names = " or ".join(kind.__name__ for kind in _TYPES[key])
+        if key in types and type(value) not in types[key]:
+            names = " or ".join(kind.__name__ for kind in types[key])
             raise UsageError(
-                f"plan.{key} = {value!r} · must be {names}", next="It was written by another version, or changed."
+                f"{where}.{key} = {value!r} · must be {names}", next="It was written by another version, or changed."
             )
 
 

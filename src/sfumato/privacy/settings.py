@@ -1,10 +1,64 @@
 """What the user asks of privacy; ``plan.make_plan`` turns it, with the data's public size, into a ``PrivacyPlan`` or refuses."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from sfumato import checks
 from sfumato.errors import UsageError
+
+DEFAULT_MAX_GRAD_NORM = 1.0
+Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSettings:
+    """A part of the model that is clipped by itself.
+
+    Attributes:
+      name: of the part, in messages and reports.
+      modules: names of modules (or parameters); a parameter belongs to the part that names it most precisely, "" is all
+        that no other part names.
+      max_grad_norm: C_m, the bound on a unit's gradient over this part.
+      share: of 1/sigma^2, what part of the guarantee it uses: its own noise multiplier is sigma / sqrt(share). The shares
+        of all parts are 1 together. None, for all parts: C_m^2 / sum C^2, which is the same noise on every part.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    max_grad_norm: float
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive(max_grad_norm=self.max_grad_norm)
+        if not self.name.strip() or not self.modules:
+            raise UsageError(
+                f"part = {self.name!r}, modules = {list(self.modules)} · a part has a name and at least one module",
+                next="For example {name: text, modules: [text_encoder], max_grad_norm: 0.5}.",
+            )
+        if self.share is not None:
+            checks.positive(share=self.share)
+            checks.probability(share=self.share)
+
+
+def joint_max_grad_norm(parts: tuple[PartSettings, ...]) -> float:
+    """sqrt(sum C_m^2): the bound on a unit's gradient over all parts together."""
+    return math.sqrt(sum(part.max_grad_norm**2 for part in parts))
+
+
+def check_parts(parts: tuple[PartSettings, ...]) -> None:
+    """Raises UsageError for names that occur twice, or shares that are not 1 together."""
+    names = [part.name for part in parts]
+    modules = [module for part in parts for module in part.modules]
+    twice = sorted({name for name in names if names.count(name) > 1} | {m for m in modules if modules.count(m) > 1})
+    if twice:
+        raise UsageError(f"parts · {', '.join(map(repr, twice))} occurs twice", next="Name every part and module once.")
+    shares = [part.share for part in parts if part.share is not None]
+    if shares and (len(shares) < len(parts) or not math.isclose(sum(shares), 1.0, rel_tol=1e-9)):
+        raise UsageError(
+            f"share = {', '.join(f'{part.name}: {part.share}' for part in parts)} · must be 1 together, or missing in all",
+            next="Give every part a share of the guarantee, 0.5 and 0.5 for example.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +70,10 @@ class PrivacySettings:
     population: N, the public number of units; None takes the number in the data and *declares it public*.
     epsilon: the target; or give noise_multiplier instead. Exactly one of the two.
     delta: "auto" is 1/(N ln N).
+    max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out.
+    clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
+      of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
+    parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
     """
 
@@ -27,7 +85,9 @@ class PrivacySettings:
     epsilon: float | None = 8.0
     noise_multiplier: float | None = None
     delta: float | Literal["auto"] = "auto"
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = DEFAULT_MAX_GRAD_NORM
+    clipping: Clipping = "flat"
+    parts: tuple[PartSettings, ...] = ()
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
@@ -46,6 +106,20 @@ class PrivacySettings:
         if self.delta != "auto":
             checks.probability(delta=self.delta)
             checks.positive(delta=self.delta)
+        if self.parts:
+            check_parts(self.parts)
+            if self.clipping == "adaptive":
+                raise UsageError(
+                    "clipping = adaptive · follows one bound, but parts have several",
+                    next="Set privacy.clipping: flat.",
+                )
+            joint = joint_max_grad_norm(self.parts)
+            if self.max_grad_norm not in (DEFAULT_MAX_GRAD_NORM, joint):
+                raise UsageError(
+                    f"max_grad_norm = {self.max_grad_norm} · every part has its own; together they make {joint:.6g}",
+                    next="Leave out privacy.max_grad_norm.",
+                )
+            object.__setattr__(self, "max_grad_norm", joint)
         if self.unit == "record" and self.records_per_unit != 1:
             raise UsageError(
                 f"records_per_unit = {self.records_per_unit} · must be 1 when unit is record",

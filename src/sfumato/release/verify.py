@@ -252,6 +252,10 @@ class _Bundle:
                 raise _failed(
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
+        mechanism = privacy["mechanism"]
+        for key, of in (("clipping", lambda values: values.get("clipping", "flat")), ("parts", _parts)):
+            if of(asked) != of(mechanism):
+                raise _failed(f"{key}: the recipe says {str(of(asked))[:60]!r}, the claim {str(of(mechanism))[:60]!r}")
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
@@ -265,7 +269,7 @@ class _Bundle:
     def ledger(self) -> str:
         """The ledger's chain, its plan and its events are those of the claim."""
         from sfumato.privacy import ledger
-        from sfumato.privacy.plan import DpSgd
+        from sfumato.privacy.plan import DpSgd, plan_to_dict
 
         privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
         try:
@@ -286,6 +290,8 @@ class _Bundle:
                 for key in ("delta", "population", "unit", "records_per_unit", "adjacency")
             },
             **{key: (mechanism.get(key), getattr(plan, key)) for key in MECHANISM_KEYS},
+            "clipping": (mechanism.get("clipping", "flat"), plan.clipping),  # bundles were written without it
+            "parts": (mechanism.get("parts", []), plan_to_dict(plan).get("parts", [])),
             "steps_planned": (mechanism.get("steps_planned"), plan.steps),
             "steps_spent": (mechanism.get("steps_spent"), steps),
         }
@@ -350,6 +356,14 @@ class _Bundle:
         if wrong:
             raise _failed("README.md: " + "; ".join(wrong[:5]))
         return "the figures of README.md are those of the reports"
+
+
+def _parts(values: dict[str, Any]) -> Any:
+    """What a recipe and a claim both say of every part; in a recipe the shares may be left to the plan."""
+    parts = values.get("parts", [])
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return parts
+    return [[part.get(key) for key in ("name", "modules", "max_grad_norm")] for part in parts]
 
 
 def _walk(folder: Path) -> dict[str, int]:

@@ -11,7 +11,6 @@ from tests.oracles import one_unit_at_a_time, relative, released, table_of
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer
-from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.privacy.gradients.clipping import clip_to, clipped_sums, normalise_to
 from sfumato.privacy.gradients.reference import clipped_sum, per_unit_gradients
 from sfumato.privacy.gradients.terms import PerRow, Units
@@ -66,14 +65,6 @@ def test_the_package_reference_and_the_oracle_of_the_tests_agree():
 
     reference = clipped_sum(per_unit_gradients(model, lambda batch: losses(model, batch), batch), 0.3)
     assert relative(reference, one_unit_at_a_time(model, losses, batch, 0.3)) <= 1e-12
-
-
-def test_layers_that_share_a_parameter_have_no_layer_of_their_own():
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
-    model[1].weight = model[0].weight
-    with pytest.raises(UnsupportedLayer, match=r"0 and 1 · share a parameter.*flat"):
-        DifferentialPrivacyEngine(model, max_grad_norm=1.0, noise_multiplier=1.0, clipping="per_layer")
-    assert "forward" not in vars(model[0])
 
 
 class Positions(nn.Module):

@@ -20,6 +20,7 @@ from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.reference import clipped_sum
 from sfumato.privacy.gradients.rules import RowByRow
+from sfumato.privacy.gradients.terms import Units
 from sfumato.randomness import TestRandom
 
 
@@ -313,11 +314,11 @@ def test_what_was_seen_to_be_shared_once_is_shared_also_when_chance_hides_it():
     model = Uses(use, 4)
     tape, mask = Tape(model), torch.randn(4, 4)
     for rows in (3, 4):
-        tape.give_rows(rows)
+        tape.give_units(Units(None, rows))
         y = model(torch.zeros(rows, 4, 4), mask)
         assert ((y == 0) | (y - 2 * mask * model.weight).abs().lt(1e-6)).all()
     fresh = Uses(use, 4)
-    Tape(fresh).give_rows(4)
+    Tape(fresh).give_units(Units(None, 4))
     with pytest.raises(UnsupportedLayer, match="Uses · gives for a batch something else"):
         fresh(torch.zeros(4, 4, 4), mask)
 
@@ -342,7 +343,7 @@ def test_a_module_that_cannot_go_row_by_row_is_named(name):
     use, message = BAD[name]
     model = Uses(use, 4)
     model.found = []  # type: ignore[assignment]
-    Tape(model).give_rows(5)
+    Tape(model).give_units(Units(None, 5))
     with pytest.raises(UnsupportedLayer, match=message):
         model(torch.randn(5, 4))
     assert "kept" not in vars(model)
@@ -359,10 +360,10 @@ def test_a_change_in_place_is_made_once_or_refused():
 
     x = torch.ones(5, 4)
     model = Uses(plain, 4)
-    Tape(model).give_rows(5)
+    Tape(model).give_units(Units(None, 5))
     torch.testing.assert_close(model(x), 2 * model.weight.expand(5, 4))
     model = Uses(twice, 4)
-    Tape(model).give_rows(5)
+    Tape(model).give_units(Units(None, 5))
     with pytest.raises(UnsupportedLayer, match="Uses · changes an argument or a buffer in place"):
         model(torch.ones(5, 4))
 
@@ -374,7 +375,7 @@ def test_a_running_average_in_a_module_that_goes_row_by_row_is_refused():
 
     model = Uses(use, 4)
     model.register_buffer("mean", torch.zeros(4))
-    Tape(model).give_rows(5)
+    Tape(model).give_units(Units(None, 5))
     with pytest.raises(UnsupportedLayer, match="a buffer in place"):
         model(torch.randn(5, 4))
 
@@ -382,7 +383,7 @@ def test_a_running_average_in_a_module_that_goes_row_by_row_is_refused():
 def test_bags_with_offsets_are_refused():
     """All words of the batch in one dimension: no leading rows."""
     model = nn.EmbeddingBag(7, 3)
-    Tape(model).give_rows(3)
+    Tape(model).give_units(Units(None, 3))
     with pytest.raises(UnsupportedLayer, match="EmbeddingBag"):
         model(torch.tensor([1, 2, 4, 5, 6]), torch.tensor([0, 2, 3]))
 
@@ -402,7 +403,7 @@ def test_a_layer_called_on_other_rows_too_is_refused_by_name():
         def forward(self, x: Tensor) -> Tensor:
             return use(self, x)
 
-    with pytest.raises(UnsupportedLayer, match=r"rows, 3, in every layer, but is in layer \(Linear\): \[3, 6\]"):
+    with pytest.raises(UnsupportedLayer, match=r"layer \(Linear\) · was called with different numbers of rows"):
         released(Both(), losses, table_of({"x": torch.randn(3, 4), "weight": torch.ones(3)}, [1] * 3))
 
 
@@ -433,12 +434,11 @@ def test_layers_inside_a_module_with_bare_parameters_keep_their_rules():
     """Each is called with all rows, and records for itself."""
     model = everything()
     tape = Tape(model)
-    tape.give_rows(5)
+    tape.give_units(Units(None, 5))
     for _ in range(2):
         model(torch.randn(5, 1, 4, 4)).sum().backward()
-        assert all(layer.calls for layer in tape.layers)
-        assert [len(call) for call in tape.layers[1].calls] == [2]  # input and output gradient, of a convolution
-        assert tape.layers[1].calls[0][0].shape == (5, 1, 4, 4)
+        assert all(layer.calls or layer.terms for layer in tape.layers)
+        assert [type(term).__name__ for term in tape.layers[1].terms] == ["Convolution", "PerRow"]
         tape.clear()
     found = {layer.name: type(layer.rule).__name__ for layer in tape.layers}
     assert found == {
@@ -488,7 +488,7 @@ def test_a_computed_weight_is_computed_once_for_all_rows():
 
     model = nn.Linear(3, 3)
     nn.utils.parametrize.register_parametrization(model, "weight", Counted())
-    Tape(model).give_rows(20)
+    Tape(model).give_units(Units(None, 20))
     x = torch.randn(20, 3)
     model(x)  # the first time it is also run as it is
     calls.clear()
@@ -598,7 +598,7 @@ def test_a_lazy_layer_that_has_run_once_is_an_ordinary_one():
 
 def test_a_second_derivative_through_a_recorded_layer_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Positions())
-    Tape(model).give_rows(4)
+    Tape(model).give_units(Units(None, 4))
     x = torch.randn(4, 4, 4, requires_grad=True)
     with pytest.raises(UnsupportedLayer, match="a second derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sfumato.privacy.gradients.terms import Convolution, Geometry, Lookup, Outer, PerRow, Term, Units
+from sfumato.privacy.gradients.convolution import Convolution, Geometry
+from sfumato.privacy.gradients.terms import Lookup, Outer, PerRow, Term, Units
 
 LINEAR = nn.Linear(300, 200)
 BIAS = LINEAR.bias
@@ -30,7 +31,7 @@ def true_squares(term: Outer, units: Units) -> torch.Tensor:
     twin = Outer(LINEAR.weight, BIAS, term.inputs.double(), term.outputs.double())
     out = []
     for unit in range(units.num_units):
-        sums = twin.gradient_of(units.rows_of(unit))
+        sums = twin.gradient_of(unit, units)
         out.append(sum(float(value.square().sum()) for value in sums.values()))
     return torch.tensor(out, dtype=torch.float64)
 
@@ -38,22 +39,26 @@ def true_squares(term: Outer, units: Units) -> torch.Tensor:
 @pytest.mark.parametrize("opposite", [False, True])
 @pytest.mark.parametrize("positions", [2, 8, 400])
 def test_a_norm_in_single_precision_is_never_below_the_true_one(positions, opposite):
-    torch.manual_seed(0)
-    term = outer(20, positions, opposite=opposite)
     for units in (Units(None, 20), Units(torch.arange(20) // 3, 7)):
-        computed, true = term.squared_norms(units), true_squares(term, units)
+        torch.manual_seed(0)
+        term = outer(20, positions, opposite=opposite)
+        true = true_squares(term, units)
+        computed = term.squared_norms(units)
         if positions < 400:  # beyond, the gradient is formed, and its own norm counts
             assert (computed >= true).all()
         if not opposite:  # the price of certainty, for positions that have nothing in common
             assert (computed <= true * (1 + 1.3e-4 * 3 * positions)).all()
 
 
-def test_single_precision_sums_of_millions_of_squares_are_not_below():
-    """float32 vector_norm is (performance.md: 1e-3 at 20 million); equal squares are its worst case."""
-    gradients = torch.full((1, 3_000_000), 0.1)
-    term = PerRow(nn.Parameter(torch.zeros(3_000_000)), gradients)
-    true = 3_000_000 * float(gradients[0, 0].double()) ** 2
-    assert float(term.squared_norms(Units(None, 1))) == pytest.approx(true, rel=1e-13)
+@pytest.mark.parametrize("size", [1, 127, 129, 5_000_003])
+@pytest.mark.parametrize("value", [0.1, 1.0, 3e-20, 1e-30])
+def test_the_norm_of_millions_of_numbers_is_not_below_and_hardly_above(size, value):
+    """float32 vector_norm over the whole is below by 1e-4 at 5 million; equal numbers are its worst case, and squares
+    below the smallest float are lost."""
+    gradients = torch.full((1, size), value)
+    true = size * float(gradients[0, 0].double()) ** 2
+    computed = float(PerRow(nn.Parameter(torch.zeros(size)), gradients).squared_norms(Units(None, 1)))
+    assert true <= computed <= true * (1 + 2e-5) + size * 2e-38
 
 
 @settings(max_examples=20, deadline=None)
@@ -95,13 +100,13 @@ def test_a_forgotten_row_contributes_exactly_zero_also_where_it_is_not_finite():
         x[1], g[1, 0, 0] = math.inf, math.nan
         term = make(x, g)
         assert not torch.isfinite(term.squared_norms(Units(None, 3))[1])
-        term.forget(bad)
+        term.forget(bad, Units(None, 3))
         for a, b in zip(
             term.sums(torch.ones(3, dtype=torch.float64), Units(None, 3)).values(),
             clean.sums(torch.ones(2, dtype=torch.float64), Units(None, 2)).values(),
             strict=True,
         ):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_units_know_their_rows():

@@ -6,6 +6,7 @@ Only ``forward`` of the single layers is replaced, on the instance. The model's 
 hooks, ``save`` and ``deepcopy`` are as before; a copy is an ordinary, unprotected model.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
 from sfumato.privacy.gradients.rules import (
     Call,
     Record,
@@ -26,7 +28,7 @@ from sfumato.privacy.gradients.rules import (
     rule_for,
     trainable,
 )
-from sfumato.privacy.gradients.terms import Term
+from sfumato.privacy.gradients.terms import Term, Units
 
 _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
     (
@@ -56,6 +58,14 @@ class Layer:
     rule: Rule
     parameters: list[nn.Parameter]
     calls: list[Call] = field(default_factory=list)
+    awaited: int = 0  # calls of this step that have not come back in the backward pass
+    terms: list[Term] = field(default_factory=list)  # of calls whose norms were taken already
+    alone: bool = True  # no other layer has one of its parameters
+
+    @property
+    def has_other_rows(self) -> bool:
+        """Its calls were not all with the same rows, so that they cannot be added up row by row."""
+        return len({call[-1].shape[0] for call in self.calls if call[-1].dim() > 0}) > 1
 
     def __str__(self) -> str:
         return f"{self.name or 'model'} ({type(self.module).__name__})"
@@ -76,11 +86,16 @@ class Tape:
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
+        self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
         self._running: list[int] = []  # backward passes, each started inside the one before, by a checkpoint
         self._outermost: dict[int, int] = {}
+        self.units: Units | None = None  # whose the rows are: norms are then taken during the backward pass
         self._by_module = {id(layer.module): layer for layer in self.layers}
+        users = Counter(id(p) for layer in self.layers for p in layer.parameters)
+        for layer in self.layers:
+            layer.alone = all(users[id(p)] == 1 for p in layer.parameters)
         self.call: Callable[..., Any] = torch.compiler.disable(self._call)
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
@@ -90,7 +105,7 @@ class Tape:
 
     @property
     def has_records(self) -> bool:
-        return any(layer.calls for layer in self.layers)
+        return any(layer.calls or layer.terms for layer in self.layers)
 
     def detach(self) -> None:
         """Gives the modules their own ``forward`` back."""
@@ -102,15 +117,18 @@ class Tape:
     def clear(self) -> None:
         for layer in self.layers:
             layer.calls.clear()
+            layer.terms = []
+            layer.awaited = 0
         self._pass = None
         self._running.clear()
         self._outermost.clear()
         if not self.rows_are_given:
-            self.rows = None
+            self.rows = self.units = None
 
-    def give_rows(self, rows: int | None) -> None:
-        """Says what R is, or (None) that the model's input shows it."""
-        self.rows, self.rows_are_given = rows, rows is not None
+    def give_units(self, units: Units | None) -> None:
+        """Says whose the rows are, or (None) that the model's input shows R and each row is a unit."""
+        self.units, self.rows_are_given = units, units is not None
+        self.rows = units.num_rows if units is not None else None
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, recorded. Inside torch.compile it runs as it is: a compiled record would be lost."""
@@ -120,14 +138,16 @@ class Tape:
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
+            self.units = None if self.rows is None else Units(None, self.rows)
         if not recording or layer is None or self.rows == 0 or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
+        record = self.recorder_of(layer)
         if not isinstance(layer.rule, RowByRow):
             args, kwargs = layer.rule.over_rows(self._with_rows(), args, kwargs)
-            return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
+            return layer.rule.forward(module, record, *args, **kwargs)
         self._inside += 1
         try:
-            return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
+            return layer.rule.forward(module, record, *args, **kwargs)
         finally:
             self._inside -= 1
 
@@ -154,27 +174,65 @@ class Tape:
             )
         return self._outermost.get(number, number)
 
+    def recorder_of(self, layer: Layer) -> "_Recorder":
+        """For one call of the layer."""
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # no checkpointed part, run once more
+            layer.awaited += 1
+        return _Recorder(self, layer)
+
     def layer_of(self, module: nn.Module) -> Layer | None:
         return self._by_module.get(id(module))
 
     def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
-            return
+            raise UsageError(
+                f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
+                next="Put the forward pass inside as well, or the backward pass outside.",
+            )
         number = self._current_pass()
         if self._pass is None:
             self._pass = number
-        elif self._pass != number:
+        elif self._pass != number and not self.several_passes:
             raise UsageError(
                 "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
-                next="Add the losses up and call backward() once; for large batches use "
-                "engine.batches(..., max_physical_batch_size=) and step after every part.",
+                next="Add the losses up and call backward() once, or: several losses of the same units go inside "
+                "engine.same_units(), a loss without private data inside engine.public(), a pass that should train "
+                "nothing inside engine.frozen(), parts of one batch through max_physical_batch_size= or "
+                "engine.accumulate(), each with a step of its own.",
             )
         layer.calls.append(tensors)
+        if layer.rule.piecewise:
+            return
+        layer.awaited -= 1
+        if layer.awaited == 0 and layer.alone and self.units is not None and not self.several_passes:
+            self._take_norms(layer, self.units)
+
+    @torch.no_grad()
+    def _take_norms(self, layer: Layer, units: Units) -> None:
+        """While the numbers are in the cache; and what is not needed for the sum is let go before the next layer."""
+        if layer.has_other_rows:
+            return  # left to ``take``
+        terms = layer.rule.terms(layer.module, layer.calls)
+        units = units.to(layer.parameters[0].device)
+        used = Counter(id(p) for term in terms for p in term.parameters)
+        if any(count > 1 for count in used.values()) or any(term.num_rows != units.num_rows for term in terms):
+            return  # left to ``take``
+        for term in terms:
+            term.squared(units)
+        layer.terms += terms
+        layer.calls.clear()
 
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
-        called = [layer for layer in self.layers if layer.calls]
-        terms = [self._terms_of(layer) for layer in called]
+        called = [layer for layer in self.layers if layer.calls or layer.terms]
+        others = [str(layer) for layer in called if layer.has_other_rows]
+        if others:
+            self.clear()
+            raise UnsupportedLayer(
+                f"{', '.join(others)} · was called with different numbers of rows before one step",
+                next="Keep the rows as the leading dimension; a pass over other rows is a step of its own.",
+            )
+        terms = [layer.terms + (layer.rule.terms(layer.module, layer.calls) if layer.calls else []) for layer in called]
         called, terms = self._to_their_layers(called, terms)
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
@@ -186,18 +244,14 @@ class Tape:
                 for layer, group in zip(called, terms, strict=True)
                 if any(t.num_rows != expected for t in group)
             ]
-            raise self._not_the_rows("; ".join(wrong))
+            shown = f", {expected}," if expected else ""
+            self.clear()
+            raise UnsupportedLayer(
+                f"leading dimension · must be the batch's rows{shown} in every layer, but is in " + "; ".join(wrong),
+                next="Keep the rows as the leading dimension; put draws and positions after it.",
+            )
         self.clear()
         return called, terms, rows.pop() if rows else 0
-
-    def _terms_of(self, layer: Layer) -> list[Term]:
-        try:
-            return layer.rule.terms(layer.module, layer.calls)
-        except RuntimeError as error:
-            sizes = {x.shape[0] for call in layer.calls for x in call if x.dim() > 0}
-            if len(sizes) < 2:
-                raise
-            raise self._not_the_rows(f"{layer}: {sorted(sizes)}") from error
 
     def _to_their_layers(self, called: list[Layer], terms: list[list[Term]]) -> tuple[list[Layer], list[list[Term]]]:
         """A module that went row by row as a whole also tells of the layers inside it: their terms go to them."""
@@ -211,14 +265,6 @@ class Tape:
                 found.setdefault(id(owners[id(term.parameters[0])]), []).append(term)
         layers = [layer for layer in self.layers if id(layer) in found]
         return layers, [found[id(layer)] for layer in layers]
-
-    def _not_the_rows(self, where: str) -> UnsupportedLayer:
-        shown = f", {self.rows}," if self.rows else ""
-        self.clear()
-        return UnsupportedLayer(
-            f"leading dimension · must be the batch's rows{shown} in every layer, but is in {where}",
-            next="Keep the rows as the leading dimension; put draws and positions after it.",
-        )
 
 
 class _Recorder:
@@ -244,10 +290,10 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tape.call(self.module, args, kwargs)
 
-    def served(self) -> tuple[Rule, Record] | None:
-        """The rule of this layer, and what it is to record with; None where it is not a recorded layer."""
+    def served(self) -> tuple[Rule, Callable[[], Record]] | None:
+        """The rule of this layer, and what makes a record of one call; None where it is not a recorded layer."""
         layer = self.tape.layer_of(self.module)
-        return None if layer is None else (layer.rule, _Recorder(self.tape, layer))
+        return None if layer is None else (layer.rule, lambda: self.tape.recorder_of(layer))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
         return plain_forward, (self.module,)

@@ -62,9 +62,8 @@ def clipped_sums(
     for norm in norms:
         bad |= ~torch.isfinite(norm)
     if bad.any():
-        rows = units.spread(bad)
         for term in terms:
-            term.forget(rows)
+            term.forget(bad, units)
     factors = [torch.where(bad, 0.0, clip(norm) * scale) for clip, norm in zip(clips, norms, strict=True)]
     sums: Sums = {}
     for layer, group in zip(layers, group_of, strict=True):
@@ -90,7 +89,7 @@ def _squared_norms(layers: list[list[Term]], units: Units) -> list[Tensor]:
         total = torch.zeros(units.num_units, dtype=torch.float64, device=_device(group))
         for term in group:
             if id(term) not in shared:
-                total += term.squared_norms(units)
+                total += term.squared(units)
             elif id(term) not in done:
                 together = _connected(term, users)
                 done |= {id(other) for other in together}
@@ -116,7 +115,7 @@ def _formed_squared_norms(terms: list[Term], units: Units) -> Tensor:
     for unit in range(units.num_units):
         total: Sums = {}
         for term in terms:
-            for parameter, value in term.gradient_of(units.rows_of(unit)).items():
+            for parameter, value in term.gradient_of(unit, units).items():
                 total[parameter] = total[parameter] + value if parameter in total else value
         out[unit] = sum(squares(value.reshape(1, -1))[0] for value in total.values())
     return out

@@ -3,7 +3,7 @@
 Shapes: R rows, B units, P parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,26 @@ def clipped_sum(gradients: Tensor, max_grad_norm: float) -> Tensor:
     for gradient in gradients:
         if torch.isfinite(gradient).all():
             total += gradient * min(1.0, max_grad_norm / max(float(gradient.norm()), 1e-300))
+    return total
+
+
+def clipped_sum_of_groups(
+    gradients: Tensor, group_of: Tensor, bounds: Sequence[float], *, normalised: bool = False
+) -> Tensor:
+    """(B, P) -> (P,): each row cut into groups of coordinates, each group scaled down to its bound.
+
+    A row with a non-finite number anywhere counts as zero everywhere. Args: group_of: (P,) int; normalised: scale up too,
+    to C / (norm + 0.01) (AUTO-S).
+    """
+    total = torch.zeros(gradients.shape[1], dtype=gradients.dtype)
+    for gradient in gradients:
+        if not torch.isfinite(gradient).all():
+            continue
+        for group, bound in enumerate(bounds):
+            mine = group_of == group
+            norm = float(gradient[mine].norm())
+            factor = bound / (norm + 0.01) if normalised else min(1.0, bound / max(norm, 1e-300))
+            total[mine] += gradient[mine] * factor
     return total
 
 
@@ -85,7 +105,7 @@ def _observed(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch,
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -95,7 +115,9 @@ def _observed(model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch,
             handle.remove()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                before, version, value = buffers[name]
+                if buffer is not before or buffer._version != version:  # the others are needed backwards as they are
+                    buffer.copy_(value)
     if values.shape != (batch.num_units,):
         raise UsageError(
             f"losses.shape = {tuple(values.shape)} · must be ({batch.num_units},), one loss per unit",

@@ -19,11 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-KEEP_BYTES = 2**26  # a term keeps the per-unit gradients it had to form anyway, up to this size
-WORK_BYTES = 2**26  # scratch for Gram matrices and for gradients that are not kept
+from sfumato.privacy.gradients import choice
+
+KEEP_BYTES = 2**27  # a term keeps the per-unit gradients it forms, up to this size
+KEEP_RATIO = 2  # and up to so many times the size of what it need not hold any longer, then
+KEEP_ALWAYS_BYTES = 2**22
+BLOCK_BYTES = 2**23  # kept gradients are blocks of this size: larger ones the C library takes from the system anew
+WORK_BYTES = 2**24  # scratch for Gram matrices, patches, and gradients that are not kept
+_RUN = 128
 
 Sums = dict[nn.Parameter, Tensor]
 
@@ -112,27 +117,34 @@ class Term(ABC):
 
     (Expected) guarantees: ``squared_norms`` is never below the true squared norm of what ``sums`` adds up for a unit
     with factor 1; a unit's entry depends on that unit's rows only; a unit with any non-finite number gets a non-finite
-    squared norm; after ``forget`` a row contributes exactly zero.
+    squared norm; after ``forget`` a unit contributes exactly zero.
     """
 
     parameters: tuple[nn.Parameter, ...]
     num_rows: int
+    _squared: Tensor | None = None
+
+    def squared(self, units: Units) -> Tensor:
+        """(B,) float64, an upper bound on the squared norms; computed once."""
+        if self._squared is None:
+            self._squared = self.squared_norms(units)
+        return self._squared
 
     @abstractmethod
     def squared_norms(self, units: Units) -> Tensor:
-        """(B,) float64."""
+        """(B,) float64. May replace what the term holds by what ``sums`` needs."""
 
     @abstractmethod
     def sums(self, factors: Tensor, units: Units) -> Sums:
         """The sum over units of factor x gradient. Args: factors (B,) float64, finite."""
 
     @abstractmethod
-    def gradient_of(self, rows: slice) -> Sums:
-        """The gradient of some rows together, formed."""
+    def gradient_of(self, unit: int, units: Units) -> Sums:
+        """The gradient of one unit, formed."""
 
     @abstractmethod
-    def forget(self, rows: Tensor) -> None:
-        """Sets the contribution of rows (R,) bool to zero."""
+    def forget(self, bad: Tensor, units: Units) -> None:
+        """Sets the contribution of units (B,) bool to zero."""
 
 
 class PerRow(Term):
@@ -140,28 +152,29 @@ class PerRow(Term):
 
     def __init__(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         self.parameters = (parameter,)
-        self.gradients = _wide(gradients)
+        self._rows = wide(gradients)
         self.num_rows = gradients.shape[0]
+        self._kept: Tensor | None = None  # (B, P)
+
+    def _per_unit(self, units: Units) -> Tensor:
+        if self._kept is None:
+            self._kept = units.add_rows(self._rows.flatten(1))
+            self._rows = self._rows[:0]
+        return self._kept
 
     def squared_norms(self, units: Units) -> Tensor:
-        if units.owner is None:
-            return squares(self.gradients.flatten(1))
-        out = torch.zeros(units.num_units, dtype=torch.float64, device=self.gradients.device)
-        flat = self.gradients.flatten(1)
-        for columns in _blocks(flat.shape[1], max(1, WORK_BYTES // (8 * max(1, units.num_units)))):
-            out += units.add_rows(flat[:, columns].double()).square_().sum(1)
-        return out
+        return squares(self._per_unit(units))
 
     def sums(self, factors: Tensor, units: Units) -> Sums:
+        parameter, kept = self.parameters[0], self._per_unit(units)
+        return {parameter: (factors.to(kept.dtype) @ kept).view(parameter.shape)}
+
+    def gradient_of(self, unit: int, units: Units) -> Sums:
         parameter = self.parameters[0]
-        rows = units.spread(factors).to(self.gradients.dtype)
-        return {parameter: (rows @ self.gradients.flatten(1)).view(parameter.shape)}
+        return {parameter: self._per_unit(units)[unit].view(parameter.shape)}
 
-    def gradient_of(self, rows: slice) -> Sums:
-        return {self.parameters[0]: self.gradients[rows].sum(0)}
-
-    def forget(self, rows: Tensor) -> None:
-        self.gradients = _without(self.gradients, rows)
+    def forget(self, bad: Tensor, units: Units) -> None:
+        self._kept = without(self._per_unit(units), bad)
 
 
 class Outer(Term):
@@ -173,56 +186,121 @@ class Outer(Term):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, inputs: Tensor, outputs: Tensor) -> None:
         self.weight, self.bias = weight, bias
         self.parameters = (weight,) if bias is None else (weight, bias)
-        self.inputs, self.outputs = _same_type(inputs, outputs)
+        self.inputs, self.outputs = same_type(inputs, outputs)
         self.num_rows = inputs.shape[0]
-        self._kept: Tensor | None = None  # (B, O, D)
+        self._kept: Kept | None = None
+        self._biases: Tensor | None = None  # (B, O), what each unit says about the bias
 
     def squared_norms(self, units: Units) -> Tensor:
         out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
+        if self.bias is not None:
+            self._biases = units.add_rows(self.outputs.sum(1))
+            out += squares(self._biases)
         positions, width, height = self.inputs.shape[1], self.inputs.shape[2], self.outputs.shape[2]
-        self._kept = None
-        ghost = [ghost_is_cheaper(group.count * positions, width, height) for group in units.groups()]
+        held = (self.inputs.numel() + self.outputs.numel()) * self.inputs.element_size()
         size = units.num_units * width * height * self.inputs.element_size()
-        if ghost and not any(ghost) and size <= KEEP_BYTES:
-            self._kept = self.inputs.new_empty((units.num_units, height, width))
-        for group, cheap in zip(units.groups(), ghost, strict=True):
-            inputs = _by_unit(self.inputs, group)  # (n, T, D)
-            outputs = _by_unit(self.outputs, group)
-            if cheap:
-                out[group.units] = _ghost_squares(inputs, outputs, self.bias is not None)
-                continue
-            kept = None
-            if self._kept is not None:
-                kept = torch.bmm(outputs.transpose(1, 2), inputs)
-                self._kept[group.units] = kept
-            out[group.units] = _formed_squares(inputs, outputs, kept)
-            if self.bias is not None:
-                out[group.units] += squares(outputs.double().sum(1))
+        keep = size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
+        kept = Kept(units.num_units, (height, width))
+        for group in units.groups():
+            ways = ["ghost", "keep" if keep else "form"]
+            shape = (group.num_units, group.count * positions, width, height)
+            inputs, outputs = by_unit(self.inputs, group), by_unit(self.outputs, group)  # (n, T, D), (n, T, O)
+            match choice.cheapest(ways, shape, inputs):
+                case "ghost":
+                    out[group.units] += _ghost_squares(inputs, outputs)
+                    keep = False
+                case "keep":
+                    out[group.units] += kept.add(group, inputs, outputs)
+                case _:
+                    out[group.units] += _formed_squares(inputs, outputs)
+        if keep and units.num_units:
+            self._kept = kept
+            self.inputs, self.outputs = self.inputs[:0], self.outputs[:0]
         return out
 
     def sums(self, factors: Tensor, units: Units) -> Sums:
-        rows = units.spread(factors).to(self.outputs.dtype)
-        scaled = (self.outputs * rows.view(-1, 1, 1)).flatten(0, 1)  # (R L, O)
+        sums: Sums = {}
+        if self.bias is not None:
+            if self._biases is None:
+                self._biases = units.add_rows(self.outputs.sum(1))
+            sums[self.bias] = factors.to(self._biases.dtype) @ self._biases
         if self._kept is not None:
-            flat = self._kept.flatten(1)
-            weight = (factors.to(flat.dtype) @ flat).view(self._kept.shape[1:])
+            sums[self.weight] = self._kept.sum(factors).view(self.weight.shape)
+            return sums
+        rows = units.spread(factors).to(self.outputs.dtype).view(-1, 1, 1)
+        inputs, outputs = self.inputs, self.outputs
+        if inputs.numel() <= outputs.numel():  # the factors go where there is less to multiply
+            inputs = inputs * rows
         else:
-            weight = scaled.t() @ self.inputs.flatten(0, 1)
-        sums = {self.weight: weight.view(self.weight.shape)}
-        if self.bias is not None:
-            sums[self.bias] = scaled.sum(0)
+            outputs = outputs * rows
+        sums[self.weight] = (outputs.flatten(0, 1).t() @ inputs.flatten(0, 1)).view(self.weight.shape)
         return sums
 
-    def gradient_of(self, rows: slice) -> Sums:
-        outputs = self.outputs[rows].flatten(0, 1)
-        sums = {self.weight: (outputs.t() @ self.inputs[rows].flatten(0, 1)).view(self.weight.shape)}
+    def gradient_of(self, unit: int, units: Units) -> Sums:
+        sums: Sums = {}
+        if self._kept is not None:
+            sums[self.weight] = self._kept.of(unit).view(self.weight.shape)
+        else:
+            rows = units.rows_of(unit)
+            outputs = self.outputs[rows].flatten(0, 1)
+            sums[self.weight] = (outputs.t() @ self.inputs[rows].flatten(0, 1)).view(self.weight.shape)
         if self.bias is not None:
-            sums[self.bias] = outputs.sum(0)
+            biases = self._biases if self._biases is not None else units.add_rows(self.outputs.sum(1))
+            sums[self.bias] = biases[unit]
         return sums
 
-    def forget(self, rows: Tensor) -> None:
-        self.inputs, self.outputs = _without(self.inputs, rows), _without(self.outputs, rows)
-        self._kept = None
+    def forget(self, bad: Tensor, units: Units) -> None:
+        if self._kept is not None:
+            self._kept.forget(bad)
+        else:
+            rows = units.spread(bad)
+            self.inputs, self.outputs = without(self.inputs, rows), without(self.outputs, rows)
+        if self._biases is not None:
+            self._biases = without(self._biases, bad)
+
+
+class Kept:
+    """Gradients (O, D) of every unit, in blocks of some units: a large block would be new memory for every layer.
+
+    Args: shape: (O, D).
+    """
+
+    def __init__(self, num_units: int, shape: tuple[int, int]) -> None:
+        self.num_units, self.shape = num_units, shape
+        self._blocks: list[tuple[slice | Tensor, Tensor]] = []  # (which units, (n, O, D))
+
+    def add(self, group: Group, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Forms the gradients of a group: inputs (n, T, D), outputs (n, T, O) -> their squared norms, (n,) float64."""
+        squared = []
+        step = max(1, BLOCK_BYTES // (self.shape[0] * self.shape[1] * inputs.element_size()))
+        for block in blocks(group.num_units, step):
+            gradients = torch.bmm(outputs[block].transpose(1, 2), inputs[block])
+            if isinstance(group.units, slice):
+                which: slice | Tensor = slice(group.units.start + block.start, group.units.start + block.stop)
+            else:
+                which = group.units[block]
+            self._blocks.append((which, gradients))
+            squared.append(squares(gradients.flatten(1)))
+        return torch.cat(squared)
+
+    def sum(self, factors: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for which, gradients in self._blocks:
+            value = factors[which].to(gradients.dtype) @ gradients.flatten(1)
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total
+
+    def of(self, unit: int) -> Tensor:
+        for which, gradients in self._blocks:
+            places = torch.arange(which.start, which.stop) if isinstance(which, slice) else which.cpu()
+            at = torch.nonzero(places == unit)
+            if len(at):
+                return gradients[int(at)]
+        return self._blocks[0][1].new_zeros(self.shape)  # a unit without rows
+
+    def forget(self, bad: Tensor) -> None:
+        self._blocks = [(which, without(gradients, bad[which])) for which, gradients in self._blocks]
 
 
 class Lookup(Term):
@@ -233,7 +311,7 @@ class Lookup(Term):
 
     def __init__(self, weight: nn.Parameter, words: Tensor, outputs: Tensor) -> None:
         self.parameters = (weight,)
-        self.words, self.outputs = words, _wide(outputs)
+        self.words, self.outputs = words, wide(outputs)
         self.num_rows = words.shape[0]
 
     def squared_norms(self, units: Units) -> Tensor:
@@ -252,7 +330,8 @@ class Lookup(Term):
         rows = units.spread(factors).to(self.outputs.dtype)
         return self._add(self.words, self.outputs * rows.view(-1, 1, 1))
 
-    def gradient_of(self, rows: slice) -> Sums:
+    def gradient_of(self, unit: int, units: Units) -> Sums:
+        rows = units.rows_of(unit)
         return self._add(self.words[rows], self.outputs[rows])
 
     def _add(self, words: Tensor, outputs: Tensor) -> Sums:
@@ -260,170 +339,65 @@ class Lookup(Term):
         total = torch.zeros(weight.shape, dtype=outputs.dtype, device=outputs.device)
         return {weight: total.index_add_(0, words.reshape(-1), outputs.flatten(0, 1))}
 
-    def forget(self, rows: Tensor) -> None:
-        self.outputs = _without(self.outputs, rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What a convolution does, in the words of ``torch.ops.aten.convolution``; padding is with zeros."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int = 1
-    transposed: bool = False
-    output_padding: Sequence[int] = (0,)
-
-
-class Convolution(Term):
-    """A convolution's weight. Args: inputs (R, C, *space); outputs (R, O, *space)."""
-
-    def __init__(self, weight: nn.Parameter, inputs: Tensor, outputs: Tensor, geometry: Geometry) -> None:
-        self.parameters = (weight,)
-        self.inputs, self.outputs = _same_type(inputs, outputs)
-        self.geometry = geometry
-        self.num_rows = inputs.shape[0]
-        self._kept: Tensor | None = None  # (B, P)
-
-    def squared_norms(self, units: Units) -> Tensor:
-        self._kept = None
-        weight = self.parameters[0]
-        height = self.outputs.shape[1]
-        positions = self.outputs.shape[2:].numel() * int(units.counts.max())
-        if self._can_unfold() and ghost_is_cheaper(positions, weight.numel() // height, height):
-            return self._unfolded().squared_norms(units)
-        if units.num_units * weight.numel() * self.inputs.element_size() <= KEEP_BYTES:
-            self._kept = units.add_rows(self._row_gradients(slice(0, self.num_rows)))
-            return squares(self._kept)
-        out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
-        step = max(1, WORK_BYTES // (weight.numel() * self.inputs.element_size()))
-        for first in range(0, units.num_units, step):  # whole units, as many as the scratch space holds
-            last = min(first + step, units.num_units)
-            rows = slice(units.starts[first], units.ends[last - 1])
-            gradients = self._row_gradients(rows)
-            if units.owner is not None:
-                part = Units(units.owner[rows] - first, last - first)
-                gradients = part.add_rows(gradients)
-            out[first:last] = squares(gradients)
-        return out
-
-    def sums(self, factors: Tensor, units: Units) -> Sums:
-        weight = self.parameters[0]
-        if self._kept is not None:
-            return {weight: (factors.to(self._kept.dtype) @ self._kept).view(weight.shape)}
-        rows = units.spread(factors).to(self.outputs.dtype)
-        scaled = self.outputs * rows.view(-1, *[1] * (self.outputs.dim() - 1))
-        return {weight: self._weight_gradient(self.inputs, scaled)}
-
-    def gradient_of(self, rows: slice) -> Sums:
-        return {self.parameters[0]: self._weight_gradient(self.inputs[rows], self.outputs[rows])}
-
-    def forget(self, rows: Tensor) -> None:
-        self.inputs, self.outputs = _without(self.inputs, rows), _without(self.outputs, rows)
-        self._kept = None
-
-    def _weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        weight = self.parameters[0]
-        return convolution_backward(outputs, inputs, weight.to(inputs.dtype), self.geometry, (False, True))[1]
-
-    def _row_gradients(self, rows: slice) -> Tensor:
-        """(rows, P): the rows side by side as groups of one convolution (Rochette et al. 2019, arXiv:1912.06015)."""
-        weight, geometry = self.parameters[0], self.geometry
-        inputs, outputs = self.inputs[rows], self.outputs[rows]
-        count = inputs.shape[0]
-        beside = Geometry(
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups * count,
-            geometry.transposed,
-            geometry.output_padding,
-        )
-        shape = inputs.new_empty(1).expand((count * weight.shape[0], *weight.shape[1:]))  # only its shape is read
-        gradients = convolution_backward(
-            outputs.reshape(1, -1, *outputs.shape[2:]),
-            inputs.reshape(1, -1, *inputs.shape[2:]),
-            shape,
-            beside,
-            (False, True),
-        )[1]
-        return gradients.reshape(count, -1)
-
-    def _can_unfold(self) -> bool:
-        return not self.geometry.transposed and self.geometry.groups == 1 and self.inputs.dim() in (3, 4)
-
-    def _unfolded(self) -> Outer:
-        """The same gradient as that of a linear layer on patches."""
-        weight, geometry, inputs = self.parameters[0], self.geometry, self.inputs
-        kernel, stride, padding, dilation = (
-            tuple(v) for v in (weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-        )
-        if inputs.dim() == 3:
-            inputs = inputs.unsqueeze(2)
-            kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
-        patches = F.unfold(inputs, kernel, dilation, padding, stride)  # (R, D, L)
-        return Outer(weight, None, patches.transpose(1, 2), self.outputs.flatten(2).transpose(1, 2))
-
-
-def convolution_backward(
-    outputs: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the inputs, gradient of the weight), each only if wanted."""
-    return torch.ops.aten.convolution_backward(
-        outputs,
-        inputs,
-        weight,
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        geometry.transposed,
-        list(geometry.output_padding),
-        geometry.groups,
-        [*wanted, False],
-    )[:2]
-
-
-def ghost_is_cheaper(positions: int, width: int, height: int) -> bool:
-    """Two Gram matrices, T^2 (D + O), against forming the gradient, T D O."""
-    return positions * (width + height) <= width * height or positions == 1
+    def forget(self, bad: Tensor, units: Units) -> None:
+        self.outputs = without(self.outputs, units.spread(bad))
 
 
 def squares(rows: Tensor) -> Tensor:
-    """(n, P) -> (n,) float64, the squared norms, added up in float64."""
-    out = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
-    for columns in _blocks(rows.shape[1], max(1, WORK_BYTES // (8 * max(1, rows.shape[0])))):
-        out += rows[:, columns].double().square().sum(1)
-    return out
+    """(n, P) -> (n,) float64, upper bounds on the squared norms, at most 2e-5 above them.
 
-
-def _ghost_squares(inputs: Tensor, outputs: Tensor, with_bias: bool) -> Tensor:
-    """inputs (n, T, D), outputs (n, T, O) -> (n,) float64, an upper bound.
-
-    It is above the true value by about 2 (D + O) T u of it for positions that have nothing in common: in float32 1e-4
-    for D = O = 500 and T = 2. Where positions cancel it may be above by more: that unit is scaled down too far.
+    Runs of _RUN numbers are squared and added up in their own precision, where all terms have one sign and a sum of m of
+    them is off by at most (m + 2) u of itself, in any order (Higham 2002, section 4.2); the runs are added in float64.
     """
+    count, size = rows.shape
+    if rows.dtype == torch.float64:
+        return torch.linalg.vector_norm(rows, dim=1).square_() * (1 + (size + 4) * torch.finfo(torch.float64).eps)
+    whole = size // _RUN * _RUN
+    out = torch.zeros(count, dtype=torch.float64, device=rows.device)
+    if whole:
+        out += _run_squares(rows[:, :whole].unflatten(1, (-1, _RUN))).sum(1)
+    if whole < size:
+        out += _run_squares(rows[:, whole:])
+    tiny = torch.finfo(rows.dtype).tiny  # a square below it is lost
+    return out.mul_(1 + (_RUN + 8) * torch.finfo(rows.dtype).eps / 2).add_(size * tiny)
+
+
+def _run_squares(runs: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(runs, dim=-1).double().square_()
+
+
+def _ghost_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """inputs (n, T, D), outputs (n, T, O) -> (n,) float64, an upper bound."""
     count, positions, width = inputs.shape
+    if positions == 1:  # |g a'| = |g| |a|
+        return squares(inputs.flatten(1)) * squares(outputs.flatten(1))
     out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
     step = max(1, WORK_BYTES // (2 * positions * positions * inputs.element_size()))
-    # a sum of D rounded products is off by at most D u of the product of the norms; twice that for the lesser terms
-    slack = 2 * (width + outputs.shape[2] + 8) * torch.finfo(inputs.dtype).eps / 2
-    for first in range(0, count, step):
-        a, g = inputs[first : first + step], outputs[first : first + step]
-        gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        if with_bias:
-            gram_a = gram_a + 1  # the bias is the weight of a constant input 1
-        lengths = (_diagonal(gram_a) * _diagonal(gram_g)).sqrt_().sum(1)
-        total = (gram_a * gram_g).sum((1, 2), dtype=torch.float64).clamp_(min=0)
-        out[first : first + step] = total + slack * lengths.square_()
+    for block in blocks(count, step):
+        a, g = inputs[block], outputs[block]
+        grams = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
+        out[block] = ghost_squares_of(*grams, width + outputs.shape[2])
     return out
 
 
-def _formed_squares(inputs: Tensor, outputs: Tensor, formed: Tensor | None) -> Tensor:
-    """The same by forming (n, O, D), in parts unless it is there already."""
-    if formed is not None:
-        return squares(formed.flatten(1))
+def ghost_squares_of(inputs: Tensor, outputs: Tensor, summed: int) -> Tensor:
+    """Gram matrices of inputs and output gradients, (n, T, T) each -> (n,) float64, an upper bound. Overwrites the first.
+
+    A sum of m rounded products is off by at most m u of the product of the norms; that is put on top, and T u for the
+    sum over positions. The bound is above the true value by about (m + T) T u of it for positions that have nothing in
+    common: in float32 1e-4 for m = 1000 and T = 2. Where positions cancel it may be above by more: that unit is scaled
+    down too far.
+
+    Args: summed: m, the numbers of a product of both kinds together.
+    """
+    slack = 1.02 * (summed + inputs.shape[1] + 8) * torch.finfo(inputs.dtype).eps / 2
+    lengths = (_diagonal(inputs) * _diagonal(outputs)).sqrt_().sum(1)
+    total = inputs.mul_(outputs).sum(1).sum(1, dtype=torch.float64).clamp_(min=0)
+    return total + slack * lengths.square_()
+
+
+def _formed_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The same by forming (n, O, D), in parts that are thrown away."""
     count, _, width = inputs.shape
     out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
     step = max(1, WORK_BYTES // (width * outputs.shape[2] * inputs.element_size()))
@@ -437,27 +411,27 @@ def _diagonal(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=1, dim2=2).double()
 
 
-def _by_unit(rows: Tensor, group: Group) -> Tensor:
+def by_unit(rows: Tensor, group: Group) -> Tensor:
     """(R, L, D) -> (n, T, D)."""
     return rows[group.rows].reshape(group.num_units, group.count * rows.shape[1], rows.shape[2])
 
 
-def _blocks(length: int, step: int) -> list[slice]:
+def blocks(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """At least float32: sums of half-precision products lose what the norms must not lose."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _same_type(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    inputs, outputs = _wide(inputs), _wide(outputs)
+def same_type(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    inputs, outputs = wide(inputs), wide(outputs)
     kind = torch.promote_types(inputs.dtype, outputs.dtype)
     return inputs.to(kind), outputs.to(kind)
 
 
-def _without(tensor: Tensor, rows: Tensor) -> Tensor:
+def without(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
 

@@ -31,7 +31,7 @@ from sfumato.privacy.gradients.rules.registry import (
     trainable,
 )
 from sfumato.privacy.gradients.rules.row_by_row import Copies as _Copies
-from sfumato.privacy.gradients.rules.row_by_row import RowByRow, computed_by_hooks
+from sfumato.privacy.gradients.rules.row_by_row import RowByRow, buffers_of_weights
 from sfumato.privacy.gradients.rules.row_by_row import swapped as _swapped
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
     "_Embedding",
     "_Linear",
     "_swapped",
-    "computed_by_hooks",
+    "buffers_of_weights",
     "forward_is_replaced",
     "known_layers",
     "plain_forward",

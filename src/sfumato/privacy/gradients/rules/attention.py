@@ -36,6 +36,7 @@ class MultiheadAttentionRule(Rule):
         "out_proj.bias",
     )
     nests = True
+    piecewise = True
 
     def treats(self, module: nn.Module) -> list[nn.Parameter]:
         return trainable(module)
@@ -183,20 +184,17 @@ class Blocks(Term):
         self.num_rows = self._found[0].num_rows
 
     def squared_norms(self, units: Units) -> Tensor:
-        total = self._found[0].squared_norms(units)
-        for term in self._found[1:]:
-            total = total + term.squared_norms(units)
-        return total
+        return torch.stack([term.squared(units) for term in self._found]).sum(0)
 
     def sums(self, factors: Tensor, units: Units) -> Sums:
         return self._joined([None if term is None else term.sums(factors, units) for term in self._terms])
 
-    def gradient_of(self, rows: slice) -> Sums:
-        return self._joined([None if term is None else term.gradient_of(rows) for term in self._terms])
+    def gradient_of(self, unit: int, units: Units) -> Sums:
+        return self._joined([None if term is None else term.gradient_of(unit, units) for term in self._terms])
 
-    def forget(self, rows: Tensor) -> None:
+    def forget(self, bad: Tensor, units: Units) -> None:
         for term in self._found:
-            term.forget(rows)
+            term.forget(bad, units)
 
     def _joined(self, parts: list[Sums | None]) -> Sums:
         like = next(part[block] for part, block in zip(parts, self._blocks, strict=True) if part is not None)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from sfumato.privacy.gradients.convolution import Convolution, Geometry, convolution_backward
 from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, no_view, once, one_input, rule, sum_of
-from sfumato.privacy.gradients.terms import Convolution, Geometry, PerRow, Term, convolution_backward
+from sfumato.privacy.gradients.terms import PerRow, Term
 
 
 class _Convolution(Function):

@@ -89,14 +89,14 @@ class _GroupNorm(Function):
         g = grad_outputs[0].contiguous()
         x, mean, rstd, weight = ctx.saved_tensors
         rows, channels, space, groups = ctx.sizes
-        grouped = x.reshape(rows, groups, -1)
-        normalised = ((grouped - mean.unsqueeze(2)) * rstd.unsqueeze(2)).view(rows, channels, space)
-        by_channel = g.view(rows, channels, space)
-        ctx.record((by_channel * normalised).sum(2), by_channel.sum(2))
-        gradient = None
-        if ctx.needs_input_grad[1]:
-            wanted = [True, False, False]
-            gradient = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, *ctx.sizes, wanted)[0]
+        # with all rows' channels as the channels of one row, the layer's own backward pass gives every row's gradients
+        sizes = (1, rows * channels, space, rows * groups)
+        each = weight.repeat(rows) if weight is not None else None
+        gradient, weights, biases = torch.ops.aten.native_group_norm_backward(
+            g, x, mean.view(1, -1), rstd.view(1, -1), each, *sizes, [ctx.needs_input_grad[1], True, True]
+        )
+        ctx.record(weights.reshape(rows, channels), biases.reshape(rows, channels))
+        gradient = gradient.reshape(x.shape) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None, None, None
 
 

@@ -19,6 +19,7 @@ class _CellRule(Rule):
 
     parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     nests = True
+    piecewise = True
 
     def gates(self, module: Any, record: Record, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         for tensor in (x, h):

@@ -17,7 +17,7 @@ A module that owns trainable parameters and has no rule goes through ``RowByRow`
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -43,10 +43,9 @@ class Rule(ABC):
     of a row depend on that row's input and output gradient only."""
 
     parameters: tuple[str, ...] = ("weight", "bias")  # all that this rule treats; others send the module to RowByRow
-    nests: bool = (
-        False  # also serves a layer inside a module that goes row by row: takes tensors (1, ...), one row each
-    )
-    any_shape: bool = False  # such a tensor may also lack the leading 1
+    piecewise: bool = False  # a call has several records: one for each parameter, or for each part
+    nests: bool = False  # also serves inside a module that goes row by row, called with tensors (1, ...) of one row
+    any_shape: bool = False  # these tensors may also lack the leading 1
 
     def problem(self, module: nn.Module) -> str | None:
         """Why this module cannot be trained privately, with what to do; None if it can."""
@@ -77,14 +76,16 @@ class Rule(ABC):
     def terms(self, module: nn.Module, calls: list[Call]) -> list[Term]: ...
 
 
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
 _RULES: dict[type[nn.Module], Rule] = {}
 _FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
-def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
+def rule(*layer_types: type[nn.Module]) -> Callable[[type[AnyRule]], type[AnyRule]]:
     """Registers a rule for layer types."""
 
-    def register(cls: type[Rule]) -> type[Rule]:
+    def register(cls: type[AnyRule]) -> type[AnyRule]:
         for layer_type in layer_types:
             if layer_type in _RULES:
                 raise UsageError(
@@ -99,7 +100,10 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
 
 
 def rule_finder(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
-    """Registers a function that knows rules for classes which cannot be named here, because they are not imported."""
+    """Registers a function that knows rules for classes which cannot be named here, because they are not imported.
+
+    It is asked about modules whose type is not registered, and answers None where it knows nothing.
+    """
     _FINDERS.append(find)
     return find
 
@@ -108,10 +112,15 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of a base whose ``forward`` the module still has; None if there is none."""
     if forward_is_replaced(module) or hasattr(module, "parametrizations"):
         return None
-    for find in _FINDERS:
-        special = find(module)
-        if special is not None:
-            return special
+    found = _registered_rule_for(module)
+    for find in _FINDERS if found is None else ():
+        found = find(module)
+        if found is not None:
+            break
+    return found
+
+
+def _registered_rule_for(module: nn.Module) -> Rule | None:
     for base in type(module).__mro__:
         found = _RULES.get(base)
         if found is not None:

@@ -121,10 +121,16 @@ class RowByRow(Rule):
     time, and whenever another argument looks like rows, the result is compared with that of the module itself.
     """
 
-    def __init__(self) -> None:
+    piecewise = True
+
+    def __init__(self, *, whole: bool = False) -> None:
+        """Args: whole: layers inside lose their rules (they see rows in a list with others, or are not called)."""
+        self.whole = whole
         self._known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
     def treats(self, module: nn.Module) -> list[nn.Parameter]:
+        if self.whole:
+            return trainable(module)
         parts, _ = divided(module)
         found = {id(p): p for part in parts for p in part._parameters.values() if p is not None and p.requires_grad}
         return list(found.values())
@@ -134,10 +140,10 @@ class RowByRow(Rule):
 
     def nested(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers below, at any depth, that keep a rule of their own, with their names."""
-        return divided(module)[1]
+        return [] if self.whole else divided(module)[1]
 
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any:
-        known = self._known.setdefault(module, _Known())
+        known = self._known.setdefault(module, _Known(nests=not self.whole))
         call = _Call(module, record, args, kwargs)
         key = repr(call.shape)
         shared = known.shared.setdefault(key, set())
@@ -207,6 +213,13 @@ class _Call:
     def __init__(self, module: nn.Module, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module, self.record = module, record
         self.leaves, self.shape = pytree.tree_flatten((args, kwargs))
+        state = next((x for x in self.leaves if type(x).__name__.endswith("Cache")), None)
+        if state is not None:
+            raise UnsupportedLayer(
+                f"{type(module).__name__} · goes row by row, but got a {type(state).__name__} that one row would fill "
+                "and the next would read",
+                next="Call the model with use_cache=False.",
+            )
         self.rows = self._rows()
         self.mapped = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == self.rows for x in self.leaves]
         if not any(self.mapped):
@@ -332,6 +345,18 @@ def computed_by_hooks(module: nn.Module) -> list[str]:
             found.append(hook.name)
         elif isinstance(hook, BasePruningMethod):
             found.append(hook._tensor_name)
+    return found
+
+
+def buffers_of_weights(model: nn.Module) -> set[int]:
+    """The ids of buffers that a weight is computed with (power iteration): they never see data."""
+    found: set[int] = set()
+    for module in model.modules():
+        parametrizations: Any = getattr(module, "parametrizations", None)
+        if parametrizations is not None:
+            found |= {id(buffer) for buffer in parametrizations.buffers()}
+        for name in computed_by_hooks(module):
+            found |= {id(x) for key, x in module._buffers.items() if key.startswith(f"{name}_")}
     return found
 
 

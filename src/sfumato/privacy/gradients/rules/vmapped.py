@@ -6,7 +6,7 @@ layer's rule is called with them as on any other batch, and its result is put ba
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -45,7 +45,7 @@ class Lifted:
             yield
             return
         before = [vars(layer).get("forward") for layer in self._layers]
-        served: list[tuple[Rule, Record]] = []
+        served: list[tuple[Rule, Callable[[], Record]]] = []
         for forward in before:
             found = forward.served() if hasattr(forward, "served") else None  # type: ignore[union-attr]
             if found is None:
@@ -83,13 +83,13 @@ def _in_place(parameters: list[tuple[dict[str, Any], str, Any]]) -> Iterator[Non
 def _call(
     layer: nn.Module,
     parameters: list[tuple[dict[str, Any], str, Any]],
-    served: tuple[Rule, Record],
+    served: tuple[Rule, Callable[[], Record]],
     rows: int,
     level: int,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    rule, record = served
+    rule, new_record = served
     if _level() != level:
         raise Stays
     leading: set[bool] = set()  # whether the tensors had a 1 for the row
@@ -114,7 +114,7 @@ def _call(
     if left or len(leading) != 1 or not (rule.any_shape or leading == {True}):
         raise Stays
     with temporarily_clear_interpreter_stack(), _in_place(parameters):
-        result = rule.forward(layer, record, *args, **kwargs)
+        result = rule.forward(layer, new_record(), *args, **kwargs)
 
     def put_back(y: Tensor) -> Tensor:
         return _add_batch_dim(y.unsqueeze(1) if leading == {True} else y, 0, level)

@@ -1,0 +1,95 @@
+"""What must never pass in silence: a gradient that was not clipped, a tensor that changes without noise."""
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UnsupportedLayer
+from sfumato.privacy.gradients.bookkeeping import Tape
+from sfumato.privacy.gradients.groups import listed
+from sfumato.privacy.gradients.rules import buffers_of_weights
+
+
+class Gradients:
+    """Which gradients the engine has written itself; all others are leaks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._given: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the .grad that we wrote, and its version
+
+    def write(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient
+        self._given[parameter] = (gradient, gradient._version)
+
+    def check(self, tape: Tape, optimizer: torch.optim.Optimizer) -> None:
+        """No trainable parameter may be unknown to us, or have a gradient that did not come through the records."""
+        protected = tape.parameters
+        others = [(name, p) for name, p in self._model.named_parameters() if p not in protected]
+        unknown = [name for name, p in others if p.requires_grad]
+        if unknown:
+            tape.clear()
+            raise UnsupportedLayer(
+                f"{listed(unknown)} · became trainable after the engine was made, and would train unprotected",
+                next="Freeze it, or call engine.detach() and make a new engine.",
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        frozen = [name for name, p in others if p.grad is not None and id(p) in held]
+        if frozen:
+            raise UnsupportedLayer(
+                f"{listed(frozen)} · is frozen, but has a gradient, with which an optimizer would move it",
+                next="Call zero_grad() after freezing it.",
+            )
+        leaked = [name for p, name in protected.items() if p.grad is not None and not self._is_ours(p)]
+        if leaked:
+            tape.clear()
+            for p in protected:
+                p.grad = None
+            raise UnsupportedLayer(
+                f"{listed(leaked)} · got a gradient that was not clipped: it is used outside its module's forward()",
+                next="Call the module instead of reading its weight (or call zero_grad() if you changed .grad).",
+            )
+
+    def _is_ours(self, parameter: nn.Parameter) -> bool:
+        gradient, version = self._given.get(parameter, (None, -1))
+        return parameter.grad is gradient and gradient is not None and gradient._version == version
+
+
+class Watch:
+    """Buffers and frozen parameters: what no clipping and no noise protects must stay as it is while a batch is used.
+
+    Remembers the unprotected tensors of a model, and says which of them were changed. It looks at torch's version
+    counters, not at the numbers: that costs nothing, an assignment of the same number counts as a change, and one through
+    ``.data`` is not seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kinds: dict[str, str] = {}
+        self._held: list[tuple[str, Tensor, int]] = []
+        of_weights = buffers_of_weights(model)
+        buffers = ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in of_weights)
+        frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+        for kind, named in (("buffer", buffers), ("frozen parameter", frozen)):
+            for name, tensor in named:
+                self._kinds[name] = kind
+                self._held.append((name, tensor, tensor._version))
+
+    def check_forward(self) -> None:
+        """Raises UnsupportedLayer if something was changed, or exchanged, since the watch began."""
+        now = dict([*self._model.named_buffers(), *self._model.named_parameters()])
+        self._refuse(
+            [name for name, tensor, version in self._held if tensor._version != version or now.get(name) is not tensor],
+            "the forward pass changed with private data",
+        )
+
+    def check_step(self) -> None:
+        """The same after the optimizer's step, without looking for what was exchanged."""
+        changed = [name for name, tensor, version in self._held if tensor._version != version]
+        self._refuse(changed, "changed between the draw of its batch and the end of the step")
+
+    def _refuse(self, changed: list[str], how: str) -> None:
+        if changed:
+            kinds = " or ".join(sorted({self._kinds[name] for name in changed}))
+            raise UnsupportedLayer(
+                f"{listed(changed)} · a {kinds} that {how}, without noise",
+                next="Use a layer without running averages; unfreeze what should be trained.",
+            )
