@@ -6,6 +6,9 @@
 from sfumato.privacy.gradients.rules.activation import PReLURule
 from sfumato.privacy.gradients.rules.attention import MultiheadAttentionRule
 from sfumato.privacy.gradients.rules.convolution import ConvolutionRule, TransposedConvolutionRule
+from sfumato.privacy.gradients.rules.copies import Copies as _Copies
+from sfumato.privacy.gradients.rules.copies import buffers_of_weights
+from sfumato.privacy.gradients.rules.copies import swapped as _swapped
 from sfumato.privacy.gradients.rules.embedding import Embedding as _Embedding
 from sfumato.privacy.gradients.rules.embedding import EmbeddingRule, problem_of_embedding
 from sfumato.privacy.gradients.rules.linear import Linear as _Linear
@@ -30,9 +33,7 @@ from sfumato.privacy.gradients.rules.registry import (
     sum_of,
     trainable,
 )
-from sfumato.privacy.gradients.rules.row_by_row import Copies as _Copies
-from sfumato.privacy.gradients.rules.row_by_row import RowByRow, buffers_of_weights
-from sfumato.privacy.gradients.rules.row_by_row import swapped as _swapped
+from sfumato.privacy.gradients.rules.row_by_row import RowByRow
 
 __all__ = [
     "Call",

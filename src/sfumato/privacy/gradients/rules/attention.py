@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
+from sfumato.privacy.gradients.rules.copies import Copies, terms_of_copies
 from sfumato.privacy.gradients.rules.linear import Linear, beside, linear_terms
 from sfumato.privacy.gradients.rules.registry import Call, Labelled, Record, Rule, labelled_with, rule, trainable
-from sfumato.privacy.gradients.rules.row_by_row import Copies, terms_of_copies
 from sfumato.privacy.gradients.terms import Outer, PerRow, Sums, Term, Units
 
 _PACKED, _PARTS, _OUT, _BIASES = 0, (1, 2, 3), 4, 5  # labels of what is recorded

@@ -67,7 +67,13 @@ class Rule(ABC):
         self, change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with ``change`` done to every tensor that has rows."""
-        return pytree.tree_map_only(Tensor, change, (args, kwargs))
+
+        def changed(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return change(x)
+            return pytree.tree_map_only(Tensor, change, x) if isinstance(x, (tuple, list, dict)) else x
+
+        return tuple(changed(x) for x in args), {name: changed(x) for name, x in kwargs.items()}
 
     @abstractmethod
     def forward(self, module: nn.Module, record: Record, *args: Any, **kwargs: Any) -> Any: ...
