@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sfumato.privacy.gradients import clipping, tied
 from sfumato.privacy.gradients.convolution import Convolution, Geometry
 from sfumato.privacy.gradients.terms import Lookup, Outer, PerRow, Term, Units
 
@@ -119,3 +121,28 @@ def test_units_know_their_rows():
     assert Units(torch.arange(5), 5).owner is None
     ordered = Units(torch.tensor([0, 1, 2, 2, 3, 3]), 4)
     assert [group.rows for group in ordered.groups()] == [slice(0, 2), slice(2, 6)]
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("owner", [None, [0, 0, 1, 2, 2, 2]])
+def test_the_norm_of_a_tied_embedding_needs_no_gradient_of_the_size_of_the_vocabulary(kind, opposite, owner):
+    """Against the formed sum of both gradients; never below it, also where the two nearly cancel."""
+    torch.manual_seed(0)
+    units = Units(None, 6) if owner is None else Units(torch.tensor(owner), 3)
+    weight, bias = nn.Parameter(torch.zeros(11, 8)), nn.Parameter(torch.zeros(11))
+    words, h = torch.randint(0, 11, (6, 5)), torch.randn(6, 5, 8)
+    a, g = torch.randn(6, 4, 8), torch.randn(6, 4, 11)
+    if opposite:  # the output layer undoes what the embedding says
+        a, g = -h, F.one_hot(words, 11) * (1 + 1e-4)
+
+    def terms(of):
+        return [Lookup(weight, words, h.to(of)), Outer(weight, bias, a.to(of), g.to(of))]
+
+    computed = tied.tied_squared_norms(terms(kind), units)
+    assert computed is not None
+    true = clipping._formed_squared_norms(terms(torch.float64), units)
+    assert (computed >= true * (1 - 1e-12) - 1e-12).all()
+    if not opposite:
+        torch.testing.assert_close(computed, true, rtol=1e-10 if kind == torch.float64 else 1e-4, atol=0)
+    assert tied.tied_squared_norms([*terms(kind), *terms(kind)], units) is None

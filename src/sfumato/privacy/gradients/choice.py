@@ -45,9 +45,11 @@ def _linear_cost(way: str, shape: Shape) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A convolution's sizes. Attributes: positions: T; inputs: C; outputs: O; weights: P; kernel: its positions."""
+    """A convolution's sizes. Attributes: positions: T; pixels: the same of the padded input; inputs: C; outputs: O;
+    weights: P; kernel: its positions."""
 
     positions: int
+    pixels: int
     inputs: int
     outputs: int
     weights: int
@@ -70,7 +72,8 @@ def cheapest_for_pictures(shape: Pictures, *, keep: bool, ghost: bool, on_cpu: b
     if not keep:
         costs = {way: cost + shape.gradient for way, cost in costs.items()}
     if ghost:
-        costs["ghost"] = shape.positions**2 * (2 * (shape.inputs + shape.outputs) + 30 * (shape.kernel + 2))
+        shifted = shape.pixels**2 * (2 * shape.inputs + 30 * shape.kernel)
+        costs["ghost"] = shifted + shape.positions**2 * (2 * shape.outputs + 60)
     return min(costs, key=lambda way: costs[way])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.privacy.gradients.terms import Sums, Term, Units, smallest_unit, squares
+from sfumato.privacy.gradients.tied import tied_squared_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def clipped_sums(
 
 
 def _squared_norms(layers: list[list[Term]], units: Units) -> list[Tensor]:
-    """(B,) for every layer, an upper bound. Gradients of terms that share a parameter are formed and added first.
+    """(B,) for every layer, an upper bound. Gradients of terms that share a parameter are formed and added first, where
+    nothing better is known.
 
     A shared parameter's part is booked on the first layer that uses it.
     """
@@ -93,7 +95,8 @@ def _squared_norms(layers: list[list[Term]], units: Units) -> list[Tensor]:
             elif id(term) not in done:
                 together = _connected(term, users)
                 done |= {id(other) for other in together}
-                total += _formed_squared_norms(together, units)
+                tied = tied_squared_norms(together, units)
+                total += _formed_squared_norms(together, units) if tied is None else tied
         results.append(total)
     return results
 

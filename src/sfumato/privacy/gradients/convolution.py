@@ -5,14 +5,14 @@ Shapes: R rows, B units, n units with equally many rows, C inputs, O outputs, T 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product as window
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.privacy.gradients import choice
+from sfumato.privacy.gradients import choice, products
 from sfumato.privacy.gradients.terms import (
     KEEP_ALWAYS_BYTES,
     KEEP_BYTES,
@@ -56,8 +56,11 @@ class Convolution(Term):
         held = (self.inputs.numel() + self.outputs.numel()) * self.inputs.element_size()
         keep = units.num_units * size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
         ghost = not self.geometry.transposed and self.geometry.groups == 1
+        rows_of_unit = int(units.counts.max()) if units.num_units else 0
+        padded = zip(self.inputs.shape[2:], self.geometry.padding, strict=True)
         shape = choice.Pictures(
-            positions=self.outputs.shape[2:].numel() * max(1, int(units.counts.max())) if units.num_units else 0,
+            positions=self.outputs.shape[2:].numel() * rows_of_unit,
+            pixels=prod(length + 2 * padding for length, padding in padded) * rows_of_unit,
             inputs=self.inputs.shape[1],
             outputs=self.outputs.shape[1],
             weights=weight.numel(),
@@ -66,7 +69,7 @@ class Convolution(Term):
         way = choice.cheapest_for_pictures(shape, keep=keep, ghost=ghost, on_cpu=self.inputs.device.type == "cpu")
         out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
         if way == "ghost":
-            unit_bytes = 3 * shape.positions**2 * self.inputs.element_size()
+            unit_bytes = 3 * shape.pixels**2 * self.inputs.element_size()
             for first, last, rows, part in self._some_units(units, max(1, WORK_BYTES // unit_bytes)):
                 for group in part.groups():
                     grams = self._grams(rows, group.rows, group.num_units)
@@ -176,10 +179,10 @@ class Convolution(Term):
         space = padded.shape[2:]
         x = padded.unflatten(0, (count, -1)).transpose(1, 2).flatten(2)  # (n, C, S of all rows of the unit)
         size = x.shape[2]
-        single = torch.bmm(x.transpose(1, 2), x).view(count, size * size)
+        single = products.grams(x.transpose(1, 2)).view(count, size * size)
         steps = [prod(space[i + 1 :]) for i in range(dimensions)]
         total = single if prod(kernel) == 1 else single.clone()
-        for offset in product(*(range(k) for k in kernel)):
+        for offset in window(*(range(k) for k in kernel)):
             shift = (size + 1) * sum(o * d * step for o, d, step in zip(offset, geometry.dilation, steps, strict=True))
             if shift:
                 total[:, : size * size - shift] += single[:, shift:]
@@ -192,7 +195,7 @@ class Convolution(Term):
                     total = total[(slice(None),) * axis + (slice(None, None, stride),)]
         g = outputs.unflatten(0, (count, -1)).transpose(1, 2).flatten(2)  # (n, O, T)
         positions = g.shape[2]
-        return total.reshape(count, positions, positions).contiguous(), torch.bmm(g.transpose(1, 2), g)
+        return total.reshape(count, positions, positions).contiguous(), products.grams(g.transpose(1, 2))
 
 
 def _weighted(kept: list[Tensor], factors: Tensor, weight: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.privacy.gradients import choice
+from sfumato.privacy.gradients import choice, products
 
 KEEP_BYTES = 2**27  # a term keeps the per-unit gradients it forms, up to this size
-KEEP_RATIO = 2  # and up to so many times the size of what it need not hold any longer, then
+KEEP_RATIO = 3  # and up to so many times the size of what it need not hold any longer, then
 KEEP_ALWAYS_BYTES = 2**22
 BLOCK_BYTES = 2**23  # kept gradients are blocks of this size: larger ones the C library takes from the system anew
 WORK_BYTES = 2**24  # scratch for Gram matrices, patches, and gradients that are not kept
@@ -233,7 +233,8 @@ class Outer(Term):
             inputs = inputs * rows
         else:
             outputs = outputs * rows
-        sums[self.weight] = (outputs.flatten(0, 1).t() @ inputs.flatten(0, 1)).view(self.weight.shape)
+        weight = products.weight_gradient(outputs.flatten(0, 1), inputs.flatten(0, 1))
+        sums[self.weight] = weight.view(self.weight.shape)
         return sums
 
     def gradient_of(self, unit: int, units: Units) -> Sums:
@@ -273,21 +274,27 @@ class Kept:
         """Forms the gradients of a group: inputs (n, T, D), outputs (n, T, O) -> their squared norms, (n,) float64."""
         squared = []
         step = max(1, BLOCK_BYTES // (self.shape[0] * self.shape[1] * inputs.element_size()))
-        for block in blocks(group.num_units, step):
-            gradients = torch.bmm(outputs[block].transpose(1, 2), inputs[block])
+        first = 0
+        for gradients in products.unit_gradients(outputs, inputs, step):
+            last = first + len(gradients)
             if isinstance(group.units, slice):
-                which: slice | Tensor = slice(group.units.start + block.start, group.units.start + block.stop)
+                which: slice | Tensor = slice(group.units.start + first, group.units.start + last)
             else:
-                which = group.units[block]
+                which = group.units[first:last]
             self._blocks.append((which, gradients))
             squared.append(squares(gradients.flatten(1)))
+            first = last
         return torch.cat(squared)
 
     def sum(self, factors: Tensor) -> Tensor:
         total: Tensor | None = None
         for which, gradients in self._blocks:
-            value = factors[which].to(gradients.dtype) @ gradients.flatten(1)
-            total = value if total is None else total.add_(value)
+            if total is None:
+                total = torch.zeros_like(gradients[0])
+            if len(gradients) == 1:
+                total.add_(gradients[0], alpha=float(factors[which]))
+            else:
+                total.view(-1).addmv_(gradients.flatten(1).t(), factors[which].to(gradients.dtype))
         assert total is not None
         return total
 
@@ -375,8 +382,7 @@ def _ghost_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
     step = max(1, WORK_BYTES // (2 * positions * positions * inputs.element_size()))
     for block in blocks(count, step):
         a, g = inputs[block], outputs[block]
-        grams = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        out[block] = ghost_squares_of(*grams, width + outputs.shape[2])
+        out[block] = ghost_squares_of(products.grams(a), products.grams(g), width + outputs.shape[2])
     return out
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from sfumato.privacy.gradients import products
 from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, flat, no_view, once, one_input, rule
 from sfumato.privacy.gradients.terms import Outer, PerRow, Term
 
@@ -19,7 +19,7 @@ class Linear(Function):
         ctx.with_input = weight.requires_grad
         ctx.save_for_backward(x if ctx.with_input else None, weight)  # a frozen layer's input may change afterwards
         ctx.record, ctx.kind = record, x.dtype
-        return no_view(F.linear(x, weight, bias))
+        return no_view(products.linear(x, weight, bias))
 
     @staticmethod
     @once
@@ -27,7 +27,7 @@ class Linear(Function):
         (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(*((x, g) if ctx.with_input else (g,)))
-        gradient = (g @ weight.to(g.dtype)).to(ctx.kind) if ctx.needs_input_grad[1] else None
+        gradient = products.input_gradient(g, weight.to(g.dtype)).to(ctx.kind) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None
 
 
