@@ -17,11 +17,13 @@ from sfumato.privacy.gradients.terms import (
     KEEP_ALWAYS_BYTES,
     KEEP_BYTES,
     KEEP_RATIO,
+    LOOSEST,
     WORK_BYTES,
     Sums,
     Term,
     Units,
     ghost_squares_of,
+    looseness,
     same_type,
     squares,
     without,
@@ -55,7 +57,6 @@ class Convolution(Term):
         size = weight.numel() * self.inputs.element_size()
         held = (self.inputs.numel() + self.outputs.numel()) * self.inputs.element_size()
         keep = units.num_units * size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
-        ghost = not self.geometry.transposed and self.geometry.groups == 1
         rows_of_unit = int(units.counts.max()) if units.num_units else 0
         padded = zip(self.inputs.shape[2:], self.geometry.padding, strict=True)
         shape = choice.Pictures(
@@ -66,6 +67,9 @@ class Convolution(Term):
             weights=weight.numel(),
             kernel=weight.shape[2:].numel(),
         )
+        roundings = products.roundings(shape.inputs) + shape.kernel + products.roundings(shape.outputs)
+        ghost = not self.geometry.transposed and self.geometry.groups == 1
+        ghost = ghost and looseness(shape.positions, roundings, self.inputs.dtype) <= LOOSEST
         way = choice.cheapest_for_pictures(shape, keep=keep, ghost=ghost, on_cpu=self.inputs.device.type == "cpu")
         out = torch.zeros(units.num_units, dtype=torch.float64, device=self.inputs.device)
         if way == "ghost":
@@ -73,9 +77,7 @@ class Convolution(Term):
             for first, last, rows, part in self._some_units(units, max(1, WORK_BYTES // unit_bytes)):
                 for group in part.groups():
                     grams = self._grams(rows, group.rows, group.num_units)
-                    out[first:last][group.units] = ghost_squares_of(
-                        *grams, shape.weights // shape.outputs + shape.outputs
-                    )
+                    out[first:last][group.units] = ghost_squares_of(*grams, roundings)
             return out
         kept = []
         if way == "one by one":

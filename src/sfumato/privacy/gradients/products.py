@@ -15,6 +15,7 @@ from torch import Tensor
 
 _LEAST = 2**24  # multiplications: below, the call itself is what costs
 _LEAST_OF_ONE = 2**19  # the same where units are multiplied one after the other
+SUM_OF = 512  # products of a sum whose rounding is bounded
 _FASTER = 0.9  # oneDNN must need at most this share of the time
 _TRIES = 3
 
@@ -66,7 +67,24 @@ def unit_gradients(g: Tensor, x: Tensor, block: int) -> list[Tensor]:
 
 
 def pairs(x: Tensor, y: Tensor) -> Tensor:
-    """x (n, S, D), y (n, T, D) -> (n, S, T), the products of all positions of one with all of the other."""
+    """x (n, S, D), y (n, T, D) -> (n, S, T), the products of all positions of one with all of the other.
+
+    Guarantee: each is off by at most ``roundings(D)`` u times the product of the norms, in whatever order a library adds:
+    long sums are made of short ones.
+    """
+    total: Tensor | None = None
+    for start in range(0, x.shape[2], SUM_OF):
+        part = _short_pairs(x[:, :, start : start + SUM_OF], y[:, :, start : start + SUM_OF])
+        total = part if total is None else total.add_(part)
+    return total if total is not None else x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
+
+
+def roundings(width: int) -> int:
+    """How many roundings a number of ``pairs`` has gone through at most."""
+    return min(width, SUM_OF) + -(-width // SUM_OF)
+
+
+def _short_pairs(x: Tensor, y: Tensor) -> Tensor:
     usual = lambda: torch.bmm(x, y.transpose(1, 2))  # noqa: E731
     if not _possible(x, y) or x[0].numel() * y.shape[1] < _LEAST_OF_ONE:
         return usual()

@@ -28,6 +28,7 @@ KEEP_RATIO = 3  # and up to so many times the size of what it need not hold any 
 KEEP_ALWAYS_BYTES = 2**22
 BLOCK_BYTES = 2**23  # kept gradients are blocks of this size: larger ones the C library takes from the system anew
 WORK_BYTES = 2**24  # scratch for Gram matrices, patches, and gradients that are not kept
+LOOSEST = 0.01  # of a squared norm from Gram matrices: half of it is what a gradient may be clipped too far
 _RUN = 128
 
 Sums = dict[nn.Parameter, Tensor]
@@ -201,8 +202,10 @@ class Outer(Term):
         size = units.num_units * width * height * self.inputs.element_size()
         keep = size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
         kept = Kept(units.num_units, (height, width))
+        kind = self.inputs.dtype
         for group in units.groups():
-            ways = ["ghost", "keep" if keep else "form"]
+            loose = looseness(group.count * positions, products.roundings(width) + products.roundings(height), kind)
+            ways = ["keep" if keep else "form"] + ["ghost"] * (loose <= LOOSEST)
             shape = (group.num_units, group.count * positions, width, height)
             inputs, outputs = by_unit(self.inputs, group), by_unit(self.outputs, group)  # (n, T, D), (n, T, O)
             match choice.cheapest(ways, shape, inputs):
@@ -380,26 +383,31 @@ def _ghost_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
         return squares(inputs.flatten(1)) * squares(outputs.flatten(1))
     out = torch.zeros(count, dtype=torch.float64, device=inputs.device)
     step = max(1, WORK_BYTES // (2 * positions * positions * inputs.element_size()))
+    roundings = products.roundings(width) + products.roundings(outputs.shape[2])
     for block in blocks(count, step):
         a, g = inputs[block], outputs[block]
-        out[block] = ghost_squares_of(products.grams(a), products.grams(g), width + outputs.shape[2])
+        out[block] = ghost_squares_of(products.grams(a), products.grams(g), roundings)
     return out
 
 
-def ghost_squares_of(inputs: Tensor, outputs: Tensor, summed: int) -> Tensor:
+def ghost_squares_of(inputs: Tensor, outputs: Tensor, roundings: int) -> Tensor:
     """Gram matrices of inputs and output gradients, (n, T, T) each -> (n,) float64, an upper bound. Overwrites the first.
 
-    A sum of m rounded products is off by at most m u of the product of the norms; that is put on top, and T u for the
-    sum over positions. The bound is above the true value by about (m + T) T u of it for positions that have nothing in
-    common: in float32 1e-4 for m = 1000 and T = 2. Where positions cancel it may be above by more: that unit is scaled
-    down too far.
+    What rounding can have taken away is put on top: ``looseness`` of it, for positions that have nothing in common.
+    Where positions cancel that is more: such a unit is scaled down too far.
 
-    Args: summed: m, the numbers of a product of both kinds together.
+    Args: roundings: that an entry of both matrices together has gone through.
     """
-    slack = 1.02 * (summed + inputs.shape[1] + 8) * torch.finfo(inputs.dtype).eps / 2
+    slack = looseness(inputs.shape[1], roundings, inputs.dtype) / max(1, inputs.shape[1])
     lengths = (_diagonal(inputs) * _diagonal(outputs)).sqrt_().sum(1)
     total = inputs.mul_(outputs).sum(1).sum(1, dtype=torch.float64).clamp_(min=0)
     return total + slack * lengths.square_()
+
+
+def looseness(positions: int, roundings: int, kind: torch.dtype) -> float:
+    """How far a squared norm from Gram matrices is above the true one, as a part of it, for positions of one length that
+    have nothing in common: (m + T) u of (sum_t |a_t| |g_t|)^2, which is T times the squared norm."""
+    return 1.02 * (roundings + positions + 8) * torch.finfo(kind).eps / 2 * positions
 
 
 def _formed_squares(inputs: Tensor, outputs: Tensor) -> Tensor:

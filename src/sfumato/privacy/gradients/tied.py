@@ -38,11 +38,11 @@ def tied_squared_norms(terms: Sequence[Term], units: Units) -> Tensor | None:
 
 
 def _cross(words: Tensor, h: Tensor, a: Tensor, g: Tensor) -> Tensor:
-    """(n,), not below the true value: a sum of D products is off by at most D u of the product of the norms."""
+    """(n,), not below the true value: rounding is put on top."""
     of_words = torch.gather(g, 2, words.unsqueeze(1).expand(-1, a.shape[1], -1))  # (n, S, T)
     inner = products.pairs(a, h)  # (n, S, T)
     unit = torch.finfo(a.dtype).eps / 2
-    slack = 1.02 * (a.shape[2] + words.shape[1] + 8) * unit
+    slack = 1.02 * (products.roundings(a.shape[2]) + words.shape[1] + 8) * unit
     lengths = of_words.abs().mul_(a.norm(dim=2).unsqueeze(2)).mul_(h.norm(dim=2).unsqueeze(1))
     return (of_words.mul_(inner)).sum(2).sum(1, dtype=torch.float64) + slack * lengths.sum(2).sum(
         1, dtype=torch.float64
