@@ -286,6 +286,7 @@ def test_a_unit_that_two_processes_own_is_convicted():
 # ----------------------------------------------------------------------------------------------------------- the noise
 
 STEPS = 4
+NOBODY = 1e-12  # units in an expected batch: some unit is drawn in fewer than one test run in 10^9
 SIGMA, BOUND = 1.5, 2.0
 
 
@@ -310,11 +311,11 @@ def work_noise(rank: int, size: int, kind: str, wrong: type | None) -> dict:
     optimizer = engine.attach(torch.optim.AdamW(model.parameters(), lr=1e-3))
     data = UnitTable({"x": torch.randn(1000, 50)}, [str(i) for i in range(1000)])
     noises = []
-    for batch in engine.batches(data, expected_batch_size=1e-4, steps=STEPS):
+    for batch in engine.batches(data, expected_batch_size=NOBODY, steps=STEPS):
         assert batch.num_units == 0
         model(batch.tensors["x"]).square().sum(1).mean().backward()
         optimizer.step()
-        noises.append(gradient(model) * 1e-4 / (SIGMA * BOUND))
+        noises.append(gradient(model) * NOBODY / (SIGMA * BOUND))
     return {"noise": torch.stack(noises), "parameters": parameters(model), "releasable": engine.for_release}
 
 

@@ -295,7 +295,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module._parameters.update(sharded)
+        for name, parameter in sharded.items():
+            module._parameters[name] = parameter
 
 
 def sharding_problem(model: nn.Module, processes: Processes) -> list[str]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sfumato.errors import UnsupportedLayer
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.groups import listed
+from sfumato.privacy.gradients.rules import buffers_of_weights
 
 
 class Gradients:
@@ -64,8 +65,10 @@ class Watch:
         self._model = model
         self._kinds: dict[str, str] = {}
         self._held: list[tuple[str, Tensor, int]] = []
+        of_weights = buffers_of_weights(model)
+        buffers = ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in of_weights)
         frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-        for kind, named in (("buffer", model.named_buffers()), ("frozen parameter", frozen)):
+        for kind, named in (("buffer", buffers), ("frozen parameter", frozen)):
             for name, tensor in named:
                 self._kinds[name] = kind
                 self._held.append((name, tensor, tensor._version))

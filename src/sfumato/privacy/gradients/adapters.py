@@ -30,7 +30,7 @@ from sfumato.privacy.gradients.rules import (
 )
 from sfumato.privacy.gradients.terms import PerRow, Term
 
-_WHOLE = RowByRow()
+_WHOLE = RowByRow(whole=True)
 
 
 @rule_finder

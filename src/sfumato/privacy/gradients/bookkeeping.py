@@ -20,10 +20,12 @@ from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
 from sfumato.privacy.gradients.rules import (
     Call,
+    Record,
     RowByRow,
     Rule,
     forward_is_replaced,
     plain_forward,
+    problem_of_embedding,
     rule_for,
     trainable,
 )
@@ -42,6 +44,10 @@ _REFUSED: tuple[tuple[type[nn.Module], str], ...] = (
         "reduces gradients before they are clipped: leave it out; the engine itself reduces over all processes",
     ),
     (nn.DataParallel, "splits rows over replicas that are not recorded: give the engine the module inside"),
+    (
+        torch.jit.ScriptModule,
+        "was compiled by torch.jit, which leaves nothing to record: give the engine the module itself",
+    ),
 )
 
 
@@ -112,11 +118,14 @@ class Tape:
         self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
+        self._running: list[int] = []  # backward passes, each started inside the one before, by a checkpoint
+        self._outermost: dict[int, int] = {}
         self.units: Units | None = None  # whose the rows are: norms are then taken during the backward pass
         self._by_module = {id(layer.module): layer for layer in self.layers}
         users = Counter(id(p) for layer in self.layers for p in layer.parameters)
         for layer in self.layers:
             layer.alone = all(users[id(p)] == 1 for p in layer.parameters)
+        self.call: Callable[..., Any] = torch.compiler.disable(self._call)
         modules = [layer.module for layer in self.layers]
         if id(model) not in self._by_module:
             modules.append(model)  # its first tensor tells R in a hand-written loop
@@ -140,6 +149,8 @@ class Tape:
             layer.terms = []
             layer.awaited = 0
         self._pass = None
+        self._running.clear()
+        self._outermost.clear()
         if not self.rows_are_given:
             self.rows = self.units = None
 
@@ -148,33 +159,60 @@ class Tape:
         self.units, self.rows_are_given = units, units is not None
         self.rows = units.num_rows if units is not None else None
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward, recorded. Inside torch.compile it runs as it is: a compiled record would be lost."""
         layer = self._by_module.get(id(module))
+        self._current_pass()  # a checkpoint runs layers again inside a backward pass
         recording = self.enabled and not self._inside and torch.is_grad_enabled()
         if recording and module is self.model and not self.rows_are_given:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
             self.rows = tensors[0].shape[0] if tensors else None
             self.units = None if self.rows is None else Units(None, self.rows)
         if not recording or layer is None or not any(p.requires_grad for p in layer.parameters):
             return plain_forward(module)(*args, **kwargs)
         if self.rows == 0:
             return _without_rows(module, trainable(module)[0], args, kwargs)
-        if torch._C._current_graph_task_id() == -1:  # not a checkpointed part that is run once more
-            layer.awaited += 1
+        record = self.recorder_of(layer)
         if not isinstance(layer.rule, RowByRow):
-            args = tuple(self._with_rows(x) for x in args)
-            return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
+            args, kwargs = layer.rule.over_rows(self._with_rows(), args, kwargs)
+            return layer.rule.forward(module, record, *args, **kwargs)
         self._inside += 1
         try:
-            return layer.rule.forward(module, _Recorder(self, layer), *args, **kwargs)
+            return layer.rule.forward(module, record, *args, **kwargs)
         finally:
             self._inside -= 1
 
-    def _with_rows(self, x: Any) -> Any:
+    def _with_rows(self) -> Callable[[Tensor], Tensor]:
         """(1, ...) -> (R, ...): what all rows share (position ids) is every row's own input, written once."""
-        if isinstance(x, Tensor) and self.rows not in (None, 1) and x.dim() > 1 and x.shape[0] == 1:
-            return x.expand(self.rows, *x.shape[1:])
-        return x
+        done: dict[int, Tensor] = {}  # one tensor given twice stays one
+
+        def expanded(x: Tensor) -> Tensor:
+            if self.rows in (None, 1) or x.dim() < 2 or x.shape[0] != 1:
+                return x
+            return done.setdefault(id(x), x.expand(self.rows, *x.shape[1:]))
+
+        return expanded
+
+    def _current_pass(self) -> int:
+        """The backward pass that is running; of passes inside one another (reentrant checkpoints) the outermost."""
+        number = torch._C._current_graph_task_id()
+        if number != -1 and number not in self._outermost:
+            running = self._running
+            self._outermost[number] = self._outermost[running[-1]] if running else number
+            running.append(number)
+            torch.autograd.Variable._execution_engine.queue_callback(  # at the end of this pass
+                lambda: running.remove(number) if number in running else None
+            )
+        return self._outermost.get(number, number)
+
+    def recorder_of(self, layer: Layer) -> "_Recorder":
+        """For one call of the layer."""
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # no checkpointed part, run once more
+            layer.awaited += 1
+        return _Recorder(self, layer)
+
+    def layer_of(self, module: nn.Module) -> Layer | None:
+        return self._by_module.get(id(module))
 
     def record(self, layer: Layer, tensors: Call) -> None:
         if not self.enabled:
@@ -182,7 +220,7 @@ class Tape:
                 f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
                 next="Put the forward pass inside as well, or the backward pass outside.",
             )
-        number = torch._C._current_graph_task_id()
+        number = self._current_pass()
         if self._pass is None:
             self._pass = number
         elif self._pass != number and not self.several_passes:
@@ -227,17 +265,18 @@ class Tape:
                 next="Keep the rows as the leading dimension; a pass over other rows is a step of its own.",
             )
         terms = [layer.terms + (layer.take_terms() if layer.calls else []) for layer in called]
+        called, terms = self._to_their_layers(called, terms)
         rows = {term.num_rows for group in terms for term in group}
         if self.rows is not None:
             rows.add(self.rows)
         if len(rows) > 1:
             expected = self.rows
-            shown = f", {expected}," if expected else ""
             wrong = [
                 f"{layer}: {sorted({t.num_rows for t in group})}"
                 for layer, group in zip(called, terms, strict=True)
                 if any(t.num_rows != expected for t in group)
             ]
+            shown = f", {expected}," if expected else ""
             self.clear()
             raise UnsupportedLayer(
                 f"leading dimension · must be the batch's rows{shown} in every layer, but is in " + "; ".join(wrong),
@@ -245,6 +284,19 @@ class Tape:
             )
         self.clear()
         return called, terms, rows.pop() if rows else 0
+
+    def _to_their_layers(self, called: list[Layer], terms: list[list[Term]]) -> tuple[list[Layer], list[list[Term]]]:
+        """A module that went row by row as a whole also tells of the layers inside it: their terms go to them."""
+        found = dict(zip((id(layer) for layer in called), terms, strict=True))
+        owners = {id(p): layer for layer in reversed(self.layers) for p in layer.parameters}
+        for layer in called:
+            own = {id(p) for p in layer.parameters}
+            foreign = [term for term in found[id(layer)] if id(term.parameters[0]) not in own]
+            for term in foreign:
+                found[id(layer)].remove(term)
+                found.setdefault(id(owners[id(term.parameters[0])]), []).append(term)
+        layers = [layer for layer in self.layers if id(layer) in found]
+        return layers, [found[id(layer)] for layer in layers]
 
 
 class _Recorder:
@@ -300,6 +352,11 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tape.call(self.module, args, kwargs)
 
+    def served(self) -> tuple[Rule, Callable[[], Record]] | None:
+        """The rule of this layer, and what makes a record of one call; None where it is not a recorded layer."""
+        layer = self.tape.layer_of(self.module)
+        return None if layer is None else (layer.rule, lambda: self.tape.recorder_of(layer))
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
         return plain_forward, (self.module,)
 
@@ -308,21 +365,22 @@ def _find_layers(model: nn.Module) -> list[Layer]:
     """Which module is treated by which rule. Raises UnsupportedLayer that names every layer that cannot be treated."""
     problems: list[str] = []
     layers: list[Layer] = []
-    seen: set[int] = set()
+    seen: dict[int, bool] = {}  # whether only as a part of another layer
 
     def visit(name: str, module: nn.Module, covered: bool) -> None:
-        if id(module) in seen:
+        if not seen.get(id(module), True) or (covered and id(module) in seen):
             return
-        seen.add(id(module))
+        seen[id(module)] = covered
         inside: set[int] = set()  # children that this module's rule treats
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         problem = _problem_of(module, bool(own))
         with gathered(module):  # rules try out what a module computes
-            found = rule_for(module)
+            found = rule_for(module) if problem is None else None
             if problem is None and found is not None and found.treats(module):
                 problem = found.problem(module)
         if problem is not None:
-            problems.append(f"{name or 'model'} ({type(module).__name__}): {problem}")
+            said = f"{name or 'model'} ({type(module).__name__}): {problem}"
+            problems.extend([said] if said not in problems else [])
         elif not covered:
             if found is None and (own or (hasattr(module, "parametrizations") and trainable(module))):
                 found = RowByRow()
@@ -336,6 +394,8 @@ def _find_layers(model: nn.Module) -> list[Layer]:
                         f"{name or 'model'} ({type(module).__name__}): is treated as a whole, but fully_shard was applied "
                         f"inside it, to {type(torn[0]).__name__}: apply it to the whole"
                     )
+                for below_name, below in found.nested(module):
+                    visit(f"{name}.{below_name}" if name else below_name, below, False)
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child, covered or id(child) in inside)
 
@@ -359,6 +419,12 @@ def _problem_of(module: nn.Module, owns_trainable: bool) -> str | None:
         return "keeps running averages of private data, which leave without noise: set track_running_stats=False"
     if getattr(module, "batch_first", True) is False:
         return "has positions before rows: set batch_first=True"
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return "was compiled by torch.compile, which leaves nothing to record: give the engine the module itself"
+    if isinstance(module, nn.EmbeddingBag) and owns_trainable:
+        return problem_of_embedding(module)
+    if any(p is not None and p.requires_grad and p.is_complex() for p in module._parameters.values()):
+        return "has complex parameters, whose gradients have no norm here: hold real and imaginary parts"
     if isinstance(vars(module).get("forward"), _Forward):
         return "is recorded by another engine already: call its detach() first"
     if owns_trainable and forward_is_replaced(module):

@@ -385,7 +385,7 @@ class Coupled(Aliases):
 
 _CONV1D = Conv1DRule()
 _EMBEDDING = EmbeddingSubclassRule()
-_WHOLE = RowByRow()
+_WHOLE = RowByRow(whole=True)
 
 
 def _folds_rows(module: nn.Module) -> bool:
