@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sfumato.errors import UsageError
-from sfumato.privacy.drawing import Part
 from sfumato.privacy.gradients.groups import WHOLE, listed
 from sfumato.privacy.passes import Passes
 from sfumato.privacy.processes import Processes
+from sfumato.privacy.sources import PhysicalPart
 
 
 class Attached:
@@ -23,7 +23,7 @@ class Attached:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}  # by the part that each trains; one may train all
         self._passes = Passes(None, self._trainable)
         self._hooks: list[Any] = []
-        self._part: Part | None = None  # the rows that are on their way through the loop
+        self._part: PhysicalPart | None = None  # the rows that are on their way through the loop
         self._draws_batches = False
 
     def attach(self, optimizer: torch.optim.Optimizer, *, part: str = WHOLE) -> torch.optim.Optimizer:

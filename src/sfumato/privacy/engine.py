@@ -15,224 +15,38 @@ With several processes (``torch.distributed``; docs/processes.md) the step is th
 who draws whom, and ``reduction`` for the sum and the noise.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sfumato import checks
-from sfumato.errors import BudgetExhausted, PrivacyRefused, UnsupportedLayer, UsageError
+from sfumato.errors import PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
-from sfumato.privacy.attached import Attached
-from sfumato.privacy.drawing import Part, Source, source_of
+from sfumato.privacy.draws import STATE_FORMAT, Draws
 from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import clipped_sums
-from sfumato.privacy.gradients.groups import WHOLE, Partition, listed, parts_of
-from sfumato.privacy.gradients.groups import Part as ModelPart
+from sfumato.privacy.gradients.groups import WHOLE, Part, Partition, listed, parts_of
 from sfumato.privacy.gradients.terms import Sums, Term, Units
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.noise import gaussian, widened
+from sfumato.privacy.not_private import NotPrivateEngine as NotPrivateEngine
 from sfumato.privacy.passes import Passes
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
 from sfumato.privacy.reduction import Reduction
-from sfumato.privacy.sampling import physical_parts, poisson_units
+from sfumato.privacy.sources import PhysicalPart
 from sfumato.privacy.watch import Gradients, Watch
-from sfumato.randomness import Random, SecretRandom
+from sfumato.randomness import Random
 from sfumato.records import Batch
 
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
-STATE_FORMAT = 1
 
 
-class _Engine(Attached):
-    """What the private and the ordinary engine share: drawing batches, and following the optimizer's steps."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: PrivacyPlan | None,
-        ledger: Ledger | None,
-        random: Random | None,
-        processes: Processes | None,
-    ) -> None:
-        super().__init__(model, Processes.current() if processes is None else processes)
-        self._processes_were_found = processes is None
-        self.plan = plan
-        self.ledger = ledger
-        self.random: Random = random if random is not None else SecretRandom()
-        self.stopped: Literal["budget", "steps"] | None = None
-        self._all_for_release = True  # the chance of the other processes
-        self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
-        self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
-        self._sampling_rate: float | None = plan.sampling_rate if plan is not None else None
-
-    @property
-    def for_release(self) -> bool:
-        """False if chance comes from a test source, in any process: nothing made with it may be released."""
-        return self.random.for_release and self._all_for_release
-
-    def batches(
-        self,
-        dataset: Any,
-        *,
-        expected_batch_size: float | None = None,
-        steps: int | None = None,
-        unit: Sequence[Any] | None = None,
-        max_physical_batch_size: int | None = None,
-        records_per_unit: int | None = None,
-    ) -> Iterator[Any]:
-        """Draws ``steps`` batches by Poisson sampling over units; each is charged before its data is touched.
-
-        Ends early, with ``engine.stopped == "budget"``, when the ledger has no room for another step.
-
-        In several processes all of them give the same whole data set, and each draws from its share of the units.
-
-        Args:
-          dataset: a ``UnitTable`` (yields ``Batch``), or any dataset with a length and an index (yields its items,
-            collated; then the loss is a mean over rows).
-          expected_batch_size: B, in units, over all processes, a public constant; the sampling rate is B / number of units, which is
-            thereby declared public. Both come from the plan, if there is one.
-          unit: for an ordinary dataset, whose item i is: one name per item. Left out, every item is a unit.
-          max_physical_batch_size: at most so many units at once; a batch then comes in parts (``Batch.last`` marks the
-            final one). Run the whole loop body for every part: ``optimizer.step()`` adds up, and steps on the last.
-          records_per_unit: at most so many rows of a unit take part in a step (1 without a plan).
-        """
-        with self.processes.agreeing():
-            source = source_of(dataset, unit)
-            self._set_rate(expected_batch_size, source.num_units)
-            limit = records_per_unit
-            if self.plan is not None:
-                if limit not in (None, self.plan.records_per_unit):
-                    raise UsageError(
-                        f"records_per_unit = {limit} · the plan says {self.plan.records_per_unit}",
-                        next="Leave it to the plan.",
-                    )
-                limit = self.plan.records_per_unit
-            if max_physical_batch_size is not None:
-                checks.positive(max_physical_batch_size=max_physical_batch_size)
-            self._check_attached(max_physical_batch_size)
-            if steps is not None:
-                checks.non_negative(steps=steps)
-        if steps is None:
-            steps = self.processes.decide(self._steps_left)
-        if self.processes.together:
-            self.processes.require_same(
-                "engine.batches",
-                num_units=source.num_units,
-                sampling_rate=self._sampling_rate,
-                expected_batch_size=self._expected_batch_size,
-                steps=int(steps),
-                records_per_unit=limit,
-                max_physical_batch_size=max_physical_batch_size,
-                dataset=source.identity(),
-            )
-        self._draws_batches = True
-        return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
-
-    def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
-        assert self._sampling_rate is not None
-        self.stopped = None
-        own = self.processes.own_units(source.num_units)
-        for _ in range(steps):
-            with self.processes.agreeing():
-                self._require_stepped()
-            self._begin()
-            try:
-                sequence = self._reserve()
-            except BudgetExhausted:
-                self.stopped = "budget"
-                return
-            units = own[poisson_units(len(own), self._sampling_rate, self.random)]
-            parts = self.processes.equal_parts(physical_parts(units, max_physical))
-            for i, part in enumerate(parts):
-                last = i == len(parts) - 1
-                with self.processes.agreeing():
-                    self._require_stepped()
-                    batch, grouping = source.rows(part, limit, self.random, last)
-                self._part = Part(grouping, source.loss_is_over_rows, last, sequence)
-                self._expect(self._part)
-                yield batch
-        with self.processes.agreeing():
-            self._require_stepped()
-        self.stopped = "steps"
-
-    def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
-        if expected_batch_size is not None:
-            checks.positive(expected_batch_size=expected_batch_size)
-            if self._expected_batch_size is not None and self._expected_batch_size != expected_batch_size:
-                raise UsageError(
-                    f"expected_batch_size = {expected_batch_size} · the engine has {self._expected_batch_size} already",
-                    next="Say it in one place.",
-                )
-            self._expected_batch_size = float(expected_batch_size)
-        if self._expected_batch_size is None:
-            raise UsageError(
-                "expected_batch_size = None · must be a public constant, the mean number of units in a batch",
-                next="Give engine.batches(dataset, expected_batch_size=..., steps=...).",
-            )
-        if self._sampling_rate is None:
-            if num_units < 1:
-                raise UsageError("dataset · has no units to draw from", next="Give a dataset with records.")
-            rate = self._expected_batch_size / num_units
-            checks.probability(sampling_rate=rate, next="Make expected_batch_size at most the number of units.")
-            self._sampling_rate = rate
-
-    def _steps_left(self) -> int:
-        if self.plan is None:
-            raise UsageError("steps = None · must be given without a plan", next="Give steps=1_000, for example.")
-        return max(0, self.plan.steps - self.steps_started)
-
-    def _join(self, part: str) -> None:
-        """Do all processes train the same thing, from different chance?"""
-        if self._processes_were_found and Processes.current().size != self.processes.size:
-            raise UsageError(
-                f"torch.distributed = {Processes.current().size} processes · it was initialised after the engine was made, "
-                f"for {self.processes.size}",
-                next="Call init_process_group() first, or give the engine processes= to say who trains together.",
-            )
-        if not self.processes.together:
-            return
-        with self.processes.agreeing():
-            if self.ledger is not None and not self.processes.first:
-                raise UsageError(
-                    f"ledger = {self.ledger.path} · in process {self.processes.rank}; only process 0 writes it",
-                    next="Open the ledger in process 0, and give the others ledger=None.",
-                )
-        self.processes.require_same("engine", part=part, **self._public_settings())
-        if not self._optimizers:
-            self.processes.require_different(bytes(self.random.bytes(16)))
-            self._all_for_release = not self.processes.anyone(not self.random.for_release)
-            self.processes.make_equal(self.model)
-
-    def _public_settings(self) -> dict[str, Any]:
-        """What must be the same in all processes."""
-        return {
-            "engine": type(self).__name__,
-            "plan": self.plan,
-            "expected_batch_size": self._expected_batch_size,
-            "sampling_rate": self._sampling_rate,
-        }
-
-    def _require_stepped(self) -> None:
-        """Hook: raises if the batch just yielded went backward, but not through optimizer.step()."""
-
-    def _begin(self) -> None:
-        """Hook: a new draw begins."""
-
-    def _expect(self, part: Part) -> None:
-        """Hook: a part is about to be yielded."""
-
-    def _reserve(self) -> int | None:
-        raise NotImplementedError
-
-
-class DifferentialPrivacyEngine(_Engine):
+class DifferentialPrivacyEngine(Draws):
     """Differentially private training of one model with one optimizer, or with one for each of its parts.
 
     Guarantee: what ``optimizer.step()`` does to the parameters, over all steps together, is (epsilon, delta)-private
@@ -267,7 +81,7 @@ class DifferentialPrivacyEngine(_Engine):
         sampling_rate: float | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         clipping: Clipping | AdaptiveClip = "flat",
-        parts: Mapping[str, ModelPart] | None = None,
+        parts: Mapping[str, Part] | None = None,
         ledger: Ledger | None = None,
         random: Random | None = None,
         plan: DpSgd | None = None,
@@ -499,7 +313,7 @@ class DifferentialPrivacyEngine(_Engine):
         if self.steps_started & (self.steps_started - 1) == 0 or self.steps_started % 128 == 0:
             self.processes.require_equal({name: p for p, name in self._tape.parameters.items()})
 
-    def _expect(self, part: Part) -> None:
+    def _expect(self, part: PhysicalPart) -> None:
         self._tape.clear()
         self._tape.give_units(part.units)
 
@@ -558,7 +372,7 @@ class DifferentialPrivacyEngine(_Engine):
         if not self._draws_batches and part is not None and part.last:
             self._part = None
 
-    def _commit(self, part: Part) -> None:
+    def _commit(self, part: PhysicalPart) -> None:
         if part.sequence is not None and self.ledger is not None:
             self.ledger.commit(part.sequence)
             part.sequence = None
@@ -582,7 +396,7 @@ class DifferentialPrivacyEngine(_Engine):
                 "optimizer.step() · no backward() came before it", next="Call loss.backward() before optimizer.step()."
             )
 
-    def _hand_written_part(self) -> Part:
+    def _hand_written_part(self) -> PhysicalPart:
         """The rows of a loop over the user's own loader: a step is charged when its data is about to be used."""
         more = self._passes.accumulating
         if self._part is not None and not self._part.last:  # of a batch that was charged with its first micro-batch
@@ -590,10 +404,10 @@ class DifferentialPrivacyEngine(_Engine):
         else:
             self._forget_sums()
             sequence = self._reserve()
-        self._part = Part(None, False, not more, sequence)
+        self._part = PhysicalPart(None, False, not more, sequence)
         return self._part
 
-    def _add(self, part: Part, name: str) -> None:
+    def _add(self, part: PhysicalPart, name: str) -> None:
         """Adds the clipped gradients of a physical part to the sum of its batch."""
         with self.processes.agreeing():
             layers, terms, units = self._taken(part, name)
@@ -614,7 +428,7 @@ class DifferentialPrivacyEngine(_Engine):
                 self._count += self._adaptive.count(clipped.norms[0], self.max_grad_norm)
         reduction.part_done()
 
-    def _taken(self, part: Part, name: str) -> tuple[list[Layer], list[list[Term]], Units]:
+    def _taken(self, part: PhysicalPart, name: str) -> tuple[list[Layer], list[list[Term]], Units]:
         """What the backward pass of a physical part has left, checked."""
         layers, terms, rows = self._tape.take()
         if self._draws_batches and self._watch is not None:
@@ -684,107 +498,6 @@ class DifferentialPrivacyEngine(_Engine):
             )
 
 
-class NotPrivateEngine(_Engine):
-    """The same face without protection: ordinary gradients of the mean loss, over the expected batch size.
-
-    The non-private twin of a run: same sampling, same loop, no clipping, no noise; epsilon is infinite.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        expected_batch_size: float | None = None,
-        sampling_rate: float | None = None,
-        random: Random | None = None,
-        plan: NotPrivate | None = None,
-        processes: Processes | None = None,
-    ) -> None:
-        super().__init__(model, plan, None, random, processes)
-        sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
-        if sharded:
-            raise UsageError(
-                f"{listed(sharded)} · sharded, which the engine without privacy does not treat",
-                next="Train without an engine: fully_shard reduces ordinary gradients itself.",
-            )
-        if expected_batch_size is not None:
-            self._expected_batch_size = expected_batch_size
-        if sampling_rate is not None:
-            self._sampling_rate = sampling_rate
-        self._sums: dict[nn.Parameter, Tensor] = {}
-
-    @classmethod
-    def from_plan(
-        cls,
-        model: nn.Module,
-        plan: NotPrivate,
-        *,
-        ledger: Ledger | None = None,
-        random: Random | None = None,
-        processes: Processes | None = None,
-    ) -> "NotPrivateEngine":
-        """The twin of ``DifferentialPrivacyEngine.from_plan``; there is no event to write into a ledger."""
-        return cls(model, random=random, plan=plan, processes=processes)
-
-    def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
-        return math.inf
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"format": STATE_FORMAT, "steps_started": self.steps_started, "events": [], "ledger_sequence": None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps_started = int(state["steps_started"])
-
-    def check_independence(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
-        """Nothing to check: no unit is protected."""
-
-    def _reserve(self) -> None:
-        self.steps_started += 1
-
-    def _begin(self) -> None:
-        self._sums = {}
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._passes.require_step_allowed()
-        part, share = self._part, 1.0  # in a hand-written loop: ordinary training as it is
-        if part is not None and part.units is not None and self._expected_batch_size is not None:
-            share = (part.units.num_rows if part.over_rows else part.units.num_units) / self._expected_batch_size
-        elif self.processes.together:
-            raise UsageError(
-                "optimizer.step() · in several processes, without a batch of engine.batches",
-                next="Use engine.batches, or leave the engine out and average the gradients yourself.",
-            )
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        with torch.no_grad():
-            for parameter in trained:
-                if parameter.grad is not None and share:
-                    before = self._sums.get(parameter)
-                    value = parameter.grad * share if share != 1.0 else parameter.grad
-                    self._sums[parameter] = value if before is None else before + value
-                parameter.grad = None
-            if part is None or part.last:
-                public = self._passes.take_public(trained, self.processes)
-                self._add_up(trained)
-                for parameter in trained:
-                    parameter.grad = _added(self._sums.pop(parameter, None), public.get(parameter))
-
-    def _add_up(self, trained: list[nn.Parameter]) -> None:
-        """The sum over processes; a parameter that none of them has a gradient of keeps none."""
-        if self.processes.together:
-            used = self.processes.total([float(p in self._sums) for p in trained])
-            for parameter in (p for p, users in zip(trained, used, strict=True) if users):
-                self.processes.all_reduce(self._sums.setdefault(parameter, torch.zeros_like(parameter)))
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Nothing is charged."""
-
-    def accumulate(self, *, more: bool = True) -> AbstractContextManager[None]:
-        raise UsageError(
-            "engine.accumulate() · without privacy, how many rows a micro-batch of a hand-written loop has is not known",
-            next="Use engine.batches(..., max_physical_batch_size=), or scale and add the losses yourself.",
-        )
-
-
 def make_engine(
     model: nn.Module,
     plan: PrivacyPlan,
@@ -798,7 +511,3 @@ def make_engine(
             return DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=random, processes=processes)
         case NotPrivate():
             return NotPrivateEngine.from_plan(model, plan, random=random, processes=processes)
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

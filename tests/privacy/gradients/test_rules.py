@@ -11,7 +11,7 @@ from tests.oracles import one_unit_at_a_time, relative, released, table_of
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer, UsageError
-from sfumato.privacy import drawing
+from sfumato.privacy import sources
 from sfumato.privacy.gradients import terms
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.rules import RowByRow, Rule, known_layers, rule, rule_for
@@ -255,7 +255,7 @@ def test_the_same_when_nothing_may_be_kept(name, monkeypatch):
 @pytest.mark.parametrize("name", ["linear on draws (R, K, d)", "embedding", "tied head and shared positions"])
 def test_the_same_for_units_in_any_order_of_their_sizes(name, monkeypatch):
     """The engine sorts units by their number of rows to avoid copies; nothing rests on it."""
-    monkeypatch.setattr(drawing, "fewest_rows_first", lambda counts: np.arange(len(counts)))
+    monkeypatch.setattr(sources, "fewest_rows_first", lambda counts: np.arange(len(counts)))
     model, tensors = case(name)
     plain = copy.deepcopy(model)
     c = bound(plain, tensors, COUNTS)

@@ -17,7 +17,7 @@ from sfumato.records import Batch, UnitTable
 
 
 @dataclass(slots=True)
-class Part:
+class PhysicalPart:
     """One physical part of a drawn batch, on its way through the user's loop."""
 
     units: Units | None  # None: a hand-written loop, every row is a unit
