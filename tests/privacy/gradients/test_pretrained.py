@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.oracles import one_unit_at_a_time, relative, released, table_of
+from tests.privacy.gradients.comparing import difference
 from tests.privacy.gradients.small_models import (
     CONDITIONED,
     COUNTS,
@@ -40,8 +41,8 @@ from sfumato.privacy.gradients.pretrained import (
     RowwiseMethod,
 )
 from sfumato.privacy.gradients.root_mean_square import RootMeanSquareRule
-from sfumato.privacy.gradients.rules import RowByRow, rule_for
-from sfumato.privacy.gradients.terms import Units
+from sfumato.privacy.gradients.rules import RowByRow, rule_for, sum_of
+from sfumato.privacy.gradients.terms import PerRow, Units
 from sfumato.randomness import TestRandom
 from sfumato.records import Batch
 
@@ -212,8 +213,9 @@ class Kept:
         self.calls.append(tensors)
 
 
+@pytest.mark.parametrize("between", [(), (3,), (3, 2)], ids=str)
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_root_mean_square_norm_has_the_gradients_of_its_own_code(kind):
+def test_a_root_mean_square_norm_has_the_gradients_of_its_own_code(kind, between):
     """Output, gradient of the input, and of the weight row by row, for a weight and inputs of any size."""
     tolerance = 3e-2 if kind == torch.bfloat16 else 2e-6
     for name, norm in norms().items():
@@ -221,8 +223,9 @@ def test_a_root_mean_square_norm_has_the_gradients_of_its_own_code(kind):
         shaken(norm.to(kind))
         rule = rule_for(norm)
         assert isinstance(rule, RootMeanSquareRule), name
-        x = torch.randn(4, 3, 2, 12).to(kind) * torch.tensor([1e-3, 1, 30, 5]).view(4, 1, 1, 1).to(kind)
-        g = torch.randn(4, 3, 2, 12).to(kind)
+        sizes = torch.tensor([1e-3, 1, 30, 5]).view(4, *[1] * len(between), 1).to(kind)
+        x, g = (torch.randn(4, *between, 12).to(kind) for _ in range(2))
+        x = x * sizes
         recorded: list[tuple[Tensor, ...]] = []
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         outputs = [rule.forward(norm, Kept(recorded), inputs[0]), norm(inputs[1])]
@@ -237,6 +240,32 @@ def test_a_root_mean_square_norm_has_the_gradients_of_its_own_code(kind):
             y = norm(x[row : row + 1])
             y.backward(g[row : row + 1].to(y.dtype))
             assert relative(rows[row].double(), norm.weight.grad.double()) <= tolerance, name
+
+
+class CalledTwice(nn.Module):
+    """One norm for the positions of a row, and for their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = norms()["LlamaRMSNorm"], nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(x).mean(1) + self.norm(x.mean(1)))
+
+
+def test_a_norm_that_is_called_with_and_without_positions():
+    model = shaken(CalledTwice().double())
+    assert difference(model, [torch.randn(5, 3, 12)], [1, 2, 2]) <= 1e-6
+
+
+def test_gradients_that_are_not_one_for_each_row_are_never_added_up():
+    """A record of another shape would be broadcast over all rows: what one unit says would be everybody's."""
+    weight = nn.Parameter(torch.zeros(4))
+    for wrong in (torch.zeros(()), torch.zeros(3), torch.zeros(3, 5)):
+        with pytest.raises(RuntimeError, match="one for each row"):
+            PerRow(weight, wrong)
+    with pytest.raises(RuntimeError, match="cannot be added"):
+        sum_of([torch.zeros(3, 4), torch.zeros(4)])
 
 
 class OneOfMany(nn.Module):

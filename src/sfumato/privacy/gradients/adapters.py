@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UnsupportedLayer
 from sfumato.privacy.gradients.pretrained import Aliases, RowwiseMethod, is_a
@@ -28,6 +27,7 @@ from sfumato.privacy.gradients.rules import (
     sum_of,
     trainable,
 )
+from sfumato.privacy.gradients.rules.registry import once
 from sfumato.privacy.gradients.terms import PerRow, Term
 
 _WHOLE = RowByRow(whole=True)
@@ -109,7 +109,7 @@ class _Magnitude(Function):
         return x * magnitude
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (g,) = grad_outputs
         x, magnitude = ctx.saved_tensors

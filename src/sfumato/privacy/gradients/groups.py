@@ -70,7 +70,8 @@ def parts_of(plan: DpSgd) -> dict[str, Part] | None:
 
 @dataclass(eq=False, slots=True)
 class Protected:
-    """A part as it is in one model. ``max_grad_norm`` moves where it is adaptive, and ``noise_multiplier`` follows."""
+    """A part as it is in one model. ``max_grad_norm`` moves where clipping is adaptive, and ``noise_std`` with it;
+    ``noise_multiplier`` does not."""
 
     name: str
     parameters: dict[nn.Parameter, str]
@@ -98,9 +99,9 @@ class Partition:
     """All parts of a model, and to which group each layer belongs.
 
     Args:
-      layers: all recorded layers; parameters: all protected ones with their names, also those names that share one.
+      layers: all recorded layers of ``model``.
       parts: by name; None: the model is one part, with ``max_grad_norm`` and ``noise_multiplier``.
-      clipping: "flat" and "automatic" make one group of a part, "per_layer" one of every layer (layers that share a
+      clipping: "flat", "automatic" and "adaptive" make one group of a part, "per_layer" one of every layer (layers that share a
         parameter are one).
 
     Raises: UsageError: values missing or contradicting; a parameter in no part. UnsupportedLayer: a layer in two parts.

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import UnsupportedLayer
+from sfumato.privacy.gradients import products
 from sfumato.privacy.gradients.root_mean_square import one_tensor, probe, root_mean_square
 from sfumato.privacy.gradients.rules import (
     Call,
@@ -32,6 +32,7 @@ from sfumato.privacy.gradients.rules import (
     sum_of,
     trainable,
 )
+from sfumato.privacy.gradients.rules.registry import once
 from sfumato.privacy.gradients.terms import Outer, PerRow, Term
 
 
@@ -80,15 +81,15 @@ class _Product(Function):
     def forward(ctx: Any, record: Record, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record = record
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return products.linear(x, weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (g,) = grad_outputs
         x, weight = ctx.saved_tensors
         ctx.record(x, g)
-        gradient = (g @ weight.t().to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        gradient = products.input_gradient(g, weight.t().to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         return None, gradient, None, None
 
 
@@ -192,7 +193,7 @@ class Shared(Function):
         return parameter.detach().expand(rows, *parameter.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         ctx.record(torch.tensor(ctx.index), grad_outputs[0])
         return None, None, None, None

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UnsupportedLayer
 from sfumato.privacy.gradients.rules import Call, Record, Rule, _swapped, plain_forward, sum_of
+from sfumato.privacy.gradients.rules.normalisation import over_positions
+from sfumato.privacy.gradients.rules.registry import once
 from sfumato.privacy.gradients.terms import PerRow, Term
 
 
@@ -67,14 +68,14 @@ class _RootMeanSquare(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, scale, weight = ctx.saved_tensors
         style: Style = ctx.style
         g = grad_outputs[0]
         g = g if g.dtype == torch.float64 else g.float()
         normalised = ((x.float() if style.single_product else x) * scale).to(g.dtype)
-        ctx.record((g * normalised).sum(tuple(range(1, x.dim() - 1))))
+        ctx.record(over_positions(g * normalised, 1))
         gradient = None
         if ctx.needs_input_grad[2]:
             g = g * (weight.to(g.dtype) + style.offset)

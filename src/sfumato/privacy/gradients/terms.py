@@ -152,6 +152,10 @@ class PerRow(Term):
     """A gradient that was formed for every row: (R, *shape)."""
 
     def __init__(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        if gradients.dim() == 0 or gradients.shape[1:].numel() != parameter.numel():
+            raise RuntimeError(
+                f"gradients = {tuple(gradients.shape)}, one for each row, do not fit a parameter {tuple(parameter.shape)}"
+            )
         self.parameters = (parameter,)
         self._rows = wide(gradients)
         self.num_rows = gradients.shape[0]

@@ -192,6 +192,9 @@ def forward_is_replaced(module: nn.Module) -> bool:
 
 
 def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Over the calls of a layer. Of one shape: broadcasting would add one row's numbers to another's."""
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise RuntimeError(f"gradients of the shapes {[tuple(tensor.shape) for tensor in tensors]} cannot be added")
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + tensor
