@@ -51,14 +51,14 @@ def test_the_page_of_the_command_line_has_the_exit_codes_of_the_errors():
     assert codes == {0, 130} | raised
 
 
-def test_the_engine_example_of_the_readme_runs():
+def test_the_engine_examples_of_the_readme_run(tmp_path, monkeypatch):
     import torch
 
     class Model(torch.nn.Linear):
         def losses(self, batch: torch.Tensor) -> torch.Tensor:
             return self(batch).square().sum(dim=1)
 
-    (example,) = re.findall(r"```python\n(.*?)```", _text("README.md"), flags=re.DOTALL)
+    example, charged = re.findall(r"```python\n(.*?)```", _text("README.md"), flags=re.DOTALL)
     assert "steps=1_000" in example
     printed = []
     names = {"torch": torch, "model": Model(3, 2), "dataset": torch.randn(1_000, 3), "print": printed.append}
@@ -66,3 +66,31 @@ def test_the_engine_example_of_the_readme_runs():
     exec(example.replace("steps=1_000", "steps=2"), names)
     assert 0 < printed[0] < 100
     assert not torch.equal(before, names["model"].weight)
+    names["engine"].detach()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    body = "losses = model.losses(batch); losses.mean().backward(); optimizer.step(); optimizer.zero_grad()"
+    exec(charged.replace("steps=1_000", "steps=2").replace("...", body), names)
+    assert 7.9 < names["engine"].get_epsilon(delta=1e-6) <= 8.0
+    assert names["engine"].stopped == "steps"
+
+
+def test_the_clippings_of_the_page_on_privacy_are_there():
+    import torch
+
+    import sfumato
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text_encoder, self.picture = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    (calls,) = re.findall(r"```python\n(Engine.*?)```", _text("docs/privacy.md"), flags=re.DOTALL)
+    made = []
+
+    def engine(model, **options):
+        made.append(sfumato.DifferentialPrivacyEngine(model, **options))
+        made[-1].detach()
+
+    exec(calls, {"Engine": engine, "model": Model(), "AdaptiveClip": sfumato.AdaptiveClip, "Part": sfumato.Part})
+    assert len(made) == 3
