@@ -57,6 +57,8 @@ def _back_through(computed: Tensor, parameters: list[Tensor], rows: Tensor) -> l
     try:
         with quiet():
             return list(torch.autograd.grad(computed, parameters, rows, is_grads_batched=True, **options))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # an operator whose backward has no batching rule
         found = [torch.autograd.grad(computed, parameters, row, **options) for row in rows]
         return [None if gradients[0] is None else torch.stack(gradients) for gradients in zip(*found, strict=True)]

@@ -107,7 +107,7 @@ class RowByRow(Rule):
                 return result
             except Stays:
                 known.nests = False
-            except (SfumatoError, _StopRecomputation):
+            except (SfumatoError, _StopRecomputation, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # no batching rule, control flow on values: whatever it is, a loop shows it
                 _refuse_hooks(call.module, error)
@@ -128,7 +128,9 @@ class RowByRow(Rule):
                 try:
                     with torch.no_grad(), Observed(call.module, []).restored_afterwards():
                         result = self._run(reading, known)
-                except Exception as error:
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # said below, if no way works
                     failure = failure or error
                     continue
                 if agree(result, own, values=not by_chance) and not (by_chance and doubtful):
@@ -137,8 +139,9 @@ class RowByRow(Rule):
                     return own
         if isinstance(failure, SfumatoError):
             raise failure
+        said = f" ({type(failure).__name__}: {failure})" if failure is not None else ""
         raise UnsupportedLayer(
-            f"{type(call.module).__name__} · gives for a batch something else than for its rows one by one",
+            f"{type(call.module).__name__} · gives for a batch something else than for its rows one by one{said}",
             next="Keep rows apart and first in every argument; give what they share without a leading dimension of rows.",
         ) from failure
 
