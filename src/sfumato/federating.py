@@ -35,6 +35,7 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     from sfumato.training.watch import write_grid
 
     federation = recipe.federation
+    train_steps = LocalTraining(recipe.training, recipe.performance)  # refuses what a site cannot do, before any folder
     progress(f"{recipe.name}: reading the data")
     prepared = stages.load(recipe)
     model = stages.build(recipe)
@@ -57,7 +58,7 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     result = simulate(
         members,
         build=lambda: stages.build(recipe),
-        train_steps=LocalTraining(recipe.training, recipe.performance),
+        train_steps=train_steps,
         rounds=federation.rounds,
         local_steps=federation.local_steps,
         run=folder.name,

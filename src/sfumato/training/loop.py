@@ -71,7 +71,7 @@ def train(
             checkpoints=checkpoints, threads=performance.threads,
         ) as processes,
         interruptible() as stop,
-        _attached(
+        attached(
             make_engine(model, plan, ledger=ledger, random=random, processes=processes), make_optimizer(model, settings)
         ) as (engine, optimizer),
     ):  # fmt: skip
@@ -170,7 +170,7 @@ def _steps_left(plan: PrivacyPlan, ledger: Ledger | None, taken: int) -> int:
 
 
 @contextmanager
-def _attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
+def attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
     """However the training ends, the model is an ordinary one afterwards."""
     engine.attach(optimizer)
     try:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from sfumato.errors import UsageError
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import PrivacyPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
-from sfumato.training.loop import make_optimizer, set_learning_rate
+from sfumato.training.loop import attached, make_optimizer, set_learning_rate
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
 
 
@@ -33,18 +35,19 @@ class LocalTraining:
     def __call__(
         self, model: Any, table: UnitTable, plan: PrivacyPlan, ledger: Ledger, *, steps: int, first_step: int
     ) -> None:
+        if self._performance.threads is not None:
+            torch.set_num_threads(self._performance.threads)
         model.train()
         engine = make_engine(model, plan, ledger=ledger, random=self._random)
         optimizer = make_optimizer(model, self._settings)
-        engine.attach(optimizer)
         taken = 0
-        for batch in engine.batches(
-            table, steps=steps, max_physical_batch_size=self._performance.max_physical_batch_size
-        ):
-            model.losses(batch).mean().backward()
-            if batch.last:
-                set_learning_rate(optimizer, self._settings, (first_step + taken) / plan.steps, taken)
-                taken += 1
-            optimizer.step()
-            optimizer.zero_grad()
-        engine.detach()
+        with attached(engine, optimizer):
+            for batch in engine.batches(
+                table, steps=steps, max_physical_batch_size=self._performance.max_physical_batch_size
+            ):
+                model.losses(batch).mean().backward()
+                if batch.last:
+                    set_learning_rate(optimizer, self._settings, (first_step + taken) / plan.steps, taken)
+                    taken += 1
+                optimizer.step()
+                optimizer.zero_grad()
