@@ -16,7 +16,6 @@ import gc
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -372,10 +371,17 @@ def peak_bytes(setting: Setting, engine: str) -> int:
             step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what there is now
+    before = _memory("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    """Bytes of this process, as the kernel tells them (getrusage's mark would be that of the process that started it)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
 
 
 def peak_in_own_process(arguments: argparse.Namespace, case: str, engine: str) -> int | None:

@@ -202,9 +202,12 @@ def test_an_ordinary_dataset_with_unit_names_makes_one_gradient_of_a_units_items
 
 @pytest.mark.parametrize(("limit", "rows"), [(None, 1), (2, 2), (9, 4)])
 def test_no_unit_has_more_rows_in_a_batch_than_the_limit(limit, rows):
-    engine, _ = private(make())
+    model = make()
+    engine, optimizer = private(model)
     for batch in engine.batches(table(30, rows=4), expected_batch_size=15, steps=3, records_per_unit=limit):
         assert torch.bincount(batch.unit).tolist() == [rows] * batch.num_units
+        losses(model, batch).mean().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
@@ -242,13 +245,16 @@ def test_the_noise_has_the_promised_size_whatever_the_batch_is():
 
 def test_the_batches_are_a_poisson_sample():
     """Inclusion counts over 400 steps: chi-square against Binomial(400, .1); false alarm 1e-6, seed fixed."""
-    engine, _ = private(make())
+    model = make()
+    engine, optimizer = private(model)
     data = table(100)
     counts, sizes = np.zeros(100), []
     for batch in engine.batches(data, expected_batch_size=10, steps=400):
         units = [int((data.tensors["x"] == row).all(1).nonzero()) for row in batch.tensors["x"]]
         counts[units] += 1
         sizes.append(len(units))
+        losses(model, batch).mean().backward()
+        optimizer.step()
     statistic = ((counts - 40) ** 2 / (400 * 0.1 * 0.9)).sum()
     assert stats.chi2.ppf(5e-7, 100) < statistic < stats.chi2.ppf(1 - 5e-7, 100)
     dispersion = np.var(sizes) * 399 / 9  # Binomial(100, .1) sizes have variance 9
@@ -525,7 +531,16 @@ def test_a_step_without_backward_and_a_backward_without_step_are_refused():
         for batch in engine.batches(table(), expected_batch_size=20, steps=2):
             losses(model, batch).mean().backward()
 
-    with pytest.raises(UsageError, match=r"step\(\) · was not called after backward"):
+    with pytest.raises(UsageError, match=r"step\(\) · was not called for a batch"):
+        loop()
+
+    def loop() -> None:  # whether there is noise would tell who was drawn
+        for batch in engine.batches(table(), expected_batch_size=20, steps=2):
+            if batch.num_units == 0:
+                losses(model, batch).mean().backward()
+                optimizer.step()
+
+    with pytest.raises(UsageError, match=r"step\(\) · was not called for a batch"):
         loop()
 
 

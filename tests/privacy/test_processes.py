@@ -384,11 +384,13 @@ def work_draws(rank: int, size: int, wrong: type | None) -> np.ndarray:
     """(draws, units) bool: who was drawn in this process."""
     model = nn.Linear(1, 1)
     engine = engine_of(model, 0, wrong, random=SecretRandom())
-    engine.attach(torch.optim.SGD(trained(model), lr=1.0))
+    optimizer = engine.attach(torch.optim.SGD(trained(model), lr=1.0))
     seen = np.zeros((DRAWS, POPULATION), bool)
     data = torch.arange(POPULATION, dtype=torch.float32).view(-1, 1)
     for step, batch in enumerate(engine.batches(data, expected_batch_size=RATE * POPULATION, steps=DRAWS)):
         seen[step, batch.view(-1).long().numpy()] = True
+        (model(batch) * 0).mean().backward()
+        optimizer.step()
     return seen
 
 

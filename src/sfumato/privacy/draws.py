@@ -96,11 +96,14 @@ class Draws(Attached):
                 sampling_rate=self._sampling_rate,
                 expected_batch_size=self._expected_batch_size,
                 steps=int(steps),
+                steps_started=self.steps_started,
+                settings=self._public_settings(),
                 records_per_unit=limit,
                 max_physical_batch_size=max_physical_batch_size,
                 dataset=source.identity(),
             )
         self._draws_batches = True
+        self._part = None  # of an iteration that was left
         return self._draw(source, int(steps), max_physical_batch_size, 1 if limit is None else int(limit))
 
     def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
 from sfumato.privacy.draws import STATE_FORMAT, Draws
+from sfumato.privacy.gradients.arithmetic import exact
 from sfumato.privacy.gradients.bookkeeping import Layer, Tape
 from sfumato.privacy.gradients.clipping import clipped_sums
 from sfumato.privacy.gradients.groups import WHOLE, Part, Partition, listed, parts_of
@@ -114,8 +115,9 @@ class DifferentialPrivacyEngine(Draws):
         self._reductions: dict[str, Reduction] = {}  # for each optimizer
         self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
         self._checked_all_recorded: set[str] = set()
-        self._watch: Watch | None = None  # since the batch was drawn
+        self._watch: Watch | None = None  # since the batch was drawn, or its first layer called
         self._tape = Tape(model)
+        self._tape.on_first_call = self._watch_hand_written
         self._gradients = Gradients(model)
         self._passes = Passes(self._tape, self._trainable)
         try:
@@ -219,7 +221,14 @@ class DifferentialPrivacyEngine(Draws):
             )
         if self.ledger is not None and state["ledger_sequence"] is not None:
             self.ledger.require_at_least(int(state["ledger_sequence"]))
-        self._events = [Event.from_dict(event) for event in state["events"]]
+        events = [Event.from_dict(event) for event in state["events"]]
+        told, charged = (sum(event.count for event in held) for held in (events, self._events))
+        if told < charged:
+            raise UsageError(
+                f"state = {told} events · this engine has charged {charged} already, which nothing takes back",
+                next="Load a state into a new engine, before its first step.",
+            )
+        self._events = events
         self.steps_started = int(state["steps_started"])
         if self._adaptive is not None:
             checks.positive(max_grad_norm=state["max_grad_norm"])
@@ -305,6 +314,11 @@ class DifferentialPrivacyEngine(Draws):
         self._forget_sums()
         self._watch = Watch(self.model)
 
+    def _watch_hand_written(self) -> None:
+        """In a hand-written loop a step begins with the first layer that is called."""
+        if not self._draws_batches:
+            self._watch = Watch(self.model)
+
     def _forget_sums(self) -> None:
         """Before a new batch; now and then also a look at whether all processes have the same parameters still."""
         for reduction in self._reductions.values():
@@ -318,11 +332,15 @@ class DifferentialPrivacyEngine(Draws):
         self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
-        if self._tape.has_records:
+        skipped = self._part is not None and self._draws_batches and not self._part.stepped
+        if self._tape.has_records or skipped:
             self._tape.clear()
+            self._part = None
             raise UsageError(
-                "optimizer.step() · was not called after backward(), so the step would be lost",
-                next="Step the optimizer that was attached, once for every batch or part.",
+                "optimizer.step() · was not called for a batch that was drawn and charged: whether there is noise must not "
+                "depend on who is in it",
+                next="Step once for every batch or part, also for an empty one (its loss may be anything) and for one "
+                "whose loss is not finite (such gradients count as zero).",
             )
         if self._part is not None and self._part.stepped and self._part.last:
             self._commit(self._part)  # of several optimizers, not all were stepped
@@ -333,12 +351,26 @@ class DifferentialPrivacyEngine(Draws):
         part = self._part if self._draws_batches else self._hand_written_part()
         assert part is not None
         part.stepped.add(name)
-        with torch.no_grad():
-            self._add(part, name)
-            for parameter in self._parameters_of(name):
-                parameter.grad = None
-            if part.last:
-                self._release(name)
+        try:
+            with torch.no_grad(), exact(next(iter(self._tape.parameters)).device):
+                self._add(part, name)
+                for parameter in self._parameters_of(name):
+                    parameter.grad = None
+                if part.last:
+                    self._release(name)
+        except BaseException:
+            self._give_up(part)
+            raise
+
+    def _give_up(self, part: PhysicalPart) -> None:
+        """After an error in a step: what was added up of its batch may be half a batch, and is for nobody. It stays spent."""
+        self._tape.clear()
+        for reduction in self._reductions.values():
+            reduction.clear()
+        self._count = 0.0
+        part.stepped.update(self._optimizers)  # no second try with the same batch
+        if not self._draws_batches:
+            self._part = None
 
     def _check_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Returns: which part the optimizer trains."""
@@ -431,7 +463,7 @@ class DifferentialPrivacyEngine(Draws):
     def _taken(self, part: PhysicalPart, name: str) -> tuple[list[Layer], list[list[Term]], Units]:
         """What the backward pass of a physical part has left, checked."""
         layers, terms, rows = self._tape.take()
-        if self._draws_batches and self._watch is not None:
+        if self._watch is not None:
             self._watch.check_forward()
         units = part.units if part.units is not None else Units(None, rows)
         if not layers and units.num_rows:

@@ -3,7 +3,8 @@
 **What is sampled.** Unit number i belongs to process i mod W alone. Every process draws its own units, each with the same
 probability q, from its own secret source: together an exact Poisson sample. Who was drawn is told to nobody.
 **What is sent** between processes (docs/processes.md has the whole list): sums of clipped gradients and adaptive counts
-*before* the noise, how many physical parts a draw takes, settings, messages of errors. All processes are inside the boundary, and so is the wire between them.
+*before* the noise, how many physical parts a draw takes, settings, messages of errors. All processes are inside the
+boundary, and so is the wire between them.
 **What is charged**: one event for a step of all of them, in one ledger, which process 0 alone holds.
 **What is released** of a step is described in ``reduction``.
 

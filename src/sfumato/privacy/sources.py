@@ -1,13 +1,12 @@
 """What batches are drawn from: the rows of some units, out of a table or any dataset with a length and an index."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from sfumato.errors import UsageError
@@ -102,8 +101,21 @@ class DatasetSource(Source):
             items, grouping = batch.tensors["item"].tolist(), Units(batch.unit, batch.num_units)
         if items:
             return default_collate([self._dataset[i] for i in items]), grouping
-        like = default_collate([self._dataset[0]])  # only its shapes: the empty batch has no rows
-        return pytree.tree_map_only(Tensor, lambda t: t[:0], like), grouping
+        return _without_rows(default_collate([self._dataset[0]])), grouping  # only its shapes
+
+
+def _without_rows(collated: Any) -> Any:
+    """Of a collated batch, what is left without its rows: a column of texts is a list of them."""
+    if isinstance(collated, Tensor):
+        return collated[:0]
+    if isinstance(collated, Mapping):
+        return {name: _without_rows(column) for name, column in collated.items()}
+    if isinstance(collated, tuple) and hasattr(collated, "_fields"):
+        return type(collated)(*(_without_rows(column) for column in collated))
+    if isinstance(collated, list | tuple):
+        texts = any(isinstance(x, str | bytes) for x in collated)
+        return [] if texts else type(collated)(_without_rows(column) for column in collated)
+    return collated
 
 
 def _identity(names: Sequence[str], counts: Sequence[int]) -> str:

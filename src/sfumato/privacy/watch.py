@@ -32,6 +32,13 @@ class Gradients:
                 next="Freeze it, or call engine.detach() and make a new engine.",
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stopped = [name for p, name in protected.items() if id(p) in held and not p.requires_grad]
+        if stopped:
+            tape.clear()
+            raise UnsupportedLayer(
+                f"{listed(stopped)} · was frozen after the engine was made, and would be moved by noise alone",
+                next="Unfreeze it, or call engine.detach() and make a new engine.",
+            )
         frozen = [name for name, p in others if p.grad is not None and id(p) in held]
         if frozen:
             raise UnsupportedLayer(

@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.gradients import adapters, pretrained  # noqa: F401 (they know rules for classes of others)
+from sfumato.privacy.gradients.arithmetic import exact
 from sfumato.privacy.gradients.rules import (
     Call,
     Record,
@@ -62,6 +63,7 @@ class Layer:
     calls: list[Call] = field(default_factory=list)
     awaited: int = 0  # calls of this step that have not come back in the backward pass
     terms: list[Term] = field(default_factory=list)  # of calls whose norms were taken already
+    held: list[tuple[Tensor, int]] = field(default_factory=list)  # what these still need, and its version
     alone: bool = True  # no other layer has one of its parameters
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class Tape:
         self.rows: int | None = None
         self.rows_are_given = False
         self.enabled = True
+        self.on_first_call: Callable[[], None] | None = None  # of a step
+        self._begun = False
         self.several_passes = False  # those that come now are declared to be of the same rows
         self._inside = 0  # depth of modules that are treated as a whole
         self._pass: int | None = None  # which backward pass the records are of
@@ -147,8 +151,10 @@ class Tape:
         for layer in self.layers:
             layer.calls.clear()
             layer.terms = []
+            layer.held = []
             layer.awaited = 0
         self._pass = None
+        self._begun = False
         self._running.clear()
         self._outermost.clear()
         if not self.rows_are_given:
@@ -162,7 +168,12 @@ class Tape:
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, recorded. Inside torch.compile it runs as it is: a compiled record would be lost."""
         layer = self._by_module.get(id(module))
-        self._current_pass()  # a checkpoint runs layers again inside a backward pass
+        if self._current_pass() != -1 and not self.enabled and layer is not None:  # a checkpoint runs its part again
+            raise UsageError(
+                f"backward() · reached {layer}, whose forward pass was outside of engine.public() or engine.frozen()",
+                next="Put the forward pass inside as well, or the backward pass outside; a checkpoint there needs "
+                "use_reentrant=False.",
+            )
         recording = self.enabled and not self._inside and torch.is_grad_enabled()
         if recording and module is self.model and not self.rows_are_given:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
@@ -207,6 +218,10 @@ class Tape:
 
     def recorder_of(self, layer: Layer) -> "_Recorder":
         """For one call of the layer."""
+        if not self._begun:
+            self._begun = True
+            if self.on_first_call is not None:
+                self.on_first_call()
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # no checkpointed part, run once more
             layer.awaited += 1
         return _Recorder(self, layer)
@@ -226,7 +241,7 @@ class Tape:
         elif self._pass != number and not self.several_passes:
             raise UsageError(
                 "backward() · was called twice before optimizer.step(): of the same examples, or of others?",
-                next="Add the losses up and call backward() once, or: several losses of the same units go inside "
+                next="Losses of the same rows: add them up and call backward() once. Several passes over the same units go inside "
                 "engine.same_units(), a loss without private data inside engine.public(), a pass that should train "
                 "nothing inside engine.frozen(), parts of one batch through max_physical_batch_size= or "
                 "engine.accumulate(), each with a step of its own.",
@@ -250,13 +265,23 @@ class Tape:
         if any(count > 1 for count in used.values()) or any(term.num_rows != units.num_rows for term in terms):
             layer.calls += calls
             return  # left to ``take``
-        for term in terms:
-            term.squared(units)
+        with exact(layer.parameters[0].device):
+            for term in terms:
+                term.squared(units)
         layer.terms += terms
+        layer.held += [(tensor, tensor._version) for term in terms for tensor in term.held()]
 
     def take(self) -> tuple[list[Layer], list[list[Term]], int]:
         """The layers that were called, the terms of each, and R; the records are gone afterwards."""
         called = [layer for layer in self.layers if layer.calls or layer.terms]
+        changed = [str(layer) for layer in called if any(tensor._version != v for tensor, v in layer.held)]
+        if changed:
+            self.clear()
+            raise UsageError(
+                f"{', '.join(changed[:10])} · its input or the gradient of its output was changed in place between "
+                "backward() and optimizer.step(), after its norm was taken",
+                next="Step before the batch's tensors are used for something else.",
+            )
         others = [str(layer) for layer in called if layer.has_other_rows]
         if others:
             self.clear()

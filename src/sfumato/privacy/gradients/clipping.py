@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.privacy.gradients.terms import Sums, Term, Units, smallest_unit, squares
+from sfumato.privacy.gradients.terms import CANCELLING, Sums, Term, Units, smallest_unit, squares
 from sfumato.privacy.gradients.tied import tied_squared_norms
 
 
@@ -50,7 +50,8 @@ def clipped_sums(
     Guarantee: a unit changes the part of ``sums`` that belongs to a group by at most that group's bound in L2 norm over
     all its parameters, whatever the unit's gradient is; a unit with a non-finite number anywhere counts as zero
     everywhere. The bound holds in the arithmetic that is used: norms and factors are rounded against the unit. (Not
-    covered: the rounding of the sum over units itself.)
+    covered: the rounding of the sum over units itself; what a unit adds to it is of the size of the bound, also where its
+    pieces cancel.)
 
     Args:
       layers: the terms, layer by layer. Layers that share a parameter must be of one group.
@@ -73,6 +74,8 @@ def clipped_sums(
         for term in terms:
             term.forget(bad, units)
     factors = [torch.where(bad, 0.0, clip(norm) * scale) for clip, norm in zip(clips, norms, strict=True)]
+    least = torch.finfo(torch.float32).tiny  # a smaller factor would be rounded, up too, to the few numbers below it
+    factors = [torch.where(factor < least, 0.0, factor) for factor in factors]
     sums: Sums = {}
     for number, (layer, group) in enumerate(zip(layers, group_of, strict=True)):
         for term in layer:
@@ -131,7 +134,10 @@ def _formed_squared_norms(terms: list[Term], units: Units) -> Tensor:
             for parameter, value in term.gradient_of(unit, units).items():
                 total[parameter] = total[parameter] + value if parameter in total else value
         out[unit] = sum(squares(value.reshape(1, -1))[0] for value in total.values())
-    return out
+    lengths = torch.zeros_like(out)
+    for term in terms:  # which are summed one by one
+        lengths += term.squared(units).sqrt()
+    return out + CANCELLING * smallest_unit(terms) * lengths.square_()
 
 
 def _device(terms: Iterable[Term]) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.privacy.gradients import choice, products
 from sfumato.privacy.gradients.terms import (
+    CANCELLING,
     KEEP_ALWAYS_BYTES,
     KEEP_BYTES,
     KEEP_RATIO,
@@ -92,6 +93,9 @@ class Convolution(Term):
                 out[first:last] = squares(gradients)
                 if keep:
                     kept.append(gradients)
+        if not keep:  # the sum is made of pieces, each of a length of at most that of its patch times its gradient
+            lengths = squares(self.inputs.flatten(1)).sqrt_() * squares(self.outputs.flatten(1)).sqrt_()
+            out += CANCELLING * torch.finfo(self.inputs.dtype).eps * shape.kernel * units.add_rows(lengths).square()
         if keep:
             self._kept = kept
             self.inputs, self.outputs = self.inputs[:0], self.outputs[:0]
@@ -125,6 +129,9 @@ class Convolution(Term):
         else:
             rows = units.spread(bad)
             self.inputs, self.outputs = without(self.inputs, rows), without(self.outputs, rows)
+
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.inputs, self.outputs) if self._kept is None else ()
 
     def _some_units(self, units: Units, step: int) -> Iterator[tuple[int, int, slice, Units]]:
         """``step`` whole units at a time: first and last, their rows, and how these belong to them."""

@@ -29,6 +29,10 @@ KEEP_ALWAYS_BYTES = 2**22
 BLOCK_BYTES = 2**23  # kept gradients are blocks of this size: larger ones the C library takes from the system anew
 WORK_BYTES = 2**24  # scratch for Gram matrices, patches, and gradients that are not kept
 LOOSEST = 0.01  # of a squared norm from Gram matrices: half of it is what a gradient may be clipped too far
+# Of the square of all lengths of what is added up to a gradient: put on top of a squared norm where the sum over units is
+# made of these pieces, not of whole gradients. In float32 the pieces of a unit that cancel are then at most 1000 times the
+# bound, and their rounding in everybody's sum stays far below it.
+CANCELLING = 8.0  # machine epsilons
 _RUN = 128
 
 Sums = dict[nn.Parameter, Tensor]
@@ -57,7 +61,8 @@ class Units:
         self.owner = owner
         self.num_rows = num_units if owner is None else int(owner.shape[0])
         if owner is not None and self.num_rows == num_units:
-            self.owner = None  # ascending, and every unit has a row
+            if bool((owner == torch.arange(num_units, device=owner.device)).all()):
+                self.owner = None  # every unit has one row
         if self.owner is None:
             self.counts = torch.ones(num_units, dtype=torch.int64)
         else:
@@ -146,6 +151,10 @@ class Term(ABC):
     @abstractmethod
     def forget(self, bad: Tensor, units: Units) -> None:
         """Sets the contribution of units (B,) bool to zero."""
+
+    def held(self) -> tuple[Tensor, ...]:
+        """What was recorded and is still needed: if it changes after its norm was taken, the norm is that of another."""
+        return ()
 
 
 class PerRow(Term):
@@ -266,6 +275,9 @@ class Outer(Term):
         if self._biases is not None:
             self._biases = without(self._biases, bad)
 
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.inputs, self.outputs) if self._kept is None else ()
+
 
 class Kept:
     """Gradients (O, D) of every unit, in blocks of some units: a large block would be new memory for every layer.
@@ -320,6 +332,9 @@ class Kept:
 class Lookup(Term):
     """An embedding's weight (V, D): the output gradient of every position is added to its word's row.
 
+    What a unit says of a word is added up first, and both normed and summed in this form: positions of a unit that cancel
+    must not meet the sum over all units one by one, where their rounding would be everybody's.
+
     Args: words (R, L) int; outputs (R, L, D), already zero where the layer ignores a word.
     """
 
@@ -327,34 +342,44 @@ class Lookup(Term):
         self.parameters = (weight,)
         self.words, self.outputs = words, wide(outputs)
         self.num_rows = words.shape[0]
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # unit (N,), word (N,), what it says (N, D)
+
+    def _by_word(self, units: Units) -> tuple[Tensor, Tensor, Tensor]:
+        if self._kept is None:
+            vocabulary = self.parameters[0].shape[0]
+            unit = units.spread(torch.arange(units.num_units, device=self.words.device))
+            key = (unit.unsqueeze(1) * vocabulary + self.words).view(-1)
+            pairs, place = torch.unique(key, return_inverse=True)  # distinct (unit, word)
+            total = self.outputs.new_zeros(len(pairs), self.outputs.shape[2])
+            total.index_add_(0, place, self.outputs.flatten(0, 1))
+            self._kept = torch.div(pairs, vocabulary, rounding_mode="floor"), pairs % vocabulary, total
+            self.words, self.outputs = self.words[:0], self.outputs[:0]
+        return self._kept
 
     def squared_norms(self, units: Units) -> Tensor:
-        out = torch.zeros(units.num_units, dtype=torch.float64, device=self.outputs.device)
-        if self.words.numel() == 0:
-            return out
-        vocabulary = self.parameters[0].shape[0]
-        unit = units.spread(torch.arange(units.num_units, device=self.words.device))
-        key = (unit.unsqueeze(1) * vocabulary + self.words).view(-1)
-        pairs, place = torch.unique(key, return_inverse=True)  # distinct (unit, word)
-        total = torch.zeros(len(pairs), self.outputs.shape[2], dtype=torch.float64, device=self.outputs.device)
-        total.index_add_(0, place, self.outputs.flatten(0, 1).double())
-        return out.index_add_(0, torch.div(pairs, vocabulary, rounding_mode="floor"), total.square_().sum(1))
+        unit, _, said = self._by_word(units)
+        out = torch.zeros(units.num_units, dtype=torch.float64, device=said.device)
+        return out.index_add_(0, unit, squares(said))
 
     def sums(self, factors: Tensor, units: Units) -> Sums:
-        rows = units.spread(factors).to(self.outputs.dtype)
-        return self._add(self.words, self.outputs * rows.view(-1, 1, 1))
+        unit, word, said = self._by_word(units)
+        return self._add(word, said * factors[unit].to(said.dtype).unsqueeze(1))
 
     def gradient_of(self, unit: int, units: Units) -> Sums:
-        rows = units.rows_of(unit)
-        return self._add(self.words[rows], self.outputs[rows])
+        owner, word, said = self._by_word(units)
+        return self._add(word[owner == unit], said[owner == unit])
 
-    def _add(self, words: Tensor, outputs: Tensor) -> Sums:
+    def _add(self, words: Tensor, said: Tensor) -> Sums:
         weight = self.parameters[0]
-        total = torch.zeros(weight.shape, dtype=outputs.dtype, device=outputs.device)
-        return {weight: total.index_add_(0, words.reshape(-1), outputs.flatten(0, 1))}
+        total = torch.zeros(weight.shape, dtype=said.dtype, device=said.device)
+        return {weight: total.index_add_(0, words, said)}
 
     def forget(self, bad: Tensor, units: Units) -> None:
-        self.outputs = without(self.outputs, units.spread(bad))
+        unit, word, said = self._by_word(units)
+        self._kept = unit, word, without(said, bad[unit])
+
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.words, self.outputs) if self._kept is None else ()
 
 
 def squares(rows: Tensor) -> Tensor:
@@ -422,7 +447,13 @@ def _formed_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
     for first in range(0, count, step):
         gradients = torch.bmm(outputs[first : first + step].transpose(1, 2), inputs[first : first + step])
         out[first : first + step] = squares(gradients.flatten(1))
-    return out
+    lengths = _lengths(inputs) * _lengths(outputs)
+    return out + CANCELLING * torch.finfo(inputs.dtype).eps * lengths.sum(1).square()
+
+
+def _lengths(positions: Tensor) -> Tensor:
+    """(n, T, D) -> (n, T) float64."""
+    return squares(positions.flatten(0, 1)).sqrt_().view(positions.shape[:2])
 
 
 def _diagonal(gram: Tensor) -> Tensor:

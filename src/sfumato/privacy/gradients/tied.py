@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.privacy.gradients import products
-from sfumato.privacy.gradients.terms import WORK_BYTES, Lookup, Outer, Term, Units, blocks, by_unit
+from sfumato.privacy.gradients.terms import CANCELLING, WORK_BYTES, Lookup, Outer, Term, Units, blocks, by_unit
 
 
 def tied_squared_norms(terms: Sequence[Term], units: Units) -> Tensor | None:
@@ -33,8 +33,14 @@ def tied_squared_norms(terms: Sequence[Term], units: Units) -> Tensor | None:
         size = 4 * a.shape[1] * words.shape[1] * a.element_size()
         cross = [_cross(words[b], h[b], a[b], g[b]) for b in blocks(group.num_units, max(1, WORK_BYTES // size))]
         out[group.units] = 2 * torch.cat(cross)
-    out += lookup.squared(units)  # only now: a term may let go of what it was made of
-    return out.add_(outer.squared(units)).clamp_(min=0)
+    squared = lookup.squared(units), outer.squared(units)  # only now: a term may let go of what it was made of
+    lengths = squared[0].sqrt() + squared[1].sqrt()
+    return (
+        out.add_(squared[0])
+        .add_(squared[1])
+        .clamp_(min=0)
+        .add_(CANCELLING * torch.finfo(outer.inputs.dtype).eps * lengths.square_())
+    )
 
 
 def _cross(words: Tensor, h: Tensor, a: Tensor, g: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from sfumato.errors import UsageError
 from sfumato.privacy.gradients.convolution import Convolution, Geometry, convolution_backward
 from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, no_view, once, one_input, rule, sum_of
 from sfumato.privacy.gradients.terms import PerRow, Term
@@ -50,6 +51,11 @@ class _AnyConvolutionRule(Rule):
     def terms(self, module: Any, calls: list[Call]) -> list[Term]:
         terms: list[Term] = []
         weight, bias = module.weight, module.bias
+        if weight.requires_grad and any(len(call) < 2 for call in calls):
+            raise UsageError(
+                f"{type(module).__name__} · was frozen in its forward pass, and is not any more",
+                next="Unfreeze before the forward pass.",
+            )
         if weight.requires_grad:
             terms += [Convolution(weight, call[0], call[-1], self.geometry(module, call)) for call in calls]
         if bias is not None and bias.requires_grad:

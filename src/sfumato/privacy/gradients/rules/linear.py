@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from sfumato.errors import UsageError
 from sfumato.privacy.gradients import products
 from sfumato.privacy.gradients.rules.registry import Call, Record, Rule, flat, no_view, once, one_input, rule
 from sfumato.privacy.gradients.terms import Outer, PerRow, Term
@@ -47,6 +48,11 @@ class LinearRule(Rule):
 def linear_terms(weight: nn.Parameter, bias: nn.Parameter | None, calls: list[Call]) -> list[Term]:
     """Of what ``Linear`` recorded, in calls of any lengths."""
     g = beside([call[-1] for call in calls])
+    if weight.requires_grad and any(len(call) < 2 for call in calls):
+        raise UsageError(
+            "a linear layer · was frozen in its forward pass, and is not any more",
+            next="Unfreeze before the forward pass.",
+        )
     bias = bias if bias is not None and bias.requires_grad else None
     if not weight.requires_grad:
         return [PerRow(bias, g.sum(1))] if bias is not None else []
