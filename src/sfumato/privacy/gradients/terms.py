@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sfumato.privacy.gradients import choice, products
 
 KEEP_BYTES = 2**27  # a term keeps the per-unit gradients it forms, up to this size
-KEEP_RATIO = 3  # and up to so many times the size of what it need not hold any longer, then
+KEEP_RATIO = 1  # and up to so many times the size of what it need not hold any longer, then
 KEEP_ALWAYS_BYTES = 2**22
 BLOCK_BYTES = 2**23  # kept gradients are blocks of this size: larger ones the C library takes from the system anew
 WORK_BYTES = 2**24  # scratch for Gram matrices, patches, and gradients that are not kept
