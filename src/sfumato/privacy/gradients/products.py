@@ -21,7 +21,8 @@ _TRIES = 3
 
 _Result = TypeVar("_Result", Tensor, list[Tensor])
 
-_chosen: dict[tuple[str, int, int, int], bool] = {}  # (which product, log2 of the rows, inner, outer) -> oneDNN
+_Key = tuple[str | int, ...]  # which product, log2 of the rows, sizes, strides: a layout may have no fast kernel
+_chosen: dict[_Key, bool] = {}  # whether oneDNN is the faster one
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _possible(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    key = ("forward", *_sizes(rows.shape[0], *weight.shape))
+    key = _key("forward", rows.shape[0], rows[:1], weight)
     return _either(
         key,
         lambda: F.linear(x, weight, bias),
@@ -42,7 +43,7 @@ def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     if not _possible(g, weight):
         return g @ weight
     rows = g.reshape(-1, g.shape[-1])
-    key = ("input", *_sizes(rows.shape[0], *weight.shape))
+    key = _key("input", rows.shape[0], rows[:1], weight)
     return _either(
         key, lambda: g @ weight, lambda: _one_dnn(rows, weight.t(), None).view(*g.shape[:-1], weight.shape[1])
     )
@@ -52,7 +53,7 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g (M, O), x (M, D) -> (O, D)."""
     if not _possible(g, x):
         return g.t() @ x
-    key = ("weight", *_sizes(g.shape[0], g.shape[1], x.shape[1]))
+    key = _key("weight", g.shape[0], g[:1], x[:1])
     return _either(key, lambda: g.t() @ x, lambda: _one_dnn(g.t(), x.t(), None))
 
 
@@ -63,7 +64,7 @@ def unit_gradients(g: Tensor, x: Tensor, block: int) -> list[Tensor]:
     if not _possible(g, x) or g[0].numel() * x.shape[2] < _LEAST_OF_ONE:
         return usual()
     other = lambda: [_one_dnn(a.t(), b.t(), None).unsqueeze(0) for a, b in zip(g, x, strict=True)]  # noqa: E731
-    return _either(("units", *_sizes(g.shape[1], g.shape[2], x.shape[2])), usual, other)
+    return _either(_key("units", 0, g, x), usual, other)
 
 
 def pairs(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def _short_pairs(x: Tensor, y: Tensor) -> Tensor:
     if not _possible(x, y) or x[0].numel() * y.shape[1] < _LEAST_OF_ONE:
         return usual()
     other = lambda: torch.stack([_one_dnn(a, b, None) for a, b in zip(x, y, strict=True)])  # noqa: E731
-    return _either(("pairs", *_sizes(x.shape[1], y.shape[1], x.shape[2])), usual, other)
+    return _either(_key("pairs", 0, x, y), usual, other)
 
 
 def grams(x: Tensor) -> Tensor:
@@ -108,17 +109,25 @@ def _possible(a: Tensor, b: Tensor) -> bool:
         plain
         and a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
+        and _dense(a)
+        and _dense(b)
         and a.numel() * max(b.shape) >= _LEAST
         and not torch.is_autocast_enabled("cpu")
         and _AVAILABLE
     )
 
 
-def _sizes(rows: int, outer: int, inner: int) -> tuple[int, int, int]:
-    return rows.bit_length(), outer, inner
+def _dense(x: Tensor) -> bool:
+    """Whole, or the transpose of what is: of slices oneDNN makes products number by number."""
+    return x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous())
 
 
-def _either(key: tuple[str, int, int, int], usual: Callable[[], _Result], other: Callable[[], _Result]) -> _Result:
+def _key(name: str, rows: int, *tensors: Tensor) -> _Key:
+    layout = (number for tensor in tensors for number in (*tensor.shape[-2:], *tensor.stride()[-2:]))
+    return name, rows.bit_length(), *layout
+
+
+def _either(key: _Key, usual: Callable[[], _Result], other: Callable[[], _Result]) -> _Result:
     if key not in _chosen:
         seconds = [min(_seconds(way) for _ in range(_TRIES)) for way in (usual, other)]
         _chosen[key] = seconds[1] <= _FASTER * seconds[0]
