@@ -17,7 +17,6 @@ from sfumato.privacy.gradients.terms import (
     CANCELLING,
     KEEP_ALWAYS_BYTES,
     KEEP_BYTES,
-    KEEP_RATIO,
     LOOSEST,
     WORK_BYTES,
     Sums,
@@ -29,6 +28,8 @@ from sfumato.privacy.gradients.terms import (
     squares,
     without,
 )
+
+_KEEP_RATIO = 3  # as KEEP_RATIO of linear layers; the other ways cost more here
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Convolution(Term):
         weight = self.parameters[0]
         size = weight.numel() * self.inputs.element_size()
         held = (self.inputs.numel() + self.outputs.numel()) * self.inputs.element_size()
-        keep = units.num_units * size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, KEEP_RATIO * held))
+        keep = units.num_units * size <= min(KEEP_BYTES, max(KEEP_ALWAYS_BYTES, _KEEP_RATIO * held))
         rows_of_unit = int(units.counts.max()) if units.num_units else 0
         padded = zip(self.inputs.shape[2:], self.geometry.padding, strict=True)
         shape = choice.Pictures(
