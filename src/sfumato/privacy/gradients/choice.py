@@ -13,8 +13,6 @@ Shapes: n units, T positions of a unit, D inputs, O outputs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 Shape = tuple[int, int, int, int]  # n, T, D, O
 
 # Relative to one multiplication and addition of a matrix product; measured on one core with AVX-512.
@@ -25,8 +23,8 @@ _NORM = 30.0  # per weight: squared, multiplied, added
 _CALL = 2.5e6  # some calls from Python for one unit
 
 
-def cheapest(ways: Sequence[str], shape: Shape, like: Tensor) -> str:
-    """For a linear layer. Args: ways: those that are possible; like: a tensor of the kind that is multiplied."""
+def cheapest(ways: Sequence[str], shape: Shape) -> str:
+    """For a linear layer. Args: ways: those that are possible."""
     return min(ways, key=lambda way: _linear_cost(way, shape))
 
 

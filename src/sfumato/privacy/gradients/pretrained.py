@@ -32,6 +32,7 @@ from sfumato.privacy.gradients.rules import (
     sum_of,
     trainable,
 )
+from sfumato.privacy.gradients.rules.copies import Copies
 from sfumato.privacy.gradients.rules.registry import once
 from sfumato.privacy.gradients.terms import Outer, PerRow, Term
 
@@ -184,21 +185,6 @@ class EmbeddingSubclassRule(EmbeddingRule):
 # ------------------------------------------------------------------------------------- parameters that no layer holds
 
 
-class Shared(Function):
-    """A parameter once for every row, (R, *shape) without a copy; each row's gradient is recorded."""
-
-    @staticmethod
-    def forward(ctx: Any, record: Record, index: int, rows: int, parameter: Tensor) -> Tensor:
-        ctx.record, ctx.index = record, index
-        return parameter.detach().expand(rows, *parameter.shape)
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        ctx.record(torch.tensor(ctx.index), grad_outputs[0])
-        return None, None, None, None
-
-
 class BareParameters(Rule):
     """Parameters that a module adds to, multiplies with, or puts beside what its layers gave, rows first.
 
@@ -216,7 +202,7 @@ class BareParameters(Rule):
                 f"{type(module).__name__} · is called without a tensor, so its rows are unknown",
                 next="Give the module the batch's rows as its first tensor.",
             )
-        copies = {id(p): Shared.apply(record, i, rows, p) for i, p in enumerate(self.treats(module))}
+        copies = {id(p): Copies.apply(record, i, rows, p) for i, p in enumerate(self.treats(module))}
         watched: dict[int, Any] = {id(p): p for p in self.treats(module)}
 
         def replace(func: Any, args: Any, kwargs: Any) -> Any:
@@ -318,7 +304,7 @@ class RowwiseMethod(Rule):
         method = getattr(type(module), self.method).__get__(module)
 
         def of_all_rows(*a: Any, **k: Any) -> Tensor:
-            copies: list[Any] = [Shared.apply(record, i, rows, p) for i, p in enumerate(parameters)]
+            copies: list[Any] = [Copies.apply(record, i, rows, p) for i, p in enumerate(parameters)]
 
             def of_one_row(own: list[Tensor]) -> Tensor:
                 with _swapped(part, parameters, own):

@@ -221,7 +221,7 @@ class Outer(Term):
             ways = ["keep" if keep else "form"] + ["ghost"] * (loose <= LOOSEST)
             shape = (group.num_units, group.count * positions, width, height)
             inputs, outputs = by_unit(self.inputs, group), by_unit(self.outputs, group)  # (n, T, D), (n, T, O)
-            match choice.cheapest(ways, shape, inputs):
+            match choice.cheapest(ways, shape):
                 case "ghost":
                     out[group.units] += _ghost_squares(inputs, outputs)
                     keep = False
