@@ -429,8 +429,8 @@ class DifferentialPrivacyEngine(Draws):
             )
 
     def _hand_written_part(self) -> PhysicalPart:
-        """The rows of a loop over the user's own loader. Its backward pass came first; the step is charged before anything
-        of it is summed, noised or released, which only ``engine.batches`` can do before the data is touched."""
+        """The rows of a loop over the user's own loader. The step is charged before anything of it is summed, noised or
+        released, but after the loop's own backward pass: only ``engine.batches`` charges before the data is touched."""
         more = self._passes.accumulating
         if self._part is not None and not self._part.last:  # of a batch that was charged with its first micro-batch
             sequence = self._part.sequence
