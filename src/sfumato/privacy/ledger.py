@@ -46,7 +46,7 @@ from sfumato.errors import (
 )
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 
 LEDGER_FORMAT = "sfumato-ledger/1"
@@ -141,16 +141,19 @@ def _must_fit(event: Event, history: _History) -> None:
             next="Do not reserve.",
             code="ledger_not_private",
         )
-    if isinstance(plan, DpSgd):
-        if replace(event, count=1) != plan.event(1):
+    if isinstance(plan, PrivatePlan):
+        one, allowed = replace(event, count=1), plan.allowance()
+        if one not in allowed:
+            kinds = ", ".join(str(kind.to_dict()) for kind in allowed)
             raise LedgerError(
-                f"event = {event.to_dict()} · must be the plan's, {plan.event(1).to_dict()}",
+                f"event = {event.to_dict()} · must be the plan's, {kinds}",
                 next="Take rate and noise from the plan that the ledger was opened with.",
                 code="ledger_event",
             )
-        if history.total + event.count > plan.steps:
+        spent = history.counts.get(one, 0)
+        if spent + event.count > allowed[one]:
             raise BudgetExhausted(
-                f"steps = {history.total} spent + {event.count} · the plan ends at {plan.steps}, where epsilon is "
+                f"steps = {spent} spent + {event.count} · the plan ends at {allowed[one]}, where epsilon is "
                 f"{plan.target_epsilon if plan.target_epsilon is not None else plan.epsilon():.4g}",
                 next="The run is done: what was learnt so far can be released. More steps need a new plan.",
             )
@@ -362,10 +365,10 @@ class Ledger:
 
     @property
     def remaining_steps(self) -> int:
-        """What the plan has left. Raises UsageError for a ledger without a private plan."""
-        if not isinstance(self.plan, DpSgd):
+        """What a plan of one kind of event has left. Raises UsageError for a ledger without a private plan."""
+        if not isinstance(self.plan, PrivatePlan):
             raise UsageError("plan = none · a ledger without a private plan has no limit", next="Open it with a plan.")
-        return self.plan.steps - self._history.total
+        return sum(self.plan.allowance().values()) - self._history.total
 
     def spent(self) -> list[Event]:
         """Everything reserved, committed or not, equal events merged."""
@@ -587,7 +590,8 @@ def _account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
         plan = None if values is None else plan_from_dict(values)
         rows = connection.execute("SELECT event, count FROM spent WHERE ledger = ?", (ledger,)).fetchall()
         events = [replace(Event.from_dict(_decoded(event)), count=count) for event, count in rows]
-        delta = plan.delta if isinstance(plan, DpSgd) else None
+        delta = plan.delta if isinstance(plan, PrivatePlan) else None
+        adjacency = plan.adjacency if isinstance(plan, PrivatePlan) else "add_or_remove"
         found.append(
             {
                 "run": run,
@@ -595,8 +599,9 @@ def _account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
                 "private": not isinstance(plan, NotPrivate),
                 "unit": plan.unit if plan is not None else None,
                 "records_per_unit": plan.records_per_unit if plan is not None else None,
+                "adjacency": adjacency if delta is not None else None,
                 "events": [event.to_dict() for event in events],
-                "epsilon": accounting.epsilon(events, delta) if delta is not None else None,
+                "epsilon": accounting.epsilon(events, delta, adjacency=adjacency) if delta is not None else None,
                 "delta": delta,
             }
         )
@@ -622,13 +627,13 @@ def show(path: Path | str) -> dict[str, Any]:
         except LedgerError as error:
             return {**shown, "events": [], "epsilon": None, "delta": None, "valid": False, "detail": str(error)}
     plan, events = history.plan, history.spent()
-    figures = accounting.accountants(events, plan.delta) if isinstance(plan, DpSgd) else {}
+    figures = accounting.accountants(events, plan.delta, plan.adjacency) if isinstance(plan, PrivatePlan) else {}
     return {
         **shown,
         "run": history.header["run"],
         "events": [event.to_dict() for event in events],
         "epsilon": figures.get("pld"),
-        "delta": plan.delta if isinstance(plan, DpSgd) else None,
+        "delta": plan.delta if isinstance(plan, PrivatePlan) else None,
         "accountants": figures,
         "plan": history.header["plan"],
         "steps": history.total,
@@ -751,7 +756,9 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
     events = [Event.from_dict(event) for run in runs for event in run["events"]]
     deltas = [run["delta"] for run in runs if run["delta"] is not None]
     units = {run["unit"] for run in runs if run["private"]}
-    comparable = bool(deltas) and len(units) == 1 and all(run["private"] for run in runs)
+    adjacencies = {run["adjacency"] for run in runs}
+    comparable = bool(deltas) and len(units) == len(adjacencies) == 1 and all(run["private"] for run in runs)
+    adjacency = adjacencies.pop() if comparable else "add_or_remove"
     return {
         "kind": "account",
         "path": str(path),
@@ -759,7 +766,7 @@ def _show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "runs": runs,
         "events": [event.to_dict() for event in accounting.merged(events)],
         # Later runs are chosen after seeing earlier ones: RDP allows that (Feldman & Zrnic 2021), PLD does not.
-        "epsilon": accounting.epsilon(events, max(deltas), "rdp") if comparable else None,
+        "epsilon": accounting.epsilon(events, max(deltas), "rdp", adjacency) if comparable else None,
         "delta": max(deltas) if comparable else None,
         "accountant": "rdp",
         "valid": True,
