@@ -15,7 +15,10 @@ from sfumato.privacy.ledger import show
 from sfumato.privacy.plan_json import plan_from_dict
 from sfumato.release import bundle, keys, verify
 
-AXES = [{"name": "side", "more": ["left"], "less": ["right"]}, {"name": "view", "more": ["lateral"], "less": ["frontal"]}]
+AXES = [
+    {"name": "side", "more": ["left"], "less": ["right"]},
+    {"name": "view", "more": ["lateral"], "less": ["frontal"]},
+]
 TINY: dict[str, Any] = {
     "name": "tiny",
     "data": {"source": "clinic", "units": 150, "public_units": 60, "image_size": 16},
@@ -116,7 +119,10 @@ def rebuilt(run: Path, out: Path, key: Any, **changes: Any) -> dict[str, Any]:
             target[last] = value
         return values
 
-    with unittest.mock.patch.object(bundle, "reports", lying), unittest.mock.patch.object(bundle, "_check", lambda *_: None):
+    with (
+        unittest.mock.patch.object(bundle, "reports", lying),
+        unittest.mock.patch.object(bundle, "_check", lambda *_: None),
+    ):
         bundle.write(run, out, key)
     return verify.verify_with(out, {key.public.id: key.public})
 
@@ -210,13 +216,22 @@ def test_a_release_from_a_test_source_is_not_for_release(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("privacy", "words"),
     [
-        ({"mechanism": "latents", "adjacency": "add_or_remove"}, "adjacency = add_or_remove · is not defined for latents"),
+        (
+            {"mechanism": "latents", "adjacency": "add_or_remove"},
+            "adjacency = add_or_remove · is not defined for latents",
+        ),
         ({"mechanism": "latents", "latents": {"formm": "shared"}}, "privacy.latents.formm · is not a key"),
         ({"mechanism": "latents", "latents": {"modalities": [{"name": "image"}]}}, r"modalities = \['image'\]"),
-        ({"mechanism": "latents", "clipping": "per_layer"}, "clipping = per_layer · says nothing about mechanism latents"),
+        (
+            {"mechanism": "latents", "clipping": "per_layer"},
+            "clipping = per_layer · says nothing about mechanism latents",
+        ),
         ({"mechanism": "latents", "max_grad_norm": 0.5}, "max_grad_norm = 0.5 · says nothing"),
         ({"mechanism": "latents", "noise_multiplier": 1.0}, "exactly one must be given"),
-        ({"mechanism": "latents", "epsilon": None, "noise_multiplier": 1.0, "latents": {"centre": 0.1}}, "centre = 0.1"),
+        (
+            {"mechanism": "latents", "epsilon": None, "noise_multiplier": 1.0, "latents": {"centre": 0.1}},
+            "centre = 0.1",
+        ),
         ({"mechanism": "latents", "mean_embedding": {}}, "mean_embedding · says nothing about mechanism latents"),
         ({"latents": {}}, "latents · says nothing about mechanism dp_sgd"),
         ({"mechanism": "mean_embedding", "mean_embedding": {"max_norm": -1}}, "max_norm = -1"),

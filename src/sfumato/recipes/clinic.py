@@ -89,6 +89,12 @@ FINDINGS = (
 )
 
 
+EQUAL = (  # w = 1 / d: both modalities have half of the guarantee, which leaves their covariance the least noise
+    LatentModalitySettings(name="image", weight=1 / 64),
+    LatentModalitySettings(name="text", weight=1 / 6),
+)
+
+
 def clinic_latents() -> Recipe:
     """Every patient's own noised latents of one film and one history, released once, and a model trained on those."""
     recipe = clinic()
@@ -97,11 +103,13 @@ def clinic_latents() -> Recipe:
         name="clinic-latents",
         model=replace(
             recipe.model,
-            image=Cosine(kept=8, amplitude=1.2, decay=1.2),
+            image=Cosine(kept=8, amplitude=1.2, decay=0.9),
             text=Terms(axes=TERMS),
             backbone=Mlp(width=128, depth=1),
         ),
-        privacy=PrivacySettings(mechanism="latents", unit="person", epsilon=8.0, latents=LatentSettings(centre=0.03)),
+        privacy=PrivacySettings(
+            mechanism="latents", unit="person", epsilon=8.0, latents=LatentSettings(modalities=EQUAL, centre=0.03)
+        ),
         training=replace(recipe.training, steps=200, learning_rate=1e-3, weight_decay=0.1),
         evaluation=replace(recipe.evaluation, twin=False),
     )
@@ -129,7 +137,7 @@ def clinic_mean_embedding() -> Recipe:
             image=Cosine(kept=16, amplitude=1.2, decay=1.2),
             text=Terms(axes=TERMS + FINDINGS),
             backbone=Mlp(width=256, depth=2),
-            random_features=RandomFeatures(pairs=True, longest=1.5),
+            random_features=RandomFeatures(pairs=True, longest=6.0),
         ),
         privacy=PrivacySettings(
             mechanism="mean_embedding",
@@ -138,6 +146,6 @@ def clinic_mean_embedding() -> Recipe:
             epsilon=8.0,
             mean_embedding=MeanEmbeddingSettings(max_norm=1.0),
         ),
-        training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=2e-3),
+        training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=5e-3),
         evaluation=replace(recipe.evaluation, twin=False),
     )
