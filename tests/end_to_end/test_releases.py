@@ -45,6 +45,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "centre first": {"mechanism": "latents", "latents": {"centre": 0.1}},
     "shared": {"mechanism": "latents", "latents": {"form": "shared", "centre": 0.1}},
     "mean embedding": {"mechanism": "mean_embedding", "records_per_unit": 2},
+    "codebook": {"mechanism": "codebook", "adjacency": "replace_one", "codebook": {"centre": 0.1}},
 }
 
 
