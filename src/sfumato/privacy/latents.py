@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNITS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 2**22  # of features in memory, in float64 and several times
 _BELOW_ONE = 1 - 2.0**-40  # what rounding may add to a norm, and far more
 _COIN = 2**53
 
@@ -223,8 +224,9 @@ def release_mean(
     import torch
 
     total = torch.zeros(plan.dimension, dtype=torch.float64)
-    for start in range(0, table.num_units, UNITS_AT_ONCE):
-        units = np.arange(start, min(start + UNITS_AT_ONCE, table.num_units))
+    at_once = max(1, min(UNITS_AT_ONCE, _NUMBERS_AT_ONCE // (plan.dimension * plan.records_per_unit)))
+    for start in range(0, table.num_units, at_once):
+        units = np.arange(start, min(start + at_once, table.num_units))
         batch = table.batch(units, records_per_unit=plan.records_per_unit, rng=random)
         rows = features(batch).double()
         if rows.shape[1:] != (plan.dimension,):
