@@ -119,12 +119,16 @@ def from_the_same_bits(std: Fraction, count: int, seed: int) -> list[int]:
                 x += 1
                 left -= weights[x]
             z = fine * x + y
-            if Decimal(coin) / 2**64 < (-Decimal(y * (y + 2 * fine * x)) / (2 * variance)).exp() and not (sign and z == 0):
+            if Decimal(coin) / 2**64 < (-Decimal(y * (y + 2 * fine * x)) / (2 * variance)).exp() and not (
+                sign and z == 0
+            ):
                 out.append(-z if sign else z)
     return out[:count]
 
 
-@pytest.mark.parametrize("std", [Fraction(STD), Fraction(100), Fraction(64), Fraction(40.3), Fraction(37, 10), Fraction(1, 3)])
+@pytest.mark.parametrize(
+    "std", [Fraction(STD), Fraction(100), Fraction(64), Fraction(40.3), Fraction(37, 10), Fraction(1, 3)]
+)
 def test_the_fast_sampler_equals_the_slow_one_from_the_same_bits(std):
     assert discrete_gaussian(1500, std, TestRandom(4)).tolist() == from_the_same_bits(std, 1500, 4)
 
@@ -175,7 +179,9 @@ def test_low_bits_are_uniform_and_draws_uncorrelated():
 
 
 @pytest.mark.parametrize("bits", [8, 64, 200])
-@pytest.mark.parametrize("exponent", [Fraction(0), Fraction(1, 10**6), Fraction(1, 3), Fraction(1), Fraction(29, 7), Fraction(150)])
+@pytest.mark.parametrize(
+    "exponent", [Fraction(0), Fraction(1, 10**6), Fraction(1, 3), Fraction(1), Fraction(29, 7), Fraction(150)]
+)
 def test_integer_bounds_on_the_exponential_enclose_it_closely(exponent, bits):
     low, high = module._exp(exponent, bits)
     with localcontext() as context:
@@ -304,7 +310,8 @@ def test_a_rounded_continuous_gaussian_comes_as_near_as_the_docstring_says():
 
     true = probabilities(s, 60)
     ratios = [
-        quad(lambda y, x=x: stats.norm.pdf(y, scale=t) * kernel(x, y), -12, 12, epsabs=1e-13, limit=200)[0] / true[60 + x]
+        quad(lambda y, x=x: stats.norm.pdf(y, scale=t) * kernel(x, y), -12, 12, epsabs=1e-13, limit=200)[0]
+        / true[60 + x]
         for x in range(-4, 5)
     ]
     assert max(abs(math.log(ratio)) for ratio in ratios) <= 3 * kappa
@@ -322,7 +329,9 @@ def test_sampled_and_composed_it_loses_no_more_than_the_smaller_continuous_gauss
     q /= q.sum()
     p = (1 - rate) * q + rate * np.exp(-((x - shift) ** 2) / (2 * s**2)) / np.exp(-(x**2) / (2 * s**2)).sum()
     t = math.sqrt(s**2 - module._SMOOTH**2) / shift
-    reference = privacy_loss_distribution.from_gaussian_mechanism(t, sampling_prob=rate, value_discretization_interval=1e-4)
+    reference = privacy_loss_distribution.from_gaussian_mechanism(
+        t, sampling_prob=rate, value_discretization_interval=1e-4
+    )
     reference = reference.self_compose(2)
     for epsilon in (0.1, 0.5, 1.0):
         for upper, lower in ((p, q), (q, p)):
@@ -355,7 +364,9 @@ def test_sum_and_noise_are_whole_multiples_and_added_exactly():
     together = discrete(6, std, TestRandom(5), plus=sums).tolist()
     cut = [max(-(2**52), min(2**52, round(Fraction(c) / h))) if math.isfinite(c) else -(2**52) for c in sums.tolist()]
     for a, b, c in zip(alone, together, cut, strict=True):
-        assert abs(Fraction(b) / h - (a + c)) <= Fraction(abs(a + c), 2**53)  # the product with h is rounded: post-processing
+        assert abs(Fraction(b) / h - (a + c)) <= Fraction(
+            abs(a + c), 2**53
+        )  # the product with h is rounded: post-processing
 
 
 @pytest.mark.parametrize("draw", [lambda: discrete_gaussian(5, 2.0**31 + 1, SecretRandom()), lambda: discrete_gaussian(5, 0.0, SecretRandom()),
@@ -367,7 +378,9 @@ def test_impossible_scales_are_refused(draw: Callable[[], object]):
 
 def test_no_noise_is_exactly_zero_and_secret_draws_never_repeat():
     assert discrete(3, 0.0, SecretRandom()).tolist() == [0.0] * 3
-    assert discrete(2, 0.0, SecretRandom(), plus=torch.tensor([1.5, -0.1])).tolist() == torch.tensor([1.5, -0.1]).tolist()
+    assert (
+        discrete(2, 0.0, SecretRandom(), plus=torch.tensor([1.5, -0.1])).tolist() == torch.tensor([1.5, -0.1]).tolist()
+    )
     random = SecretRandom()
     assert not np.isin(discrete_gaussian(1000, STD, random), discrete_gaussian(1000, STD, random)).any()
     assert discrete_gaussian(0, 3.0, random).shape == (0,)

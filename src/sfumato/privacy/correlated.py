@@ -207,7 +207,9 @@ def widened(std: float, bound: float, dimension: int, strategy: Strategy, source
     """
     if std == 0:
         return 0.0
-    lost = 4.0 * math.sqrt(strategy.bands * dimension) * (std / bound) * 2.0**-GRID_BITS / float(strategy.rows[:, 0].max())
+    lost = (
+        4.0 * math.sqrt(strategy.bands * dimension) * (std / bound) * 2.0**-GRID_BITS / float(strategy.rows[:, 0].max())
+    )
     if lost > 0.5:
         raise PrivacyRefused(
             f"dimension = {dimension:,}, bands = {strategy.bands} · is too many for noise of multiplier {std / bound:g}: "
