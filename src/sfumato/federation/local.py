@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from sfumato.errors import LedgerError, UsageError
 from sfumato.federation.policy import SitePolicy, require_permission
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, TrainingPlan
 from sfumato.records import UnitTable
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class TrainSteps(Protocol):
     """
 
     def __call__(
-        self, model: "nn.Module", table: UnitTable, plan: PrivacyPlan, ledger: Ledger, *, steps: int, first_step: int
+        self, model: "nn.Module", table: UnitTable, plan: TrainingPlan, ledger: Ledger, *, steps: int, first_step: int
     ) -> None: ...
 
 
@@ -45,7 +45,7 @@ class Site:
 
     name: str
     table: UnitTable
-    plan: PrivacyPlan
+    plan: TrainingPlan
     ledger: Path
     account: Path | None = None
     policy: SitePolicy = field(default_factory=SitePolicy)

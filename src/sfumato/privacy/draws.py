@@ -9,7 +9,7 @@ from sfumato import checks
 from sfumato.errors import BudgetExhausted, UsageError
 from sfumato.privacy.attached import Attached
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 from sfumato.privacy.processes import Processes
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.privacy.sources import PhysicalPart, Source, source_of
@@ -24,7 +24,7 @@ class Draws(Attached):
     def __init__(
         self,
         model: nn.Module,
-        plan: PrivacyPlan | None,
+        plan: TrainingPlan | None,
         ledger: Ledger | None,
         random: Random | None,
         processes: Processes | None,

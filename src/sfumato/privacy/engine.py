@@ -36,7 +36,7 @@ from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.noise import gaussian, widened
 from sfumato.privacy.not_private import NotPrivateEngine as NotPrivateEngine
 from sfumato.privacy.passes import Passes
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
 from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
 from sfumato.privacy.reduction import Reduction
 from sfumato.privacy.sources import PhysicalPart
@@ -153,6 +153,13 @@ class DifferentialPrivacyEngine(Draws):
         processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
+        later = [
+            name
+            for name, of in (("bands", 1), ("largest_batch", None), ("noise", "gaussian"))
+            if getattr(plan, name) != of
+        ]
+        if later:
+            raise UsageError(f"plan · this engine does not know {', '.join(later)}", next="Leave it out of the plan.")
         return cls(
             model,
             max_grad_norm=None if plan.parts else plan.max_grad_norm,
@@ -187,7 +194,8 @@ class DifferentialPrivacyEngine(Draws):
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
         events = self.ledger.spent() if self.ledger is not None else told[1] if told is not None else self._events
-        value = accounting.epsilon(events, delta, accountant)
+        adjacency = self.plan.adjacency if isinstance(self.plan, DpSgd) else "add_or_remove"
+        value = accounting.epsilon(events, delta, accountant, adjacency)
         if value is None:
             raise UsageError(
                 f"accountant = {accountant!r} · has no bound for Poisson-sampled steps", next="Use 'pld' or 'rdp'."
@@ -533,7 +541,7 @@ class DifferentialPrivacyEngine(Draws):
 
 def make_engine(
     model: nn.Module,
-    plan: PrivacyPlan,
+    plan: TrainingPlan,
     ledger: Ledger | None = None,
     random: Random | None = None,
     processes: Processes | None = None,

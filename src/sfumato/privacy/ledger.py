@@ -46,7 +46,8 @@ from sfumato.errors import (
 )
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, plan_from_dict, plan_to_dict
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 
 LEDGER_FORMAT = "sfumato-ledger/1"
 ACCOUNT_FORMAT = "sfumato-account/1"
