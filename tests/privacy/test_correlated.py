@@ -203,7 +203,7 @@ def test_with_the_noise_that_the_proof_names_a_neighbour_releases_the_same_bits(
     """The heart of the proof, through the real stream: for every unit there is independent noise that hides it exactly, and
     it is as near as the proof says. delta = the unit's rounded contribution at step s."""
     count, sigma, bound, steps = 400, 0.8, 1.0, 12
-    std = widened(sigma * bound, bound, count, strategy, GAUSSIAN)
+    std = widened(sigma * bound, bound, count, strategy)
     grid = GAUSSIAN.spacing(std / float(strategy.rows[:, 0].max()))
     numbers = np.random.default_rng(2)
     others = torch.from_numpy(numbers.standard_normal((steps, count)))
@@ -247,14 +247,14 @@ def test_with_the_noise_that_the_proof_names_a_neighbour_releases_the_same_bits(
 def test_rounding_is_paid_for():
     for strategy, dimension in ((toeplitz(4, 12), 10**6), (general(3, 12), 10), (toeplitz(1, 12), 10**7)):
         std, bound = 1.3, 0.9
-        paid = widened(std, bound, dimension, strategy, GAUSSIAN)
+        paid = widened(std, bound, dimension, strategy)
         grid = GAUSSIAN.spacing(paid / float(strategy.rows[:, 0].max()))
         moved = bound + 2 * grid * math.sqrt(dimension) + 2 * grid * math.sqrt(strategy.bands * dimension)
         assert paid / moved >= std / bound
         assert paid <= std * (1 + 1e-4)
-    assert widened(0.0, 1.0, 10, toeplitz(2, 4), GAUSSIAN) == 0.0
+    assert widened(0.0, 1.0, 10, toeplitz(2, 4)) == 0.0
     with pytest.raises(PrivacyRefused, match="bands = 4"):
-        widened(1e5, 1.0, 10**9, toeplitz(4, 12), GAUSSIAN)
+        widened(1e5, 1.0, 10**9, toeplitz(4, 12))
     assert GRID_BITS == 30  # which the proof counts with
 
 

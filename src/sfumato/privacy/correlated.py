@@ -143,6 +143,15 @@ def error(strategy: Strategy, workload: np.ndarray | None = None) -> float:
     return math.sqrt(float((_general_factor(strategy.dense(), first) ** 2).sum()) / steps)
 
 
+def variances(strategy: Strategy) -> np.ndarray:
+    """(T,): the variance of a coordinate's noise at every step, for independent normals of variance 1: rows of C^-1, squared."""
+    first = np.zeros(strategy.steps)
+    first[0] = 1.0
+    if len(strategy.rows) == 1:
+        return np.cumsum(_divided(first, strategy.rows[0]) ** 2)
+    return (np.linalg.inv(strategy.dense()) ** 2).sum(axis=1)
+
+
 @lru_cache(maxsize=16)
 def toeplitz(bands: int, steps: int, momentum: float = 0.0) -> Strategy:
     """The banded Toeplitz C of the least error for the sums of ``steps`` steps, by L-BFGS from the best C without bands
@@ -200,7 +209,7 @@ def general(bands: int, steps: int, momentum: float = 0.0) -> Strategy:
     return Strategy(rows=rows, steps=steps)
 
 
-def widened(std: float, bound: float, dimension: int, strategy: Strategy, source: Source) -> float:
+def widened(std: float, bound: float, dimension: int, strategy: Strategy) -> float:
     """The standard deviation std' that makes up for all rounding: with h its step, std' = (std / bound) (bound + 4 h sqrt(b d)).
 
     Raises: PrivacyRefused where that would double the noise.
@@ -232,20 +241,20 @@ class Stream:
 
     def __init__(self, strategy: Strategy, count: int, std: float, source: Source) -> None:
         checks.non_negative(count=count, std=std)
-        self._strategy, self._count, self._std, self._source = strategy, count, std, source
+        self._strategy, self._count, self.std, self._source = strategy, count, std, source
         self._grid = source.spacing(std / float(strategy.rows[:, 0].max())) if std > 0 else 0.0
         self._past: deque[Tensor] = deque(maxlen=strategy.bands - 1)  # z_{t-1}, z_{t-2}, ... in steps of the grid
-        self._taken = 0
+        self.taken = 0  # steps
 
     def next(self, random: Random, plus: "Tensor | None" = None) -> "Tensor":
         """(d,) float64 on the CPU: z_t, or, rounded to its grid, ``plus`` + z_t."""
         import torch
 
-        row = self._strategy.row(self._taken)
-        self._taken += 1
-        if self._std == 0:
+        row = self._strategy.row(self.taken)
+        self.taken += 1
+        if self.std == 0:
             return torch.zeros(self._count, dtype=torch.float64) if plus is None else plus.double()
-        noise = self._source.whole(self._count, self._std / float(row[0]), self._grid, random)
+        noise = self._source.whole(self._count, self.std / float(row[0]), self._grid, random)
         if self._past:
             taken_back = torch.zeros(self._count, dtype=torch.float64)
             for weight, past in zip(row[1:] / row[0], self._past, strict=False):
