@@ -1,13 +1,14 @@
 """No pair of key and counter is ever used twice: the ciphers that the sources really make are watched, through draws,
 renewals, threads, forks and new processes."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ REAL = ciphers.Cipher
 class Watched:
     """In place of ``Cipher``: writes down key and byte range of every piece of key stream, then lets the real one do it."""
 
-    seen: list[tuple[str, int, int]] = []  # key, first byte, last byte + 1; the counter is the byte / 16
-    bytes_of: dict[tuple[str, int, int], bytes] = {}
+    seen: ClassVar[list[tuple[str, int, int]]] = []  # key, first byte, last byte + 1; the counter is the byte / 16
+    bytes_of: ClassVar[dict[tuple[str, int, int], bytes]] = {}
 
     def __init__(self, algorithm: algorithms.AES, mode: modes.CTR) -> None:
         assert isinstance(algorithm, algorithms.AES) and algorithm.key_size == 256
@@ -50,11 +51,10 @@ class Watched:
 
 
 @pytest.fixture(autouse=True)
-def watch(monkeypatch) -> Iterator[None]:
+def watch(monkeypatch) -> None:
     monkeypatch.setattr(Watched, "seen", [])
     monkeypatch.setattr(Watched, "bytes_of", {})
     monkeypatch.setattr(ciphers, "Cipher", Watched)
-    yield
 
 
 def overlaps(seen: list[tuple[str, int, int]]) -> int:
@@ -62,7 +62,7 @@ def overlaps(seen: list[tuple[str, int, int]]) -> int:
     for key, start, stop in seen:
         if stop > start:
             ranges[key].append((start, stop))
-    return sum(b[0] < a[1] for held in ranges.values() for a, b in zip(sorted(held), sorted(held)[1:]))
+    return sum(b[0] < a[1] for held in ranges.values() for a, b in itertools.pairwise(sorted(held)))
 
 
 def true_stream(key: str, start: int, stop: int) -> bytes:
@@ -185,7 +185,9 @@ def test_restarts_never_get_the_same_counter():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     seen = []
     for _ in range(3):
-        out = subprocess.run([sys.executable, "-c", RESTART], env=environment, capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", RESTART], env=environment, capture_output=True, text=True, check=True
+        )
         seen += [(str(key), int(start), int(stop)) for key, start, stop in json.loads(out.stdout)]
     assert len(seen) == 6 and len({key for key, _, _ in seen}) == 3 and overlaps(seen) == 0
 

@@ -116,7 +116,9 @@ def test_a_broken_source_is_convicted(name):
 
 
 def test_every_test_of_bytes_convicts_somebody():
-    assert set().union(*(expected for _, expected in BROKEN.values())) == set(batteries.of_bytes(TestRandom(1).bytes(2**17)))
+    assert set().union(*(expected for _, expected in BROKEN.values())) == set(
+        batteries.of_bytes(TestRandom(1).bytes(2**17))
+    )
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ class DifferentialPrivacyEngine(Draws):
         checks.positive(bands=bands)
         if bands > 1 and self._adaptive is not None:
             raise UsageError(
-                f"bands = {bands}, clipping = adaptive · correlated noise needs one bound for all steps", next="Use 'flat'."
+                f"bands = {bands}, clipping = adaptive · correlated noise needs one bound for all steps",
+                next="Use 'flat'.",
             )
         self.bands = int(bands)
         self._source = source_named(noise_source)

@@ -152,9 +152,7 @@ class Reduction:
         return parameter.to_local()
 
 
-def _noisy(
-    key: Hashable, like: Tensor, value: Tensor | None, std: float, divisor: float, noise: StepNoise
-) -> Tensor:
+def _noisy(key: Hashable, like: Tensor, value: Tensor | None, std: float, divisor: float, noise: StepNoise) -> Tensor:
     """(value + noise) / divisor, in float64 until it is rounded to the type of ``like``; its shape and device too."""
     plus = None if value is None else value.reshape(-1).cpu()
     noisy = noise.added(key, like.numel(), std, plus).div_(divisor)
