@@ -95,7 +95,7 @@ def smoothed(data: np.ndarray) -> np.ndarray:
 
 
 BROKEN = {
-    "a congruential generator": (lambda: congruential(32, 1664525, 1013904223), {"matrix rank", "autocorrelation"}),
+    "a congruential generator": (lambda: congruential(32, 1664525, 1013904223), {"autocorrelation", "spectral"}),
     "RANDU": (lambda: congruential(31, 65539, 0), {"monobit", "matrix rank"}),
     "a stuck bit": (lambda: changed(stuck_bit), {"monobit", "bytes"}),
     "a key used twice": (lambda: changed(repeated_key), {"repeated blocks"}),
