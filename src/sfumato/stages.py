@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
-from sfumato.errors import DataError, PrivacyRefused
-from sfumato.privacy import ledger
-from sfumato.privacy import plan as plans
+from sfumato.errors import DataError, PrivacyRefused, UsageError
+from sfumato.privacy import ledger, planning
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
+from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
 from sfumato.training import folder as folders
@@ -68,10 +68,10 @@ def check_parts(recipe: Recipe) -> None:
         groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
 
 
-def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
+def make_plan(recipe: Recipe, table: Any) -> TrainingPlan:
     check_parts(recipe)
     memory, parameters = memory_left(recipe)
-    return plans.make_plan(
+    return planning.make_plan(
         recipe.privacy,
         steps=recipe.training.steps,
         expected_batch_size=recipe.training.expected_batch_size,
@@ -82,13 +82,13 @@ def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
     )
 
 
-def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = None) -> None:
+def say_plan(plan: TrainingPlan, progress: Progress, *, parameters: int | None = None) -> None:
     if isinstance(plan, DpSgd):
         progress(
             f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
             f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
-    for warning in plans.warnings_of(plan, parameters=parameters):
+    for warning in planning.warnings_of(plan, parameters=parameters):
         progress(f"note: {warning['message']} · {warning['next']}")
 
 
@@ -97,14 +97,22 @@ def _parts_in_words(plan: DpSgd) -> str:
     return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
-def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:
+def begin(out: Path, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> RunFolder:
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
-    run.write_json("plan.json", plans.plan_to_dict(plan))
+    run.write_json("plan.json", plan_to_dict(plan))
     run.write_json("data_card.json", prepared.card)
     _examples(run, prepared)
     return run
+
+
+def plan_of(run: RunFolder) -> TrainingPlan:
+    """The plan that a run began with."""
+    plan = plan_from_dict(run.read_json("plan.json"))
+    if not isinstance(plan, DpSgd | NotPrivate):
+        raise UsageError(f"plan = {type(plan).__name__} · is not one of a training", next="Give a run of `train`.")
+    return plan
 
 
 def mark_begun(run: RunFolder, recipe: Recipe) -> None:
@@ -150,7 +158,7 @@ def _examples(run: RunFolder, prepared: Any) -> list[str]:
 
 
 def train(
-    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, model: Any, table: Any, prepared: Any, progress: Progress
+    run: RunFolder, recipe: Recipe, plan: TrainingPlan, model: Any, table: Any, prepared: Any, progress: Progress
 ) -> str:
     """Trains to the end of the plan and writes the model and its claim. Returns how it stopped."""
     from sfumato.training import loop, watch
@@ -158,6 +166,8 @@ def train(
     processor = time.process_time()
     with _ledger(run, recipe, plan, prepared) as book:  # held to the end: nobody else writes to this run
         mark_begun(run, recipe)
+        for note in book.notes:
+            progress(f"note: {note}")
         watchers: list[watch.Watcher] = [
             watch.Line(progress),
             watch.MetricsFile(run.path / "metrics.jsonl"),
@@ -204,11 +214,28 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
-def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
+def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> Ledger:
+    from sfumato.release import keys
+
     account = None
     if isinstance(plan, DpSgd):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
-    return Ledger.open(run.ledger, run=run.name, plan=plan, account=account, create=not run.begun)
+    key = keys.existing()  # a key is made at the first release, not here
+    return Ledger.open(
+        run.ledger,
+        run=run.name,
+        plan=plan,
+        account=account,
+        account_limit=account_limit(recipe, plan),
+        create=not run.begun,
+        sign=keys.signer(key) if key is not None else None,
+    )
+
+
+def account_limit(recipe: Recipe, plan: TrainingPlan) -> tuple[float, float] | None:
+    """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
+    epsilon = recipe.privacy.account_epsilon
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, DpSgd) else None
 
 
 def boundary(recipe: Recipe) -> list[str]:
@@ -255,7 +282,7 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
 
 
 def evaluate(
-    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress, *, table: Any = None
+    run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress, *, table: Any = None
 ) -> QualityReport:
     from sfumato.evaluation import report
     from sfumato.models import model as models
@@ -275,7 +302,7 @@ def evaluate(
     )
     worth = _worth(quality)
     notes = [*([worth] if worth else []), *quality.notes]
-    for warning in plans.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
+    for warning in planning.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
         if warning["code"] in ("few_units", "epsilon_small"):
             notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
     for note in notes[: len(notes) - len(quality.notes)]:
@@ -319,7 +346,7 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
 
 
 def _train_openly(
-    model: Any, table: Any, plan: PrivacyPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
+    model: Any, table: Any, plan: TrainingPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
 ) -> None:
     """Trains as ``plan`` says, without its privacy. Raises KeyboardInterrupt where Ctrl-C ended it: half of it is no answer."""
     from sfumato.training import loop, watch
@@ -343,7 +370,7 @@ def _train_openly(
         raise KeyboardInterrupt
 
 
-def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress) -> Any:
+def audit(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress) -> Any:
     import torch
 
     from sfumato.auditing import membership, report
@@ -384,7 +411,7 @@ CONTROL_STEPS = 400  # of half the units each: 160 steps on 120 patients gave an
 def _control_scores(
     run: RunFolder,
     recipe: Recipe,
-    plan: PrivacyPlan,
+    plan: TrainingPlan,
     prepared: Any,
     losses_of: Callable[[Any], Any],
     progress: Progress,

@@ -15,7 +15,7 @@ from sfumato.errors import BudgetExhausted, LedgerError, OutsideError, UsageErro
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.ledger import Ledger, events_of_jsonl, export_jsonl, run, show, verify_chain
 from sfumato.privacy.ledger.blocks import MOST, Pace
-from sfumato.privacy.ledger.chain import History, beginning, canonical, link, reserve_body, used_body
+from sfumato.privacy.ledger.chain import History, beginning, canonical, reserve_body, used_body
 from sfumato.privacy.ledger.storage import new_header
 from sfumato.privacy.plan import DpSgd
 

@@ -9,7 +9,7 @@ from sfumato import checks
 from sfumato.errors import BudgetExhausted, UsageError
 from sfumato.privacy.attached import Attached
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 from sfumato.privacy.processes import Processes
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.privacy.sources import PhysicalPart, Source, source_of
@@ -24,7 +24,7 @@ class Draws(Attached):
     def __init__(
         self,
         model: nn.Module,
-        plan: PrivacyPlan | None,
+        plan: TrainingPlan | None,
         ledger: Ledger | None,
         random: Random | None,
         processes: Processes | None,
@@ -110,12 +110,12 @@ class Draws(Attached):
         assert self._sampling_rate is not None
         self.stopped = None
         own = self.processes.own_units(source.num_units)
-        for _ in range(steps):
+        for number in range(steps):
             with self.processes.agreeing():
                 self._require_stepped()
             self._begin()
             try:
-                sequence = self._reserve()
+                sequence = self._reserve(steps - number)
             except BudgetExhausted:
                 self.stopped = "budget"
                 return
@@ -199,5 +199,6 @@ class Draws(Attached):
     def _expect(self, part: PhysicalPart) -> None:
         """Hook: a part is about to be yielded."""
 
-    def _reserve(self) -> int | None:
+    def _reserve(self, ahead: int) -> int | None:
+        """Hook: charges a step, the first of ``ahead`` in a row. Returns: the reservation, for the commit."""
         raise NotImplementedError

@@ -26,7 +26,8 @@ from functools import lru_cache
 
 from sfumato import checks
 from sfumato.errors import PrivacyRefused
-from sfumato.privacy.accounting import Event
+from sfumato.privacy import accounting, gaussian
+from sfumato.privacy.accounting import Adjacency, Event
 
 ORDERS = (*range(2, 65), *range(72, 129, 8), *range(160, 257, 32), 320, 384, 448, 512, 640, 768, 896, 1024)
 _ROUNDING = 1 + 1e-12  # of sums in float64
@@ -43,18 +44,17 @@ class RenyiFilter:
     delta: float
     order: int
     bound: float
+    adjacency: Adjacency = "add_or_remove"
 
     @classmethod
-    def of(cls, epsilon: float, delta: float) -> "RenyiFilter":
+    def of(cls, epsilon: float, delta: float, adjacency: Adjacency = "add_or_remove") -> "RenyiFilter":
         """The filter for a budget. Raises PrivacyRefused where no order leaves anything of it."""
         order, bound = _order(epsilon, delta)
-        return cls(epsilon=epsilon, delta=delta, order=order, bound=bound)
+        return cls(epsilon=epsilon, delta=delta, order=order, bound=bound, adjacency=adjacency)
 
     def spent(self, events: Sequence[Event]) -> float:
         """The sum of the divergences; infinite with an event without noise, or of which RDP knows nothing."""
-        return math.fsum(
-            event.count * divergence(replace(event, count=1), self.order) for event in events if event.count
-        )
+        return math.fsum(event.count * self._of_one(event) for event in events if event.count)
 
     def share(self, events: Sequence[Event]) -> float:
         """``spent`` over the bound: 1 is all of it."""
@@ -66,7 +66,11 @@ class RenyiFilter:
 
     def room(self, events: Sequence[Event], event: Event) -> int:
         """How many times ``event`` (as if its count were 1) fits after ``events``, at most 2^53."""
-        return _room(self.bound * _ROUNDING - self.spent(events), divergence(replace(event, count=1), self.order))
+        return _room(self.bound * _ROUNDING - self.spent(events), self._of_one(event))
+
+    def _of_one(self, event: Event) -> float:
+        value = accounting.renyi(replace(event, count=1), self.order, self.adjacency)
+        return math.inf if value is None else value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +80,15 @@ class GaussianFilter:
     epsilon: float
     delta: float
     bound: float
+    adjacency: Adjacency = "add_or_remove"
 
     @classmethod
-    def of(cls, epsilon: float, delta: float) -> "GaussianFilter":
+    def of(cls, epsilon: float, delta: float, adjacency: Adjacency = "add_or_remove") -> "GaussianFilter":
         checks.positive(epsilon=epsilon)
-        checks.probability(delta=delta)
-        checks.positive(delta=delta)
-        return cls(epsilon=epsilon, delta=delta, bound=_largest_mu(epsilon, delta) ** 2)
+        return cls(epsilon=epsilon, delta=delta, bound=gaussian.mu_of(epsilon, delta) ** 2, adjacency=adjacency)
 
     def spent(self, events: Sequence[Event]) -> float:
-        return math.fsum(event.count * _squared_mu(event) for event in events if event.count)
+        return math.fsum(event.count * self._of_one(event) for event in events if event.count)
 
     def share(self, events: Sequence[Event]) -> float:
         return self.spent(events) / self.bound
@@ -94,20 +97,18 @@ class GaussianFilter:
         return self.spent(events) <= self.bound * _ROUNDING
 
     def room(self, events: Sequence[Event], event: Event) -> int:
-        return _room(self.bound * _ROUNDING - self.spent(events), _squared_mu(event))
+        return _room(self.bound * _ROUNDING - self.spent(events), self._of_one(event))
 
-
-@lru_cache(maxsize=4096)
-def divergence(event: Event, order: int) -> float:
-    """An upper bound on the Rényi divergence of the given order between the outputs for neighbours, both ways."""
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.rdp import RdpAccountant
-
-    if event.noise_multiplier == 0:
-        return math.inf
-    accountant = RdpAccountant(orders=[order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(event.to_dp_event())
-    return float(accountant._rdp[0])
+    def _of_one(self, event: Event) -> float:
+        """mu^2 = (sensitivity / standard deviation)^2."""
+        if event.sampling_rate < 1 or event.mechanism not in ("gaussian", "poisson_gaussian"):
+            raise PrivacyRefused(
+                f"event = {event.to_dict()} · is not an unsampled Gaussian",
+                next="Use the Rényi filter.",
+                code="not_gaussian",
+            )
+        sensitivity = 2.0 if self.adjacency == "replace_one" else 1.0
+        return (sensitivity / event.noise_multiplier) ** 2 if event.protects else math.inf
 
 
 @lru_cache(maxsize=256)
@@ -138,30 +139,3 @@ def _room(left: float, one: float) -> int:
     if not left > 0 or math.isinf(one):
         return 0
     return min(int(left / one), 2**53)
-
-
-def _squared_mu(event: Event) -> float:
-    if event.sampling_rate < 1:
-        raise PrivacyRefused(
-            f"event = {event.to_dict()} · is not an unsampled Gaussian",
-            next="Use the Rényi filter.",
-            code="not_gaussian",
-        )
-    return math.inf if event.noise_multiplier == 0 else event.noise_multiplier**-2
-
-
-def _largest_mu(epsilon: float, delta: float) -> float:
-    """The largest mu of which mu-GDP gives (epsilon, delta)-DP: Balle & Wang 2018, Theorem 8, by bisection from below."""
-
-    def spent(mu: float) -> float:
-        from scipy.special import log_ndtr
-
-        return math.exp(log_ndtr(mu / 2 - epsilon / mu)) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu))
-
-    low, high = 0.0, 1.0
-    while spent(high) <= delta:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) <= delta else (low, middle)
-    return low

@@ -6,9 +6,11 @@ from typing import Literal
 
 from sfumato import checks
 from sfumato.errors import UsageError
+from sfumato.privacy.events import Adjacency
 
 DEFAULT_MAX_GRAD_NORM = 1.0
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+NoiseSource = Literal["gaussian", "discrete"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,23 +76,33 @@ class PrivacySettings:
     clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
+    adjacency: add_or_remove, zero_out or replace_one (privacy/events.py); the last needs about twice the noise.
+    bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
+    largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
+    noise: gaussian; or discrete, sampled exactly on the integers, slower.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
+    account_epsilon: of all runs on that account together, whatever is planned after earlier results were seen, at this
+      run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
     unit: Literal["record", "person"] = "record"
     records_per_unit: int = 1
     population: int | None = None
-    adjacency: Literal["add_or_remove"] = "add_or_remove"
+    adjacency: Adjacency = "add_or_remove"
     epsilon: float | None = 8.0
     noise_multiplier: float | None = None
     delta: float | Literal["auto"] = "auto"
     max_grad_norm: float = DEFAULT_MAX_GRAD_NORM
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
+    bands: int = 1
+    largest_batch: int | None = None
+    noise: NoiseSource = "gaussian"
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
+    account_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive(records_per_unit=self.records_per_unit, max_grad_norm=self.max_grad_norm)
@@ -120,6 +132,16 @@ class PrivacySettings:
                     next="Leave out privacy.max_grad_norm.",
                 )
             object.__setattr__(self, "max_grad_norm", joint)
+        if self.account_epsilon is not None:
+            checks.positive(account_epsilon=self.account_epsilon)
+            if self.mechanism == "none":
+                raise UsageError(
+                    f"account_epsilon = {self.account_epsilon} · a run without privacy keeps no limit",
+                    next="Set privacy.account_epsilon: null, or give the run a mechanism.",
+                )
+        checks.positive(bands=self.bands)
+        if self.largest_batch is not None:
+            checks.positive(largest_batch=self.largest_batch)
         if self.unit == "record" and self.records_per_unit != 1:
             raise UsageError(
                 f"records_per_unit = {self.records_per_unit} · must be 1 when unit is record",

@@ -19,7 +19,7 @@ from torch import nn
 
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import NotPrivate, TrainingPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
 from sfumato.training import launch, state
@@ -47,7 +47,7 @@ class Trained:
 def train(
     model: Any,
     table: UnitTable,
-    plan: PrivacyPlan,
+    plan: TrainingPlan,
     settings: TrainingSettings,
     performance: PerformanceSettings,
     *,
@@ -162,7 +162,7 @@ def set_learning_rate(
         group["lr"] = settings.learning_rate * warm * share
 
 
-def _steps_left(plan: PrivacyPlan, ledger: Ledger | None, taken: int) -> int:
+def _steps_left(plan: TrainingPlan, ledger: Ledger | None, taken: int) -> int:
     """What a crash wasted comes off the remaining steps."""
     if ledger is None or isinstance(plan, NotPrivate):
         return max(0, plan.steps - taken)

@@ -12,7 +12,7 @@
 """
 
 from sfumato.privacy.ledger.account import BLOCK
-from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, signer_of_jsonl
+from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, read_jsonl
 from sfumato.privacy.ledger.reading import show, trajectory, verify, verify_chain
 from sfumato.privacy.ledger.run import Ledger
 
@@ -22,8 +22,8 @@ __all__ = [
     "events_of_jsonl",
     "export_jsonl",
     "plan_of_jsonl",
+    "read_jsonl",
     "show",
-    "signer_of_jsonl",
     "trajectory",
     "verify",
     "verify_chain",

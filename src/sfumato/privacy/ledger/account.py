@@ -18,7 +18,7 @@ from typing import Any
 
 from sfumato.errors import BudgetExhausted, LedgerError, PrivacyRefused
 from sfumato.privacy import accounting
-from sfumato.privacy.accounting import Event
+from sfumato.privacy.accounting import Adjacency, Event
 from sfumato.privacy.filters import RenyiFilter
 from sfumato.privacy.ledger.chain import RESTORE, History, canonical, decoded
 from sfumato.privacy.ledger.storage import (
@@ -29,7 +29,9 @@ from sfumato.privacy.ledger.storage import (
     transaction,
     translated,
 )
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, plan_from_dict
+from sfumato.privacy.plan import NotPrivate, PrivacyPlan
+from sfumato.privacy.plan_json import plan_from_dict
+from sfumato.privacy.private_plan import PrivatePlan
 
 ACCOUNT_FORMAT = "sfumato-account/1"
 BLOCK = 64  # events that a run takes from its account at once, or eight of the ledger's blocks
@@ -43,6 +45,7 @@ class Account:
         self.path = path
         self._session = secrets.token_hex(8)
         self._covered: dict[Event, int] = {}  # what the account has charged this run for
+        self._adjacency: Adjacency = "add_or_remove"  # of all its runs, where it has a limit
         with translated(path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +170,15 @@ class Account:
         if not found:
             return
         header = history.header
-        mixed = mixture([*runs_of(self._connection), described(header["run"], header["ledger"], history.plan, [])])
+        runs = [*runs_of(self._connection), described(header["run"], header["ledger"], history.plan, [])]
+        mixed = mixture(runs)
         if mixed:
             raise PrivacyRefused(
                 f"account = {self.path} · has a limit, and {mixed}: no single figure bounds them together",
                 next="Keep one account for each unit, and no run without privacy on an account that has a limit.",
                 code="account_mixed",
             )
+        self._adjacency = adjacency_of(runs)
         rest = [
             replace(event, count=count - charged.get(event, 0))
             for event, count in (history.allowed or {}).items()
@@ -181,7 +186,7 @@ class Account:
         ]
         everything = self._everything()
         for epsilon, delta, _ in found:
-            gate = RenyiFilter.of(epsilon, delta)
+            gate = RenyiFilter.of(epsilon, delta, self._adjacency)
             if gate.admits([*everything, *rest]):
                 continue
             room = " and ".join(f"{gate.room(everything, event)} of {event.count} steps" for event in rest)
@@ -203,7 +208,7 @@ class Account:
         ]
         others.append(replace(one, count=spent))
         for epsilon, delta, _ in found:
-            gate = RenyiFilter.of(epsilon, delta)
+            gate = RenyiFilter.of(epsilon, delta, self._adjacency)
             wanted = min(wanted, gate.room(others, one))
             if wanted < least:
                 raise BudgetExhausted(
@@ -263,7 +268,8 @@ def account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     found = runs_of(connection)
     for run in found:
         if run["delta"] is not None:
-            run["epsilon"] = accounting.epsilon([Event.from_dict(event) for event in run["events"]], run["delta"])
+            events = [Event.from_dict(event) for event in run["events"]]
+            run["epsilon"] = accounting.epsilon(events, run["delta"], adjacency=run["adjacency"])
     return found
 
 
@@ -285,10 +291,10 @@ def described(run: str, ledger: str, plan: PrivacyPlan | None, events: list[Even
         "private": not isinstance(plan, NotPrivate),
         "unit": plan.unit if plan is not None else None,
         "records_per_unit": plan.records_per_unit if plan is not None else None,
-        "adjacency": plan.adjacency if isinstance(plan, DpSgd) else None,
+        "adjacency": plan.adjacency if isinstance(plan, PrivatePlan) else None,
         "events": [event.to_dict() for event in events],
         "epsilon": None,
-        "delta": plan.delta if isinstance(plan, DpSgd) else None,
+        "delta": plan.delta if isinstance(plan, PrivatePlan) else None,
     }
 
 
@@ -303,16 +309,24 @@ def mixture(runs: list[dict[str, Any]]) -> str:
     return ""
 
 
+def adjacency_of(runs: list[dict[str, Any]]) -> Adjacency:
+    """The adjacency of runs that do not differ in it."""
+    return next((run["adjacency"] for run in runs if run["adjacency"] is not None), "add_or_remove")
+
+
 def show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
     """All runs, and what bounds them together: one figure as if their plans had been fixed beforehand, and the limits."""
     runs = account_runs(connection)
     events = accounting.merged([Event.from_dict(event) for run in runs for event in run["events"]])
     deltas = [run["delta"] for run in runs if run["delta"] is not None]
     reason = mixture(runs) or ("" if deltas else "no run on it has a delta")
-    figure = None if reason else accounting.epsilon(events, max(deltas), "rdp")
+    adjacency = adjacency_of(runs)
+    figure = None if reason else accounting.epsilon(events, max(deltas), "rdp", adjacency)
+    if figure is None and not reason:
+        reason = f"RDP has no bound for its events under {adjacency}"
     held = []
     for epsilon, delta, after in limits(connection):
-        gate = RenyiFilter.of(epsilon, delta)
+        gate = RenyiFilter.of(epsilon, delta, adjacency)
         share = gate.share(events)
         held.append({"epsilon": epsilon, "delta": delta, "order": gate.order, "spent": share, "declared_after": after})
     return {
@@ -322,7 +336,7 @@ def show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "runs": runs,
         "events": [event.to_dict() for event in events],
         "epsilon": figure,
-        "delta": None if reason else max(deltas),
+        "delta": max(deltas) if figure is not None else None,
         "accountant": "rdp",
         "limits": held,
         "valid": True,

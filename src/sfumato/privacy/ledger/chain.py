@@ -29,7 +29,9 @@ from typing import Any
 
 from sfumato.errors import BudgetExhausted, LedgerError, UsageError
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, plan_from_dict
+from sfumato.privacy.plan import NotPrivate, PrivacyPlan
+from sfumato.privacy.plan_json import plan_from_dict
+from sfumato.privacy.private_plan import PrivatePlan
 
 LEDGER_FORMAT = "sfumato-ledger/2"
 FIRST_FORMAT = "sfumato-ledger/1"
@@ -223,8 +225,8 @@ def beginning(header_text: str) -> History:
 
 def allowance(plan: PrivacyPlan | None) -> dict[Event, int] | None:
     """How often each event (with count = 1) may be charged; None for no limit."""
-    if isinstance(plan, DpSgd):
-        return {plan.event(1): plan.steps}
+    if isinstance(plan, PrivatePlan):
+        return plan.allowance()
     return None if plan is None else {}
 
 
@@ -232,14 +234,13 @@ def must_fit(event: Event, history: History) -> None:
     """Raises BudgetExhausted or LedgerError if the plan has no room for the event."""
     if event.count < 1:
         raise UsageError(f"count = {event.count} · a reservation is of at least one event", next="Reserve 1 or more.")
-    plan = history.plan
+    plan, allowed = history.plan, history.allowed
     if isinstance(plan, NotPrivate):
         raise LedgerError(
             "plan = none · a run without privacy has nothing to reserve",
             next="Do not reserve.",
             code="ledger_not_private",
         )
-    allowed = history.allowed
     if allowed is None or plan is None:
         return
     one = event if event.count == 1 else replace(event, count=1)

@@ -11,6 +11,7 @@ stand for many. There is one shortest form, and no other is accepted.
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain as joined
 from itertools import zip_longest
 from pathlib import Path
@@ -54,25 +55,45 @@ def export_jsonl(path: Path | str, sign: Callable[[bytes], dict[str, str]] | Non
         return "".join(canonical(line) + "\n" for line in joined([first], _shortened(bodies)))
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an exported ledger says, its chain checked.
+
+    Attributes: events: merged; plan: that it was kept under; sequence, head: of its last entry.
+    """
+
+    ledger: str
+    plan: PrivacyPlan | None
+    events: list[Event]
+    sequence: int
+    head: str
+    signature: dict[str, str] | None
+
+    def signer(self, keys: Mapping[str, Accepts]) -> str | None:
+        """The id of the key that has signed the head; None if nobody has.
+
+        Raises: VerificationFailed for a signature that is none, or by none of ``keys``.
+        """
+        if self.signature is None:
+            return None
+        return check_signature(self.ledger, self.sequence, self.head, self.signature, keys)
+
+
+def read_jsonl(text: str) -> Exported:
+    """Reads what ``export_jsonl`` wrote. Raises VerificationFailed unless every line and the chain are right."""
+    history, signature = _read(text)
+    name = history.header["ledger"]
+    return Exported(name, history.plan, history.spent(), history.sequence, history.head, signature)
+
+
 def events_of_jsonl(text: str) -> list[Event]:
-    """The events of an exported ledger, merged. Raises VerificationFailed unless every line and the chain are right."""
-    return _read(text)[0].spent()
+    """The events of an exported ledger, merged. Raises VerificationFailed like ``read_jsonl``."""
+    return read_jsonl(text).events
 
 
 def plan_of_jsonl(text: str) -> PrivacyPlan | None:
-    """The plan that an exported ledger was kept under. Raises VerificationFailed like ``events_of_jsonl``."""
-    return _read(text)[0].plan
-
-
-def signer_of_jsonl(text: str, keys: Mapping[str, Accepts]) -> str | None:
-    """The id of the key that has signed the head of an exported ledger; None if nobody has.
-
-    Raises: VerificationFailed like ``events_of_jsonl``, and for a signature that is none or by none of ``keys``.
-    """
-    history, signature = _read(text)
-    if signature is None:
-        return None
-    return check_signature(history.header["ledger"], history.sequence, history.head, signature, keys)
+    """The plan that an exported ledger was kept under. Raises VerificationFailed like ``read_jsonl``."""
+    return read_jsonl(text).plan
 
 
 def _shortened(bodies: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from sfumato.privacy.ledger.account import ACCOUNT_FORMAT, show_account
 from sfumato.privacy.ledger.chain import History, head_statement
 from sfumato.privacy.ledger.run import clock_notes
 from sfumato.privacy.ledger.storage import connect_to_read, existing, header_text, replay, signatures, translated
-from sfumato.privacy.plan import NotPrivate
+from sfumato.privacy.private_plan import PrivatePlan
 
 POINTS = 16  # of a trajectory
 
@@ -43,15 +43,15 @@ def show(path: Path | str) -> dict[str, Any]:
             return _broken(path, error)
         signed = signatures(connection, path)
     plan, events = history.plan, history.spent()
-    delta = None if plan is None or isinstance(plan, NotPrivate) else plan.delta
-    figures = accounting.accountants(events, delta) if delta is not None else {}
+    private = plan if isinstance(plan, PrivatePlan) else None
+    figures = accounting.accountants(events, private.delta, private.adjacency) if private is not None else {}
     return {
         "kind": "ledger",
         "path": str(path),
         "run": history.header["run"],
         "events": [event.to_dict() for event in events],
         "epsilon": figures.get("pld"),
-        "delta": delta,
+        "delta": private.delta if private is not None else None,
         "accountants": figures,
         "plan": history.header["plan"],
         "steps": history.total,
@@ -135,7 +135,7 @@ def verify_chain(path: Path | str) -> dict[str, Any]:
 def trajectory(path: Path | str) -> list[list[float]]:
     """[[events charged, epsilon], ...] at up to 16 moments of a run's ledger, by RDP: cheap, and above PLD's.
 
-    Empty for an account, a ledger without delta, or one that is broken.
+    Empty for an account, a ledger without delta, one that is broken, or events of which RDP knows nothing.
     """
     path = existing(path)
     with translated(path), contextlib.closing(connect_to_read(path)) as connection:
@@ -153,9 +153,12 @@ def trajectory(path: Path | str) -> list[list[float]]:
             plan = replay(connection, path, seen).plan
         except LedgerError:
             return []
-    if plan is None or isinstance(plan, NotPrivate):
+    if not isinstance(plan, PrivatePlan):
         return []
-    points = [(sum(event.count for event in events), accounting.epsilon(events, plan.delta, "rdp")) for events in spent]
+    points = [
+        (sum(event.count for event in events), accounting.epsilon(events, plan.delta, "rdp", plan.adjacency))
+        for events in spent
+    ]
     return [[steps, epsilon] for steps, epsilon in points if steps and epsilon is not None]
 
 

@@ -57,7 +57,8 @@ from sfumato.privacy.ledger.storage import (
     transaction,
     translated,
 )
-from sfumato.privacy.plan import PrivacyPlan, plan_to_dict
+from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan_json import plan_to_dict
 
 Sign = Callable[[bytes], dict[str, str]]  # bytes -> algorithm, key_id, signature
 
@@ -140,6 +141,7 @@ class Ledger:
                     undo.callback(book.close)
                 if not path.exists():
                     _create(path, new_header(run, plan, book.identity if book else None))
+                    undo.callback(path.unlink, missing_ok=True)  # where it is refused, nothing is in it
                 connection = connect(path)
                 undo.callback(connection.close)
                 ledger = cls(path, lock, connection, book, sign)

@@ -23,7 +23,8 @@ from urllib.parse import quote
 
 from sfumato.errors import BudgetExhausted, LedgerError, OutsideError, SfumatoError, UsageError
 from sfumato.privacy.ledger.chain import LEDGER_FORMAT, RESTORE, History, beginning, canonical, decoded
-from sfumato.privacy.plan import PrivacyPlan, plan_to_dict
+from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan_json import plan_to_dict
 
 PATIENCE = 30.0  # seconds to wait for another process's short transaction
 
