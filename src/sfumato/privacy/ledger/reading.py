@@ -73,8 +73,15 @@ def verify(path: Path | str, keys: Mapping[str, Accepts]) -> dict[str, Any]:
     ``signer`` is the key of the last signature. ``valid`` is False for a broken chain, for signed entries that are changed
     or gone, for a signature that is none, or by a key that is not among ``keys``. A ledger without any signature is
     valid, and ``detail`` says so: nothing shows then whether entries are missing at its end.
+
+    Raises: UsageError (no such file), LedgerError or OutsideError where it cannot be read now.
     """
-    shown = show(path)
+    try:
+        shown = show(path)
+    except LedgerError as error:
+        if error.code not in ("ledger_torn", "ledger_format", "account_torn"):
+            raise
+        shown = _broken(Path(path), error)
     if not shown["valid"] or shown["kind"] != "ledger":
         return {**shown, "signer": None}
     with translated(Path(path)), contextlib.closing(connect_to_read(Path(path))) as connection:
