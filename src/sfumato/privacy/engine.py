@@ -279,8 +279,8 @@ class DifferentialPrivacyEngine(Draws):
     # -- one step, in the order of the module's text --
 
     def _steps_left(self) -> int:
-        if self.plan is not None and self.ledger is not None and self.ledger.plan is not None:
-            return self.ledger.remaining_steps
+        if isinstance(self.plan, DpSgd) and self.ledger is not None and self.ledger.plan is not None:
+            return self.ledger.remaining(self.plan.event(1))
         return super()._steps_left()
 
     def _reserve(self, ahead: int) -> int | None:

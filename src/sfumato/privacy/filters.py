@@ -31,6 +31,7 @@ from sfumato.privacy.accounting import Adjacency, Event
 
 ORDERS = (*range(2, 65), *range(72, 129, 8), *range(160, 257, 32), 320, 384, 448, 512, 640, 768, 896, 1024)
 _ROUNDING = 1 + 1e-12  # of sums in float64
+_ROOM = 1 + 5e-13  # so that what there is room for is admitted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ class RenyiFilter:
 
     def room(self, events: Sequence[Event], event: Event) -> int:
         """How many times ``event`` (as if its count were 1) fits after ``events``, at most 2^53."""
-        return _room(self.bound * _ROUNDING - self.spent(events), self._of_one(event))
+        return _room(self.bound * _ROOM - self.spent(events), self._of_one(event))
 
     def _of_one(self, event: Event) -> float:
         value = accounting.renyi(replace(event, count=1), self.order, self.adjacency)
@@ -97,7 +98,7 @@ class GaussianFilter:
         return self.spent(events) <= self.bound * _ROUNDING
 
     def room(self, events: Sequence[Event], event: Event) -> int:
-        return _room(self.bound * _ROUNDING - self.spent(events), self._of_one(event))
+        return _room(self.bound * _ROOM - self.spent(events), self._of_one(event))
 
     def _of_one(self, event: Event) -> float:
         """mu^2 = (sensitivity / standard deviation)^2."""

@@ -166,7 +166,7 @@ def _steps_left(plan: TrainingPlan, ledger: Ledger | None, taken: int) -> int:
     """What a crash wasted comes off the remaining steps."""
     if ledger is None or isinstance(plan, NotPrivate):
         return max(0, plan.steps - taken)
-    return max(0, ledger.remaining_steps)
+    return max(0, ledger.remaining(plan.event(1)))
 
 
 @contextmanager

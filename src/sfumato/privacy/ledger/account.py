@@ -81,7 +81,7 @@ class Account:
             if row is None:
                 if history.attempt:
                     raise self._older(f"does not know the run {history.header['run']!r}")
-                self._check_room(history, {})
+                self._check_room(history)
                 values = (name, history.header["run"], canonical(history.header["plan"]), 0, "", 0, 0, self._session)
                 self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
                 return
@@ -100,7 +100,7 @@ class Account:
                     next=RESTORE,
                     code="ledger_set_back",
                 )
-            self._check_room(history, charged)
+            self._adjacency = adjacency_of(runs_of(self._connection))
             self._connection.execute("UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name))
             self._covered = charged
 
@@ -164,8 +164,9 @@ class Account:
             (after,) = self._connection.execute("SELECT coalesce(sum(count), 0) FROM spent").fetchone()
             self._connection.execute("INSERT INTO limits VALUES (?, ?, ?)", (*limit, after))
 
-    def _check_room(self, history: History, charged: dict[Event, int]) -> None:
-        """Whether all that the run may still spend fits within every limit; a run that cannot end is not begun."""
+    def _check_room(self, history: History) -> None:
+        """Whether all of a new run's plan fits within every limit: a run that cannot end is not begun. One that was begun
+        goes on to where the limit is."""
         found = limits(self._connection)
         if not found:
             return
@@ -179,11 +180,7 @@ class Account:
                 code="account_mixed",
             )
         self._adjacency = adjacency_of(runs)
-        rest = [
-            replace(event, count=count - charged.get(event, 0))
-            for event, count in (history.allowed or {}).items()
-            if count > charged.get(event, 0)
-        ]
+        rest = [replace(event, count=count) for event, count in (history.allowed or {}).items()]
         everything = self._everything()
         for epsilon, delta, _ in found:
             gate = RenyiFilter.of(epsilon, delta, self._adjacency)
