@@ -57,6 +57,11 @@ class _Told:
     spent: list[Event]
 
 
+def _rest(position: Any) -> dict[str, Any]:
+    """Of a ledger's position, all but the number, which the states of older versions say alone."""
+    return {} if position is None else {name: value for name, value in position.items() if name != "sequence"}
+
+
 class DifferentialPrivacyEngine(Draws):
     """Differentially private training of one model with one optimizer, or with one for each of its parts.
 
@@ -236,10 +241,7 @@ class DifferentialPrivacyEngine(Draws):
                 next="Give what engine.state_dict() returned.",
             )
         if self.ledger is not None and state["ledger_sequence"] is not None:
-            position = state.get("ledger_position")  # an older state says the number alone
-            self.ledger.require_at_least(
-                **({"sequence": int(state["ledger_sequence"])} if position is None else position)
-            )
+            self.ledger.require_at_least(int(state["ledger_sequence"]), **_rest(state.get("ledger_position")))
         events = [Event.from_dict(event) for event in state["events"]]
         told, charged = (sum(event.count for event in held) for held in (events, self._events))
         if told < charged:
