@@ -160,6 +160,11 @@ class DifferentialPrivacyEngine(Draws):
         ]
         if later:
             raise UsageError(f"plan · this engine does not know {', '.join(later)}", next="Leave it out of the plan.")
+        if plan.max_grad_norm == "estimated":
+            raise UsageError(
+                "max_grad_norm = estimated · is not known yet",
+                next="Find it with clip_estimate.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
+            )
         return cls(
             model,
             max_grad_norm=None if plan.parts else plan.max_grad_norm,
