@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ CASES: list[tuple[float, float, int, float, Adjacency]] = [  # q, sigma, T, delt
     (0.001, 0.7, 100_000, 1e-6, "add_or_remove"),
     (0.05, 4.0, 100_000, 1e-6, "add_or_remove"),
     (0.002, 1.5, 100_000, 1e-7, "add_or_remove"),
+    (0.001, 20.0, 100_000, 1e-6, "add_or_remove"),
     (4096 / 60_000, 2.38, 4_394, 1e-5, "add_or_remove"),
     (0.01, 1.0, 100_000, 1e-5, "zero_out"),
     (0.01, 2.0, 100_000, 1e-5, "replace_one"),
@@ -56,7 +58,7 @@ def row(q: float, sigma: float, steps: int, delta: float, adjacency: Adjacency) 
     by_rdp = "" if rdp is None else f"{sigma_by_rdp(pld, q, steps, delta):.4g}"
     return [
         f"{q:.4g}", f"{sigma:g}", f"{steps:,}", f"{delta:g}", adjacency, f"{pld:.4f}", "none" if rdp is None else f"{rdp:.4f}",
-        f"{pld_time:.1f}", f"{rdp_time:.1f}", f"{curve_time:.1f}", f"{found:.5g}", f"{calibrate_time:.1f}", by_rdp,
+        f"{pld_time:.2f}", f"{rdp_time:.2f}", f"{curve_time:.2f}", f"{found:.5g}", f"{calibrate_time:.2f}", by_rdp,
     ]  # fmt: skip
 
 
@@ -70,11 +72,8 @@ def sigma_by_rdp(target: float, q: float, steps: int, delta: float) -> float:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    head = (
-        "q|σ|T|δ|adjacency|ε by PLD|ε by RDP|s of PLD|s of RDP|s of the curve|σ found|s of calibration|σ by RDP".split(
-            "|"
-        )
-    )
+    head = ["q", "σ", "T", "δ", "adjacency", "ε by PLD", "ε by RDP", "s of PLD", "s of RDP", "s of the curve"]
+    head += ["σ found", "s of calibration", "σ by RDP"]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -89,15 +88,12 @@ def main() -> None:
     for case in CASES[: chosen.cases]:
         rows.append(row(*case))
         print(" ".join(rows[-1]), flush=True)
-    import dp_accounting
-    import numpy
-    import scipy
-
+    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "dp-accounting"))
     text = (
         "# What accounting costs\n\n"
         f"`.venv/bin/python benchmarks/accounting.py --out {chosen.out or 'FILE'}`, {platform.system()} "
-        f"{platform.machine()}, Python {platform.python_version()}, numpy {numpy.__version__}, scipy {scipy.__version__}, "
-        f"dp_accounting {getattr(dp_accounting, '__version__', 'of requirements.lock')}. Processor seconds with empty caches, "
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}. "
+        "Processor seconds with empty caches, "
         "one thread; a calibration must take at most 20 for 10^5 steps.\n\n" + table(rows) + "\n"
     )
     print(text)

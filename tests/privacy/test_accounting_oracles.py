@@ -79,8 +79,8 @@ def test_truncated_sampling_is_never_charged_less_than_an_enumeration_of_five_un
         other = mixture(truncated_sums(others, instead, rate, largest), sigma)
         for p, q in ((one, other), (other, one)):
             assert hockey_stick(p, q, charged) <= DELTA * (1 + 1e-6)
-            worst = max(worst, hockey_stick(p, q, charged / 2))
-    assert worst > DELTA  # half the charge would be a false claim
+            worst = max(worst, hockey_stick(p, q, charged / (2 if largest == 4 else 4)))
+    assert worst > DELTA  # half the charge would be a false claim; a quarter where nearly every sample is cut
 
 
 def losses_by_hand(p: np.ndarray, q: np.ndarray, width: float = 2e-3) -> tuple[int, np.ndarray]:
@@ -164,23 +164,35 @@ def test_zcdp_is_the_least_over_orders_of_its_conversion():
 
 
 @pytest.mark.parametrize(("event", "adjacency"), KINDS, ids=lambda x: x if isinstance(x, str) else x.mechanism)
-@settings(deadline=None, max_examples=4)
-@given(factor=st.floats(1.05, 3.0), times=st.integers(2, 4))
-def test_epsilon_falls_with_noise_and_delta_and_rises_with_the_number_of_steps(event, adjacency, factor, times):
+def test_epsilon_falls_with_noise_and_delta_and_rises_with_the_number_of_steps(event, adjacency):
+    moves_as_it_must(event, adjacency, 1.3, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("event", "adjacency"), KINDS, ids=lambda x: x if isinstance(x, str) else x.mechanism)
+@settings(deadline=None, max_examples=10)
+@given(factor=st.floats(1.05, 3.0), times=st.integers(2, 4), noise=st.floats(0.8, 1.2))
+def test_epsilon_moves_so_from_anywhere(event, adjacency, factor, times, noise):
+    moves_as_it_must(replace(event, noise_multiplier=event.noise_multiplier * noise), adjacency, factor, times)
+
+
+def moves_as_it_must(event: Event, adjacency: Adjacency, factor: float, times: int) -> None:
     """Strictly, for every kind under every adjacency it is defined for; PLD is at most RDP, or it would raise."""
 
     def of(**changes) -> float:
         return spent([replace(event, **changes)], adjacency=adjacency)
 
     here = of()
-    noisier = min(1.0, event.noise_multiplier * factor) if event is ANSWERS else event.noise_multiplier * factor
+    noisier = event.noise_multiplier * factor
+    if event.mechanism == "randomized_response":  # a chance, at most 1
+        noisier = min(1.0, noisier)
     assert of(noise_multiplier=noisier) < here
     assert of(count=event.count * times) > here * 1.05
     assert spent([event], DELTA * factor, adjacency) <= here <= spent([event], DELTA / factor, adjacency)
 
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(rate=st.floats(0.002, 0.9), factor=st.floats(1.05, 1.1))
 def test_epsilon_rises_with_the_sampling_rate_up_to_that_of_all_units(adjacency, rate, factor):
     event = replace(SAMPLED, sampling_rate=rate)

@@ -409,6 +409,8 @@ def _losses(event: Event, grid: float, adjacency: Adjacency) -> Any:
     match event.mechanism:
         case "randomized_response":
             assert event.categories is not None  # Event sees to it, and to the two below
+            if noise == 1:  # every answer is all chance
+                return pld.identity(grid)
             one = pld.from_randomized_response(noise, event.categories, **of)
         case "truncated_poisson_gaussian":
             assert event.population is not None and event.largest_batch is not None

@@ -11,17 +11,12 @@ the price of a count in every step.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sfumato.errors import UsageError
-from sfumato.privacy.estimate import Answer, Source, charged
 from sfumato.privacy.events import Event
 from sfumato.privacy.plan import Composition, DpSgd, Estimate, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.questions import Quantile
-from sfumato.randomness import Random
-
-if TYPE_CHECKING:
-    from sfumato.privacy.ledger import Ledger
 
 NAME = "norms of the gradients of units, at the first weights"
 SAMPLE = 1_000  # units, expected: the sample's own error of rank is then 1.6 %
@@ -56,11 +51,6 @@ def stages_of(plan: PrivacyPlan) -> tuple[Estimate | None, TrainingPlan]:
     if isinstance(plan, DpSgd | NotPrivate):
         return None, plan
     raise UsageError(f"plan = {type(plan).__name__} · does not train step by step", next="Give a plan of a training.")
-
-
-def estimated_bound(estimate: Estimate, norms: Source, *, ledger: "Ledger | None", random: Random) -> Answer:
-    """C, with its interval. Charged before the first gradient is computed."""
-    return charged(estimate, norms, ledger=ledger, random=random)["value"]
 
 
 def with_bound(steps: DpSgd, bound: float) -> DpSgd:

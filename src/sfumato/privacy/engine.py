@@ -163,7 +163,7 @@ class DifferentialPrivacyEngine(Draws):
         if plan.max_grad_norm == "estimated":
             raise UsageError(
                 "max_grad_norm = estimated · is not known yet",
-                next="Find it with clip_estimate.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
+                next="Find it with norms.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
             )
         return cls(
             model,

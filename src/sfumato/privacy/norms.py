@@ -1,4 +1,4 @@
-"""The norms of the units' gradients, as something that can be asked (``estimate.Source``). Private until it was asked.
+"""The norms of the units' gradients, as something that can be asked (``estimate.Source``); and the asking for C.
 
 Computed as the engine does it: one backward pass for a physical part, no gradient of a unit formed where it need not be.
 """
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer
-from sfumato.privacy.estimate import Column
+from sfumato.privacy.estimate import Answer, Column, Source, charged
 from sfumato.privacy.gradients.arithmetic import exact
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.clipping import norms_of
 from sfumato.privacy.gradients.reference import find_coupling
 from sfumato.privacy.gradients.terms import Units
+from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.releases import Estimate
 from sfumato.privacy.sampling import physical_parts
 from sfumato.randomness import Random
 from sfumato.records import Batch, UnitTable
@@ -83,3 +85,8 @@ class GradientNorms:
         with torch.no_grad(), exact(device):
             (norms,) = norms_of(terms, whose.to(device), scale, [0] * len(terms))
         return norms.cpu().numpy()
+
+
+def estimated_bound(estimate: Estimate, norms: Source, *, ledger: Ledger | None, random: Random) -> Answer:
+    """C, with its interval (``clip_estimate``). Charged before the first gradient is computed."""
+    return charged(estimate, norms, ledger=ledger, random=random)["value"]
