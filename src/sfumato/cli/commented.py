@@ -43,7 +43,7 @@ EXPLAINED = {
     "training": "The loop. Steps and batch size belong to the guarantee; the rest only to how well it learns.",
     "training.steps": "each step is one event in the ledger",
     "training.expected_batch_size": "units in a batch, on average; larger hides the noise better",
-    "training.optimizer": "adamw or sgd",
+    "training.optimizer": "adamw, sgd, or dp_adam_bc: Adam with the noise's variance taken off its second moment",
     "training.learning_rate": "",
     "training.schedule": "cosine or constant",
     "training.warmup_steps": "",
