@@ -193,6 +193,11 @@ class DifferentialPrivacyEngine(Draws):
         processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
+        if plan.max_grad_norm == "estimated":
+            raise UsageError(
+                "max_grad_norm = estimated · is not known yet",
+                next="Find it with norms.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
+            )
         return cls(
             model,
             max_grad_norm=None if plan.parts else plan.max_grad_norm,
