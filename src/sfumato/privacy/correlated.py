@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_GENERAL = 1024  # steps: beyond, a general C is too slow to find
+_CHUNK = 1 << 15  # coordinates at once, so that the work stays in the processor's cache
 _FLOAT_BOUND = 2.0**14  # of b sum |C_{t,t-k} / C_tt|
 
 
@@ -254,15 +255,28 @@ class Stream:
         self.taken += 1
         if self.std == 0:
             return torch.zeros(self._count, dtype=torch.float64) if plus is None else plus.double()
-        noise = self._source.whole(self._count, self.std / float(row[0]), self._grid, random)
-        if self._past:
-            taken_back = torch.zeros(self._count, dtype=torch.float64)
-            for weight, past in zip(row[1:] / row[0], self._past, strict=False):
-                taken_back.add_(past, alpha=float(weight))
-            noise.sub_(taken_back.round_())
-        self._past.appendleft(noise)
-        released = noise if plus is None else noise + self._source.rounded(plus, self._grid)
-        return released.mul(self._grid)
+        out = torch.empty(self._count, dtype=torch.float64)
+        full = len(self._past) == self._past.maxlen
+        newest = self._past[-1] if self._past and full else torch.empty_like(out)  # the oldest is needed no more, piece by piece
+        weights = [float(weight) for weight in row[1:] / row[0]]
+        for start in range(0, self._count, _CHUNK):
+            here = slice(start, start + _CHUNK)
+            part = out[here]
+            part.copy_(self._source.whole(len(part), self.std / float(row[0]), self._grid, random))
+            if self._past:
+                taken_back = torch.zeros_like(part)
+                for weight, past in zip(weights, self._past, strict=False):
+                    taken_back.add_(past[here], alpha=weight)
+                part.sub_(taken_back.round_())
+            newest[here] = part
+            if plus is not None:
+                part.add_(self._source.rounded(plus[here], self._grid))
+            part.mul_(self._grid)
+        if self._past and full:
+            self._past.rotate(1)
+        else:
+            self._past.appendleft(newest)
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
