@@ -68,8 +68,8 @@ def test_more_bands_and_fewer_constraints_make_less_error():
     assert error(toeplitz(64, 64)) <= error(square_root)
 
 
-def test_two_bands_are_the_optimum_of_a_search_over_dense_matrices():
-    steps = 12
+@pytest.mark.parametrize("steps", [2, 12, 600])
+def test_two_bands_are_the_optimum_of_a_search_over_dense_matrices(steps):
     ones = lower(np.ones(steps))
 
     def value(c: float) -> float:
