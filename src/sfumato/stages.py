@@ -166,6 +166,8 @@ def train(
     processor = time.process_time()
     with _ledger(run, recipe, plan, prepared) as book:  # held to the end: nobody else writes to this run
         mark_begun(run, recipe)
+        for note in book.notes:
+            progress(f"note: {note}")
         watchers: list[watch.Watcher] = [
             watch.Line(progress),
             watch.MetricsFile(run.path / "metrics.jsonl"),
@@ -213,10 +215,27 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
 
 
 def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> Ledger:
+    from sfumato.release import keys
+
     account = None
     if isinstance(plan, DpSgd):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
-    return Ledger.open(run.ledger, run=run.name, plan=plan, account=account, create=not run.begun)
+    key = keys.existing()  # a key is made at the first release, not here
+    return Ledger.open(
+        run.ledger,
+        run=run.name,
+        plan=plan,
+        account=account,
+        account_limit=account_limit(recipe, plan),
+        create=not run.begun,
+        sign=keys.signer(key) if key is not None else None,
+    )
+
+
+def account_limit(recipe: Recipe, plan: TrainingPlan) -> tuple[float, float] | None:
+    """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
+    epsilon = recipe.privacy.account_epsilon
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, DpSgd) else None
 
 
 def boundary(recipe: Recipe) -> list[str]:

@@ -40,6 +40,7 @@ EXPLAINED = {
     "privacy.accountant": "how the events are added up",
     "privacy.on_exhausted": "what happens when the budget is spent",
     "privacy.account": "the ledger that all runs on these data share; null is .sfumato/account.db beside them",
+    "privacy.account_epsilon": "a limit on all runs of that account together: kept there from now on, never raised",
     "training": "The loop. Steps and batch size belong to the guarantee; the rest only to how well it learns.",
     "training.steps": "each step is one event in the ledger",
     "training.expected_batch_size": "units in a batch, on average; larger hides the noise better",

@@ -397,13 +397,36 @@ def _distribution(events: tuple[Event, ...], grid: float, adjacency: Adjacency =
 
 @lru_cache(maxsize=4096)
 def _rdp_epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add_or_remove") -> float:
+    accountant = rdp_accountant(adjacency)
+    with _without_order_warnings():
+        accountant.compose(rdp_event(events, adjacency))
+        return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def renyi(event: Event, order: float, adjacency: Adjacency = "add_or_remove") -> float | None:
+    """An upper bound on the Rényi divergence of one order between neighbours, both ways; None where RDP knows nothing."""
+    if not _knows("rdp", [event], adjacency):
+        return None
+    if not event.protects:
+        return math.inf
+    accountant = rdp_accountant(adjacency, [order])
+    accountant.compose(rdp_event([event], adjacency))
+    return float(accountant._rdp[0])
+
+
+def rdp_accountant(adjacency: Adjacency, orders: Sequence[float] | None = None) -> Any:
+    """dp_accounting's, for events that ``rdp_event`` has made."""
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(neighboring_relation=_relation(adjacency))
-    with _without_order_warnings():
-        for event in events:
-            accountant.compose(_dp_event(event, _sensitivity(adjacency)))
-        return float(accountant.get_epsilon(delta))
+    return RdpAccountant(orders=orders, neighboring_relation=_relation(adjacency))
+
+
+def rdp_event(events: Sequence[Event], adjacency: Adjacency) -> Any:
+    """Events as one dp_accounting.DpEvent for ``rdp_accountant``: it knows the sensitivity already."""
+    import dp_accounting as dpa
+
+    return dpa.ComposedDpEvent([_dp_event(event, _sensitivity(adjacency)) for event in events])
 
 
 def _zcdp_epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add_or_remove") -> float:

@@ -112,12 +112,12 @@ class Draws(Attached):
         self.stopped = None
         self._begin_draws(steps)
         own = self.processes.own_units(source.num_units)
-        for _ in range(steps):
+        for number in range(steps):
             with self.processes.agreeing():
                 self._require_stepped()
             self._begin()
             try:
-                sequence = self._reserve()
+                sequence = self._reserve(steps - number)
             except BudgetExhausted:
                 self.stopped = "budget"
                 return
@@ -213,5 +213,6 @@ class Draws(Attached):
     def _expect(self, part: PhysicalPart) -> None:
         """Hook: a part is about to be yielded."""
 
-    def _reserve(self) -> int | None:
+    def _reserve(self, ahead: int) -> int | None:
+        """Hook: charges a step, the first of ``ahead`` in a row. Returns: the reservation, for the commit."""
         raise NotImplementedError

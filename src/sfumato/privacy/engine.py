@@ -16,6 +16,7 @@ who draws whom, and ``reduction`` for the sum and the noise.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +51,20 @@ from sfumato.randomness import Random
 from sfumato.records import Batch
 
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What process 0 tells the others of its ledger."""
+
+    sequence: int  # of the reservation
+    position: dict[str, Any]
+    spent: list[Event]
+
+
+def _rest(position: Any) -> dict[str, Any]:
+    """Of a ledger's position, all but the number, which the states of older versions say alone."""
+    return {} if position is None else {name: value for name, value in position.items() if name != "sequence"}
 
 
 class DifferentialPrivacyEngine(Draws):
@@ -134,7 +149,7 @@ class DifferentialPrivacyEngine(Draws):
         self.non_finite = 0  # units whose gradient was not finite, so far, in all processes; internal, never released
         self._non_finite_here = 0  # since the last step, in this process
         self._events: list[Event] = []
-        self._ledger_told: tuple[int, list[Event]] | None = None  # process 0's ledger, as the others heard of it
+        self._ledger_told: _Told | None = None  # process 0's ledger, as the others heard of it
         self._reductions: dict[str, Reduction] = {}  # for each optimizer
         self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
         self._checked_all_recorded: set[str] = set()
@@ -220,7 +235,7 @@ class DifferentialPrivacyEngine(Draws):
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        events = self.ledger.spent() if self.ledger is not None else told[1] if told is not None else self._events
+        events = self.ledger.spent() if self.ledger is not None else told.spent if told is not None else self._events
         adjacency = self.plan.adjacency if isinstance(self.plan, DpSgd) else "add_or_remove"
         value = accounting.epsilon(events, delta, accountant, adjacency)
         if value is None:
@@ -233,15 +248,13 @@ class DifferentialPrivacyEngine(Draws):
         """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
         noise, never which units were drawn."""
         told = self._ledger_told
+        position = self.ledger.position if self.ledger is not None else told.position if told is not None else None
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
             "events": [event.to_dict() for event in self._events],
-            "ledger_sequence": self.ledger.sequence
-            if self.ledger is not None
-            else told[0]
-            if told is not None
-            else None,
+            "ledger_sequence": position["sequence"] if position is not None else None,
+            **({"ledger_position": position} if position is not None else {}),
             **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
 
@@ -249,13 +262,13 @@ class DifferentialPrivacyEngine(Draws):
         """Continues the count of a stopped run. Raises LedgerError if the state is newer than the ledger."""
         keys = {"format", "steps_started", "events", "ledger_sequence"}
         keys |= {"max_grad_norm"} if self._adaptive is not None else set()
-        if set(state) != keys or state["format"] != STATE_FORMAT:
+        if set(state) - {"ledger_position"} != keys or state["format"] != STATE_FORMAT:
             raise UsageError(
                 f"state = {sorted(state)} · must have {sorted(keys)} in format {STATE_FORMAT}",
                 next="Give what engine.state_dict() returned.",
             )
         if self.ledger is not None and state["ledger_sequence"] is not None:
-            self.ledger.require_at_least(int(state["ledger_sequence"]))
+            self.ledger.require_at_least(int(state["ledger_sequence"]), **_rest(state.get("ledger_position")))
         events = [Event.from_dict(event) for event in state["events"]]
         told, charged = (sum(event.count for event in held) for held in (events, self._events))
         if told < charged:
@@ -298,8 +311,9 @@ class DifferentialPrivacyEngine(Draws):
         """A cycle of correlated noise that was begun is spent whole."""
         if not isinstance(self.plan, DpSgd):
             return super()._steps_left()
-        spent = self.ledger.spent() if self.ledger is not None and self.ledger.plan is not None else self._events
-        return max(0, self.plan.steps - self.bands * sum(event.count for event in spent))
+        if self.ledger is not None and self.ledger.plan is not None:
+            return self.plan.steps_left(self.ledger.remaining(self.plan.event(1)))
+        return self.plan.steps_left(self.plan.event().count - sum(event.count for event in self._events))
 
     def _begin_draws(self, steps: int) -> None:
         self._draws_left, self._block = steps, None
@@ -311,12 +325,13 @@ class DifferentialPrivacyEngine(Draws):
             return self.plan.event(1)
         return Event(sampling_rate=self.bands * self._sampling_rate, noise_multiplier=self.noise_multiplier)
 
-    def _reserve(self) -> int | None:
+    def _reserve(self, ahead: int) -> int | None:
         """Returns: what to commit when this step is done: of a cycle, with its last step."""
         if self._block is None:
-            return self._charge()
+            return self._charge(self.steps_started, ahead)
         if self._block.begins_cycle:
-            self._block.sequence = self._charge()
+            cycles = sum(event.count for event in self._events)  # charged before
+            self._block.sequence = self._charge(cycles, -(-ahead // self.bands))
         else:
             self.steps_started += 1
         return self._block.sequence if self._block.ends_cycle else None
@@ -329,19 +344,21 @@ class DifferentialPrivacyEngine(Draws):
             return truncated_poisson_units(num_units, self._sampling_rate, self._largest_batch, self.random)
         return super()._draw_units(num_units)
 
-    def _charge(self) -> int | None:
-        """One event for all processes, charged by process 0; the others wait for how that ended."""
+    def _charge(self, number: int, ahead: int) -> int | None:
+        """One event for all processes, charged by process 0; the others wait for how that ended. It is the one after
+        ``number`` others, and the first of ``ahead`` in a row."""
         event = self._event()
 
-        def charge() -> tuple[int, list[Event]] | None:
+        def charge() -> _Told | None:
             if self.ledger is None:
                 return None
-            return self.ledger.reserve(event, self.steps_started), self.ledger.spent()
+            sequence = self.ledger.reserve(event, number, ahead)
+            return _Told(sequence, self.ledger.position, self.ledger.spent())
 
         self._ledger_told = self.processes.decide(charge)
         self._events = list(accounting.merged([*self._events, event]))
         self.steps_started += 1
-        return None if self._ledger_told is None else self._ledger_told[0]
+        return None if self._ledger_told is None else self._ledger_told.sequence
 
     def _join(self, part: str) -> None:
         if self.bands > 1 and part != WHOLE:
@@ -353,7 +370,9 @@ class DifferentialPrivacyEngine(Draws):
         super()._join(part)
         if self.processes.together:
             ledger = self.ledger
-            self._ledger_told = self.processes.decide(lambda: ledger and (ledger.sequence, ledger.spent()))
+            self._ledger_told = self.processes.decide(
+                lambda: ledger and _Told(ledger.sequence, ledger.position, ledger.spent())
+            )
         layers = [layer for layer in self._tape.layers if part == WHOLE or self._partition.owner(layer).name == part]
         self._reductions[part] = Reduction(layers, self.processes)
 
@@ -543,7 +562,7 @@ class DifferentialPrivacyEngine(Draws):
             sequence = self._part.sequence
         else:
             self._forget_sums()
-            sequence = self._reserve()
+            sequence = self._reserve(1)  # nobody knows how many more will come
         self._part = PhysicalPart(None, False, not more, sequence)
         return self._part
 

@@ -148,6 +148,10 @@ class DpSgd(PrivatePlan):
         """How many events so many steps are, taken without a stop."""
         return -(-steps // self.bands)
 
+    def steps_left(self, remaining: int) -> int:
+        """Steps that may still be taken with so many events left; a cycle of correlated noise that was begun is spent whole."""
+        return max(0, self.steps - self.bands * (self.event().count - remaining))
+
     def events(self) -> tuple[Event, ...]:
         return (self.event(),)
 
