@@ -197,6 +197,8 @@ def train(
     processor = time.process_time()
     with _ledger(run, recipe, plan, prepared) as book:  # held to the end: nobody else writes to this run
         mark_begun(run, recipe)
+        for note in book.notes:
+            progress(f"note: {note}")
         released = releasing.is_release(plan)
         for_release = True
         if released:
@@ -259,10 +261,27 @@ def _prompts(prepared: Any) -> list[str]:
 
 
 def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
+    from sfumato.release import keys
+
     account = None
     if isinstance(plan, PrivatePlan):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
-    return Ledger.open(run.ledger, run=run.name, plan=plan, account=account, create=not run.begun)
+    key = keys.existing()  # a key is made at the first release, not here
+    return Ledger.open(
+        run.ledger,
+        run=run.name,
+        plan=plan,
+        account=account,
+        account_limit=account_limit(recipe, plan),
+        create=not run.begun,
+        sign=keys.signer(key) if key is not None else None,
+    )
+
+
+def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | None:
+    """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
+    epsilon = recipe.privacy.account_epsilon
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
 def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:

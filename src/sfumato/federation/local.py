@@ -41,6 +41,7 @@ class Site:
       plan: covers ALL rounds: ``plan.steps = rounds x local_steps``. ``plan.population`` is public, and is its weight.
       ledger: its own file; it outlives the rounds, and the run.
       account: of its own data set, shared with its other runs.
+      account_limit: (epsilon, delta) of all runs on that account together.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     plan: TrainingPlan
     ledger: Path
     account: Path | None = None
+    account_limit: tuple[float, float] | None = None
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     @property
@@ -74,7 +76,7 @@ class LocalUpdate:
 
 
 def open_ledger(site: Site, run: str) -> Ledger:
-    return Ledger.open(site.ledger, run=run, plan=site.plan, account=site.account)
+    return Ledger.open(site.ledger, run=run, plan=site.plan, account=site.account, account_limit=site.account_limit)
 
 
 def train_round(

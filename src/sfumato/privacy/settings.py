@@ -176,6 +176,8 @@ class PrivacySettings:
     largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
     noise: gaussian; or discrete, sampled exactly on the integers, slower.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
+    account_epsilon: of all runs on that account together, whatever is planned after earlier results were seen, at this
+      run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
     """
 
     mechanism: Literal["dp_sgd", "latents", "mean_embedding", "codebook", "none"] = "dp_sgd"
@@ -198,6 +200,7 @@ class PrivacySettings:
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
+    account_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive(records_per_unit=self.records_per_unit, max_grad_norm=self.max_grad_norm)
@@ -230,6 +233,13 @@ class PrivacySettings:
                     next="Leave out privacy.max_grad_norm.",
                 )
             object.__setattr__(self, "max_grad_norm", joint)
+        if self.account_epsilon is not None:
+            checks.positive(account_epsilon=self.account_epsilon)
+            if self.mechanism == "none":
+                raise UsageError(
+                    f"account_epsilon = {self.account_epsilon} · a run without privacy keeps no limit",
+                    next="Set privacy.account_epsilon: null, or give the run a mechanism.",
+                )
         checks.positive(bands=self.bands)
         if self.largest_batch is not None:
             checks.positive(largest_batch=self.largest_batch)

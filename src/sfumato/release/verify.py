@@ -296,7 +296,10 @@ class _Bundle:
         privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
         try:
             text = self.text["ledger.jsonl"].decode("utf-8")
-            self.events, plan = ledger.events_of_jsonl(text), ledger.plan_of_jsonl(text)
+            exported = ledger.read_jsonl(text)
+            assert self.signer is not None  # nothing is read before its signature was checked
+            exported.signer({self.signer: self.trusted[self.signer]})  # none in bundles of older versions
+            self.events, plan = exported.events, exported.plan
         except (SfumatoError, ValueError, RecursionError) as error:
             raise _failed(str(error)[:300]) from None
         if not isinstance(plan, PrivatePlan):
