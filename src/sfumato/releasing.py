@@ -291,8 +291,8 @@ def boundary(recipe: Recipe, model: Any, plan: PrivacyPlan) -> list[str]:
             0,
             f"Released, once: {recipe.privacy.records_per_unit} code(s) of a picture and a text together for every "
             f"{recipe.privacy.unit}, each replaced by a uniform one with a known chance (always, where there was no "
-            "such record), in random order; and before them, from the same budget, one noisy mean of the pictures' latents. The generator was "
-            "fitted to these alone, on public texts: that is post-processing.",
+            "such record), in random order; and before them, from the same budget, one noisy mean of the pictures' latents. The "
+            "generator was fitted to these alone, on public texts: that is post-processing.",
         )
     else:
         sentences.insert(

@@ -8,7 +8,7 @@ estimate of the same mean of features that ``from_mean`` is fitted to; all of th
 
 Signs tell no length: latents are taken as long as ``random_features.length``, a public constant.
 
-Sources: Boufounos & Baraniuk 2008 (one-bit compressed sensing); Plan & Vershynin 2013, arXiv:1109.4299, Lemma 4.1 (the
+Sources: Boufounos & Baraniuk 2008 (one-bit compressed sensing); Plan & Vershynin 2013, arXiv:1202.1212 (the
 mean of v sign(v.z)); Bassily & Smith 2015, arXiv:1504.04686 (public directions for local reports).
 
 Shapes: R rows, D latent entries of pictures, E of texts, S signs; K = 2^(E + S) categories.
