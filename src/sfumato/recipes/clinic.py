@@ -49,7 +49,10 @@ def clinic() -> Recipe:
 
 
 def clinic_records() -> Recipe:
-    """The demo with one record as the unit, where nobody is protected who has several; N is counted, about 75,000."""
+    """The demo with one record as the unit, where nobody is protected who has several; N is counted, 74,909.
+
+    Measured: epsilon 7.999, mean kappa .763, 171 s of processor time.
+    """
     recipe = clinic()
     return replace(
         recipe,
@@ -97,7 +100,10 @@ EQUAL = (  # w = 1 / d: both modalities have half of the guarantee, which leaves
 
 
 def clinic_latents() -> Recipe:
-    """Every patient's own noised latents of one film and one history, released once, and a model trained on those."""
+    """Every patient's own noised latents of one film and one history, released once, and a model trained on those.
+
+    Measured: epsilon 7.999 under zero_out, mean kappa .391 (zone moves by .2 from run to run), 57 s of processor time.
+    """
     recipe = clinic()
     return replace(
         recipe,
@@ -117,7 +123,10 @@ def clinic_latents() -> Recipe:
 
 
 def clinic_shared_latents() -> Recipe:
-    """As clinic-latents, with film and history in one aligned latent: one clip, one noise."""
+    """As clinic-latents, with film and history in one aligned latent: one clip, one noise.
+
+    Measured: epsilon 7.999 under zero_out, mean kappa .461, 50 s of processor time.
+    """
     recipe = clinic_latents()
     shared = LatentSettings(
         form="shared",
@@ -128,7 +137,10 @@ def clinic_shared_latents() -> Recipe:
 
 
 def clinic_mean_embedding() -> Recipe:
-    """One noisy mean of films and histories together, and a generator fitted to it."""
+    """One noisy mean of films and histories together, and a generator fitted to it.
+
+    Measured: epsilon 7.999, mean kappa .748, 88 s of processor time.
+    """
     recipe = clinic()
     return replace(
         recipe,
@@ -153,7 +165,10 @@ def clinic_mean_embedding() -> Recipe:
 
 
 def clinic_codebook() -> Recipe:
-    """One code of every patient, of a history and four signs of a film together, by randomised response; per replaced patient."""
+    """One code of every patient, of a history and four signs of a film together, by randomised response; per replaced patient.
+
+    Measured: epsilon 7.999 under replace_one, mean kappa .456, 36 s of processor time.
+    """
     recipe = clinic_latents()
     return replace(
         recipe,
