@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
-from sfumato.errors import DataError, PrivacyRefused, UsageError
+from sfumato.errors import DataError, PrivacyRefused
 from sfumato.privacy import ledger, planning
+from sfumato.privacy.clip_estimate import spent_before, stages_of, with_bound
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
+from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, PrivatePlan, TrainingPlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
@@ -25,7 +26,9 @@ from sfumato.training import folder as folders
 from sfumato.training.folder import RunFolder
 
 Progress = Callable[[str], None]
+RunPlan = TrainingPlan | Composition  # a training in steps, or the estimate of its C and then the steps
 GRID = 18  # pictures in a sample grid
+ESTIMATES = "estimates.json"  # in a run's folder: what was estimated and paid for
 
 
 def quiet(line: str) -> None:
@@ -68,7 +71,7 @@ def check_parts(recipe: Recipe) -> None:
         groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
 
 
-def make_plan(recipe: Recipe, table: Any) -> TrainingPlan:
+def make_plan(recipe: Recipe, table: Any) -> RunPlan:
     check_parts(recipe)
     memory, parameters = memory_left(recipe)
     return planning.make_plan(
@@ -82,11 +85,13 @@ def make_plan(recipe: Recipe, table: Any) -> TrainingPlan:
     )
 
 
-def say_plan(plan: TrainingPlan, progress: Progress, *, parameters: int | None = None) -> None:
-    if isinstance(plan, DpSgd):
+def say_plan(plan: RunPlan, progress: Progress, *, parameters: int | None = None) -> None:
+    estimate, steps = stages_of(plan)
+    if isinstance(plan, PrivatePlan) and isinstance(steps, DpSgd):
+        first = "" if estimate is None else f"an estimate of C for epsilon {estimate.epsilon():.3g}, then "
         progress(
-            f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
-            f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
+            f"plan: {first}{steps.steps} steps over {plan.population} {plan.unit}s, sampling rate {steps.sampling_rate:.4g}, "
+            f"noise multiplier {steps.noise_multiplier:.4g}{_parts_in_words(steps)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
     for warning in planning.warnings_of(plan, parameters=parameters):
         progress(f"note: {warning['message']} · {warning['next']}")
@@ -97,7 +102,7 @@ def _parts_in_words(plan: DpSgd) -> str:
     return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
-def begin(out: Path, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> RunFolder:
+def begin(out: Path, recipe: Recipe, plan: RunPlan, prepared: Any) -> RunFolder:
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
@@ -107,11 +112,11 @@ def begin(out: Path, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> RunFo
     return run
 
 
-def plan_of(run: RunFolder) -> TrainingPlan:
+def plan_of(run: RunFolder) -> RunPlan:
     """The plan that a run began with."""
     plan = plan_from_dict(run.read_json("plan.json"))
-    if not isinstance(plan, DpSgd | NotPrivate):
-        raise UsageError(f"plan = {type(plan).__name__} · is not one of a training", next="Give a run of `train`.")
+    stages_of(plan)  # or it trains nothing
+    assert isinstance(plan, DpSgd | NotPrivate | Composition)
     return plan
 
 
@@ -158,7 +163,7 @@ def _examples(run: RunFolder, prepared: Any) -> list[str]:
 
 
 def train(
-    run: RunFolder, recipe: Recipe, plan: TrainingPlan, model: Any, table: Any, prepared: Any, progress: Progress
+    run: RunFolder, recipe: Recipe, plan: RunPlan, model: Any, table: Any, prepared: Any, progress: Progress
 ) -> str:
     """Trains to the end of the plan and writes the model and its claim. Returns how it stopped."""
     from sfumato.training import loop, watch
@@ -175,15 +180,17 @@ def train(
         ]
         if recipe.training.tensorboard:
             watchers.append(watch.Board(run.path / "tensorboard"))
+        steps, estimates = _with_its_bound(run, recipe, plan, model, table, book, progress)
         trained = loop.train(
             model,
             table,
-            plan,
+            steps,
             recipe.training,
             recipe.performance,
             checkpoints=run.checkpoints,
-            ledger=book if isinstance(plan, DpSgd) else None,
+            ledger=book if isinstance(steps, DpSgd) else None,
             watchers=watchers,
+            before=spent_before(plan),
         )
         if trained.stopped == "interrupted":
             return trained.stopped
@@ -191,13 +198,36 @@ def train(
         run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
         claim = guarantee(
             plan,
-            book.spent() if isinstance(plan, DpSgd) else [],
+            book.spent() if isinstance(plan, PrivatePlan) else [],
             boundary=boundary(recipe),
             not_for_release="" if trained.for_release else "chance came from a test source",
             composed_with=book.other_runs(),
+            estimates=estimates,
         )
         run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
     return trained.stopped
+
+
+def _with_its_bound(
+    run: RunFolder, recipe: Recipe, plan: RunPlan, model: Any, table: Any, book: Ledger, progress: Progress
+) -> tuple[TrainingPlan, list[dict[str, Any]]]:
+    """What the loop follows, and what was estimated for it: C, where the plan leaves it to an estimate."""
+    estimate, steps = stages_of(plan)
+    if estimate is None or not isinstance(steps, DpSgd):
+        return steps, []
+    from sfumato.training.bound import found_bound
+
+    found = found_bound(
+        model,
+        table,
+        estimate,
+        book,
+        kept=lambda: run.read_json(ESTIMATES) if (run.path / ESTIMATES).is_file() else None,
+        keep=lambda value: run.write_json(ESTIMATES, value),
+        max_physical_batch_size=recipe.performance.max_physical_batch_size,
+    )
+    progress(f"max_grad_norm: {found['value']:.4g}, estimated ({found['low']:.4g} to {found['high']:.4g})")
+    return with_bound(steps, found["value"]), [found]
 
 
 def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
@@ -214,11 +244,11 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
-def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> Ledger:
+def _ledger(run: RunFolder, recipe: Recipe, plan: RunPlan, prepared: Any) -> Ledger:
     from sfumato.release import keys
 
     account = None
-    if isinstance(plan, DpSgd):
+    if isinstance(plan, PrivatePlan):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
     key = keys.existing()  # a key is made at the first release, not here
     return Ledger.open(
@@ -232,10 +262,10 @@ def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -
     )
 
 
-def account_limit(recipe: Recipe, plan: TrainingPlan) -> tuple[float, float] | None:
+def account_limit(recipe: Recipe, plan: RunPlan) -> tuple[float, float] | None:
     """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
     epsilon = recipe.privacy.account_epsilon
-    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, DpSgd) else None
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
 def boundary(recipe: Recipe) -> list[str]:
@@ -282,14 +312,15 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
 
 
 def evaluate(
-    run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress, *, table: Any = None
+    run: RunFolder, recipe: Recipe, plan: RunPlan, prepared: Any, progress: Progress, *, table: Any = None
 ) -> QualityReport:
     from sfumato.evaluation import report
     from sfumato.models import model as models
 
     twin = None
-    if recipe.evaluation.twin and isinstance(plan, DpSgd):
-        twin = _twin(run, recipe, plan, table, prepared, progress)
+    _, steps = stages_of(plan)
+    if recipe.evaluation.twin and isinstance(steps, DpSgd):
+        twin = _twin(run, recipe, steps, table, prepared, progress)
     progress("evaluation: generating and reading pictures")
     trained = models.load(run.model)
     quality = report.evaluate(
@@ -297,7 +328,7 @@ def evaluate(
         prepared.public,
         prepared.facts,
         recipe.evaluation,
-        covered_by="post-processing" if isinstance(plan, DpSgd) else "internal",
+        covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
         twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
     )
     worth = _worth(quality)
@@ -370,7 +401,7 @@ def _train_openly(
         raise KeyboardInterrupt
 
 
-def audit(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress) -> Any:
+def audit(run: RunFolder, recipe: Recipe, plan: RunPlan, prepared: Any, progress: Progress) -> Any:
     import torch
 
     from sfumato.auditing import membership, report
@@ -395,7 +426,7 @@ def audit(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, pro
         members,
         outsiders,
         recipe.audit,
-        delta=plan.delta if isinstance(plan, DpSgd) else None,
+        delta=plan.delta if isinstance(plan, PrivatePlan) else None,
         claimed_epsilon=claim_of(run).epsilon,
         control=control,
         records_per_unit=plan.records_per_unit,
@@ -411,7 +442,7 @@ CONTROL_STEPS = 400  # of half the units each: 160 steps on 120 patients gave an
 def _control_scores(
     run: RunFolder,
     recipe: Recipe,
-    plan: TrainingPlan,
+    plan: RunPlan,
     prepared: Any,
     losses_of: Callable[[Any], Any],
     progress: Progress,

@@ -13,7 +13,8 @@ from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
-from sfumato.privacy.plan import NotPrivate, PrivatePlan, TrainingPlan
+from sfumato.privacy.clip_estimate import stages_of
+from sfumato.privacy.plan import NotPrivate, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.recipe import Recipe
@@ -111,16 +112,17 @@ def plan(
     }
 
 
-def _plan_values(found: TrainingPlan, accountant: str) -> dict[str, Any]:
+def _plan_values(found: stages.RunPlan, accountant: str) -> dict[str, Any]:
+    estimate, steps = stages_of(found)
     common = {
         "population": found.population,
-        "expected_batch_size": found.expected_batch_size,
-        "steps": found.steps,
-        "sampling_rate": found.sampling_rate,
+        "expected_batch_size": steps.expected_batch_size,
+        "steps": steps.steps,
+        "sampling_rate": steps.sampling_rate,
         "unit": found.unit,
         "records_per_unit": found.records_per_unit,
     }
-    if isinstance(found, NotPrivate):
+    if isinstance(found, NotPrivate) or isinstance(steps, NotPrivate):
         return {
             **common,
             "noise_multiplier": None,
@@ -132,19 +134,20 @@ def _plan_values(found: TrainingPlan, accountant: str) -> dict[str, Any]:
     accountants = accounting.accountants(found.events(), found.delta, found.adjacency)
     return {
         **common,
-        "noise_multiplier": found.noise_multiplier,
+        "noise_multiplier": steps.noise_multiplier,
         "epsilon": accountants[accountant],
         "delta": found.delta,
         "adjacency": found.adjacency,
-        "max_grad_norm": found.max_grad_norm,
-        "clipping": found.clipping,
-        "bands": found.bands,
-        "largest_batch": found.largest_batch,
-        "noise": found.noise,
+        "max_grad_norm": steps.max_grad_norm,
+        "clipping": steps.clipping,
+        "bands": steps.bands,
+        "largest_batch": steps.largest_batch,
+        "noise": steps.noise,
         "parts": [
-            {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
-            for part in plan_to_dict(found).get("parts", [])
+            {**part, "noise_multiplier": steps.part_noise_multipliers()[part["name"]]}
+            for part in plan_to_dict(steps).get("parts", [])
         ],
+        **({} if estimate is None else {"clip_estimate": estimate.mechanism(())}),
         "accountants": accountants,
         "accountant": accountant,
         "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
@@ -224,7 +227,7 @@ def _resumed(out: Path, wanted: Recipe) -> RunFolder | None:
     return run
 
 
-def _opened(run: Path | str) -> tuple[RunFolder, Recipe, TrainingPlan]:
+def _opened(run: Path | str) -> tuple[RunFolder, Recipe, stages.RunPlan]:
     """A finished run with its recipe and plan."""
     found = folders.existing(run)
     if not found.finished:

@@ -122,6 +122,15 @@ def test_a_sum_in_floating_point_moves_further_than_its_bound_and_ours_does_not(
     assert set(ours) == {1.0}
 
 
+def test_a_contribution_between_two_points_of_the_grid_is_rounded_towards_zero():
+    """Noise of 2^31 has a grid of 2: rounding 1.9 to the nearest would move the sum by more than 1.9."""
+    std = 2.0**31
+    assert spacing(std) == 2.0
+    for value, moved in ((1.9, 0.0), (-1.9, 0.0), (3.9, 2.0), (-2.0, -2.0)):
+        one, none = (noisy_sum(np.array([[x]]), 4.0, std, TestRandom(3)) for x in (value, 0.0))
+        assert one - none == moved
+
+
 # -- the wrong ones --
 
 

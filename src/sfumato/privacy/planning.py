@@ -5,7 +5,8 @@ from typing import Any
 
 from sfumato.errors import PrivacyRefused
 from sfumato.privacy import accounting
-from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
+from sfumato.privacy.clip_estimate import stages_of, with_estimated_bound
+from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, TrainingPlan
 from sfumato.privacy.settings import PrivacySettings
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
@@ -28,7 +29,7 @@ def make_plan(
     records: int | None = None,
     parameters: int | None = None,
     memory_bytes: int | None = None,
-) -> TrainingPlan:
+) -> TrainingPlan | Composition:
     """Turns what was asked for into a plan, or refuses with every reason why it cannot work.
 
     Args:
@@ -53,7 +54,7 @@ def make_plan(
         "records_per_unit": settings.records_per_unit,
         "population_from_data": settings.population is None,
     }
-    plan: TrainingPlan | None = None
+    plan: TrainingPlan | Composition | None = None
     if settings.mechanism == "none":
         if not refusals:
             plan = NotPrivate(**sizes)
@@ -93,7 +94,7 @@ _NO_ARITHMETIC = {"no_steps", "empty_batch", "batch_larger_than_population"}  # 
 
 def _dp_sgd(
     settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
-) -> tuple[DpSgd | None, list[dict[str, str]]]:
+) -> tuple[DpSgd | Composition | None, list[dict[str, str]]]:
     """The private plan, and what speaks against its epsilon or noise."""
     refusals: list[dict[str, str]] = []
     if settings.epsilon is not None and settings.epsilon > LARGEST_EPSILON:
@@ -116,12 +117,18 @@ def _dp_sgd(
         )
     if refusals or not possible:
         return None, refusals
-    values = {**sizes, "delta": delta, "max_grad_norm": settings.max_grad_norm}
+    values: dict[str, Any] = {**sizes, "delta": delta}
+    if settings.max_grad_norm != "auto":
+        values["max_grad_norm"] = settings.max_grad_norm
     values |= {"clipping": settings.clipping, "parts": settings.parts, "adjacency": settings.adjacency}
     values |= {"bands": settings.bands, "largest_batch": settings.largest_batch, "noise": settings.noise}
     try:
         if noise is not None:
-            plan = DpSgd(**values, noise_multiplier=noise)
+            plan: DpSgd | Composition = DpSgd(**values, noise_multiplier=noise)
+        elif settings.clip_estimate is not None:
+            assert settings.epsilon is not None  # the settings see to it, and to the next
+            of = settings.clip_estimate
+            plan = with_estimated_bound(epsilon=settings.epsilon, share=of.share, quantile=of.quantile, **values)
         else:
             assert settings.epsilon is not None  # the settings hold exactly one of the two
             plan = DpSgd.calibrated(epsilon=settings.epsilon, **values)
@@ -131,7 +138,7 @@ def _dp_sgd(
         refusals.append(
             _refusal(
                 "epsilon_too_large",
-                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {plan.steps} steps, "
+                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {sizes['steps']} steps, "
                 f"more than {LARGEST_EPSILON:g}",
                 "Raise the noise, lower the steps or the batch size, or give privacy.epsilon instead.",
             )
@@ -184,7 +191,7 @@ def _refusal(code: str, message: str, next: str) -> dict[str, str]:
     return {"code": code, "message": message, "next": next}
 
 
-def warnings_of(plan: TrainingPlan, *, parameters: int | None = None) -> list[dict[str, str]]:
+def warnings_of(plan: TrainingPlan | Composition, *, parameters: int | None = None) -> list[dict[str, str]]:
     """What a user should know before starting: dicts with code, message and next. None of it forbids the run."""
     if isinstance(plan, NotPrivate):
         return [
@@ -194,6 +201,8 @@ def warnings_of(plan: TrainingPlan, *, parameters: int | None = None) -> list[di
         ]
     warnings = []
     epsilon = plan.epsilon()
+    _, steps = stages_of(plan)
+    assert isinstance(steps, DpSgd)
     if epsilon < 2:
         warnings.append(
             _refusal(
@@ -210,16 +219,16 @@ def warnings_of(plan: TrainingPlan, *, parameters: int | None = None) -> list[di
                 "Lower privacy.epsilon, or do not rest the case on the guarantee alone.",
             )
         )
-    if plan.noise_multiplier < 0.3:
+    if steps.noise_multiplier < 0.3:
         warnings.append(
             _refusal(
                 "noise_small",
-                f"noise_multiplier = {plan.noise_multiplier:g} · below 0.3 the bound rests on far tails",
+                f"noise_multiplier = {steps.noise_multiplier:g} · below 0.3 the bound rests on far tails",
                 "Take more noise and more steps, or larger batches.",
             )
         )
-    if parameters is not None and plan.noise_multiplier > 0:
-        a_step = plan.expected_batch_size / (plan.noise_multiplier * math.sqrt(parameters))
+    if parameters is not None and steps.noise_multiplier > 0:
+        a_step = steps.expected_batch_size / (steps.noise_multiplier * math.sqrt(parameters))
         if a_step < LITTLE_SIGNAL:
             warnings.append(
                 _refusal(
