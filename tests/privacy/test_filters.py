@@ -105,7 +105,7 @@ def test_a_budget_that_is_none_is_refused(epsilon, delta):
 
 PLAN = DpSgd(population=1000, expected_batch_size=50.0, steps=100, noise_multiplier=2.0, delta=DELTA)
 EVENT = PLAN.event(1)
-LIMIT = (2.0, DELTA)
+LIMIT = (1.5, DELTA)
 
 
 def run(folder: Path, name: str, steps: int, *, plan: DpSgd = PLAN, limit: tuple[float, float] | None = None) -> int:
@@ -135,20 +135,20 @@ def test_a_run_that_the_limit_has_no_room_for_is_not_begun_and_told_what_is_left
     assert not (tmp_path / "second.db").exists()
     assert run(tmp_path, "third", 10**6, plan=replace(PLAN, steps=most() - 100)) == most() - 100
     shown = show(tmp_path / "account.db")
-    assert shown["limits"][0]["epsilon"] == 2.0 and 0.99 < shown["limits"][0]["spent"] <= 1
-    assert shown["epsilon"] <= 2.0
+    assert shown["limits"][0]["epsilon"] == 1.5 and 0.99 < shown["limits"][0]["spent"] <= 1
+    assert shown["epsilon"] <= 1.5
     assert "whatever is planned" in shown["detail"]
 
 
 def test_a_limit_is_added_and_never_raised(tmp_path):
     run(tmp_path, "a", 10, limit=LIMIT)
     run(tmp_path, "b", 10, plan=replace(PLAN, steps=10), limit=(50.0, DELTA))  # more is no less
-    with pytest.raises(PrivacyRefused, match="account_epsilon = 2 "):
-        run(tmp_path, "c", 1, limit=(50.0, DELTA))
+    with pytest.raises(PrivacyRefused, match=r"account_epsilon = 1\.5 "):
+        run(tmp_path, "c", 1, plan=replace(PLAN, steps=most()), limit=(50.0, DELTA))
     with pytest.raises(PrivacyRefused, match=r"account_epsilon = 0\.5 "):
         run(tmp_path, "d", 1, limit=(0.5, DELTA))
     assert [(limit["epsilon"], limit["declared_after"]) for limit in show(tmp_path / "account.db")["limits"]] == [
-        (2.0, 0),
+        (1.5, 0),
         (50.0, 10),
     ]
 

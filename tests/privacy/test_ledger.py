@@ -230,7 +230,8 @@ def test_a_second_writer_in_the_same_process_is_refused_too_and_does_not_free_th
 
 
 def test_a_writer_that_came_in_past_the_lock_is_noticed(path):
-    with Ledger.open(path, run="r", plan=PLAN) as first:
+    noticed = pytest.raises(LedgerError, match="somebody else has written")  # at the end once more
+    with noticed, Ledger.open(path, run="r", plan=PLAN) as first:
         first.reserve(EVENT, 0)
         path.with_name(path.name + ".lock").unlink()
         with Ledger.open(path, run="r", plan=PLAN) as second:
@@ -387,7 +388,7 @@ def test_a_changed_ledger_is_refused_by_every_reader(path, statement):
 
 def test_a_recomputed_chain_still_cannot_pass_the_plan(path):
     """Whoever rewrites all hashes needs another plan in the header, and the run knows its own."""
-    with Ledger.open(path, run="r", plan=PLAN) as ledger:
+    with pytest.raises(LedgerError, match="somebody else"), Ledger.open(path, run="r", plan=PLAN) as ledger:
         ledger.reserve(PLAN.event(200), 0)
         history = ledger._history
         body = reserve_body(EVENT, 1, 200)

@@ -134,7 +134,7 @@ def test_one_picture_in_between_is_no_step():
     before = pace.at_once(10**6, 10**6)
     pace.asked(now + 30)
     pace.gave(now + 30)
-    assert pace.at_once(10**6, 10**6) == before == 32
+    assert pace.at_once(10**6, 10**6) == before == 64
 
 
 def test_a_block_ends_where_the_caller_said_that_the_steps_end(path, clock):

@@ -21,6 +21,7 @@ import pytest
 from sfumato.errors import LedgerError, SfumatoError
 from sfumato.privacy.ledger import Ledger, account, events_of_jsonl, export_jsonl, run, show, storage, verify_chain
 from sfumato.privacy.ledger.blocks import MOST
+from sfumato.privacy.ledger.chain import beginning
 from sfumato.privacy.plan import DpSgd
 
 PLAN = DpSgd(population=1000, expected_batch_size=10.0, steps=30_000, noise_multiplier=10.0, delta=1e-4)
@@ -267,8 +268,8 @@ def test_torn_files_are_an_error_or_an_exact_prefix_that_a_checkpoint_refuses(tm
 
 def totals(path: Path) -> dict[int, tuple[str, int]]:
     """Head and charge after each number of entries."""
-    found = {}
     with contextlib.closing(storage.connect_to_read(path)) as connection:
+        found = {0: (beginning(storage.header_text(connection, path)).head, 0)}
         storage.replay(connection, path, lambda state: found.__setitem__(state.sequence, (state.head, state.total)))
     return found
 

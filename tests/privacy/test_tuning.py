@@ -45,8 +45,8 @@ def test_poisson_is_theorem_6():
     for order in np.linspace(1.5, 100, 400):
         level = math.log1p(1 / (order - 1))
         ours = np.linspace(1.01, 500, 5000)
-        delta = np.exp((ours - 1) * (ours * rho - level + np.log1p(-1 / ours)) - np.log(ours)).min()
-        best = min(best, converted(order, order * rho + mean * min(delta, 1.0) + math.log(mean) / (order - 1)))
+        delta = np.exp(np.minimum((ours - 1) * (ours * rho - level + np.log1p(-1 / ours)) - np.log(ours), 0)).min()
+        best = min(best, converted(order, order * rho + mean * delta + math.log(mean) / (order - 1)))
     found = tuning.epsilon([GAUSSIAN], DELTA, Trials(mean=mean, shape=math.inf))
     assert best * 0.99 <= found <= best * 1.05
 

@@ -62,6 +62,11 @@ class _Told:
     spent: list[Event]
 
 
+def _rest(position: Any) -> dict[str, Any]:
+    """Of a ledger's position, all but the number, which the states of older versions say alone."""
+    return {} if position is None else {name: value for name, value in position.items() if name != "sequence"}
+
+
 class DifferentialPrivacyEngine(Draws):
     """Differentially private training of one model with one optimizer, or with one for each of its parts.
 
@@ -268,10 +273,7 @@ class DifferentialPrivacyEngine(Draws):
                 next="Give what engine.state_dict() returned.",
             )
         if self.ledger is not None and state["ledger_sequence"] is not None:
-            position = state.get("ledger_position")  # an older state says the number alone
-            self.ledger.require_at_least(
-                **({"sequence": int(state["ledger_sequence"])} if position is None else position)
-            )
+            self.ledger.require_at_least(int(state["ledger_sequence"]), **_rest(state.get("ledger_position")))
         events = [Event.from_dict(event) for event in state["events"]]
         told, charged = (sum(event.count for event in held) for held in (events, self._events))
         if told < charged:
@@ -331,9 +333,10 @@ class DifferentialPrivacyEngine(Draws):
     def _reserve(self, ahead: int) -> int | None:
         """Returns: what to commit when this step is done: of a cycle, with its last step."""
         if self._block is None:
-            return self._charge(ahead)
+            return self._charge(self.steps_started, ahead)
         if self._block.begins_cycle:
-            self._block.sequence = self._charge(-(-ahead // self.bands))
+            cycles = sum(event.count for event in self._events)  # charged before
+            self._block.sequence = self._charge(cycles, -(-ahead // self.bands))
         else:
             self.steps_started += 1
         return self._block.sequence if self._block.ends_cycle else None
@@ -346,15 +349,15 @@ class DifferentialPrivacyEngine(Draws):
             return truncated_poisson_units(num_units, self._sampling_rate, self._largest_batch, self.random)
         return super()._draw_units(num_units)
 
-    def _charge(self, ahead: int) -> int | None:
-        """One event for all processes, charged by process 0; the others wait for how that ended. ``ahead``: as in
-        ``Ledger.reserve``."""
+    def _charge(self, number: int, ahead: int) -> int | None:
+        """One event for all processes, charged by process 0; the others wait for how that ended. It is the one after
+        ``number`` others, and the first of ``ahead`` in a row."""
         event = self._event()
 
         def charge() -> _Told | None:
             if self.ledger is None:
                 return None
-            sequence = self.ledger.reserve(event, self.steps_started, ahead)
+            sequence = self.ledger.reserve(event, number, ahead)
             return _Told(sequence, self.ledger.position, self.ledger.spent())
 
         self._ledger_told = self.processes.decide(charge)

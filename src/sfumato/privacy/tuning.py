@@ -93,7 +93,7 @@ def epsilon(
 
     Returns: by RDP; None where RDP has no bound for an event. Infinite with an event without noise.
     """
-    import dp_accounting as dpa
+    from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
     events = accounting.merged(events)
     checks.probability(delta=delta)
@@ -104,7 +104,7 @@ def epsilon(
     if any(accounting.renyi(event, 2, adjacency) is None for event in events):
         return None
     accountant = accounting.rdp_accountant(adjacency)
-    accountant.compose(dpa.RepeatAndSelectDpEvent(accounting.rdp_event(events, adjacency), trials.mean, trials.shape))
+    accountant.compose(RepeatAndSelectDpEvent(accounting.rdp_event(events, adjacency), trials.mean, trials.shape))
     return float(accountant.get_epsilon(delta))
 
 

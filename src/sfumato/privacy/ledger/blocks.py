@@ -2,7 +2,7 @@
 
 A reservation is one durable write of w seconds. Where a step takes t seconds, n steps are reserved at once so that the
 share of the ledger, w / (n t), is about ``SHARE``. A crash wastes the rest of a block: at most n steps, thus about
-w / SHARE seconds of work, under a second on the disks tried; and never more than 1 % of what is left of the plan.
+w / SHARE seconds of work, a second or so on the disks tried; and never more than 1 % of what is left of the plan.
 n is a power of two, so that the entries of a long run are few different ones, and its export is short.
 """
 
@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from sfumato.privacy.accounting import Event
 
-SHARE = 0.01  # of a step's time, for the ledger
+SHARE = 0.005  # of a step's time, for the ledger: seldom above 2 % on a disk that is slow now and then
 MOST = 1024  # steps in a block
 OF_THE_PLAN = 100  # a block is at most so small a part of what is left
 _SEEN = 9  # of the last steps and writes

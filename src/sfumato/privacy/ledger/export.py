@@ -188,10 +188,11 @@ def _expanded(line: Any, history: History, entries: int) -> Iterator[str]:
             raise LedgerError(f"entries = {entries} · there are more lines")
         yield canonical(line)
         return
-    repeat, first, count = line.get("repeat"), line.get("step"), line.get("count")
-    whole = type(repeat) is int and type(first) is int and type(count) is int
-    if not whole or not 1 <= repeat <= entries - history.sequence:
-        raise LedgerError(f"repeat = {repeat!r}, step = {first!r} · must be whole numbers within the entries")
+    repeat, first, count = (line.get(name) for name in ("repeat", "step", "count"))
+    if type(repeat) is not int or type(first) is not int or type(count) is not int:
+        raise LedgerError(f"repeat = {repeat!r}, step = {first!r}, count = {count!r} · must be whole numbers")
+    if not 1 <= repeat <= entries - history.sequence:
+        raise LedgerError(f"repeat = {repeat} · is more than the {entries} entries that were announced")
     rest = {key: value for key, value in line.items() if key != "repeat"}
     for number in range(repeat):
         if line["kind"] == "steps":

@@ -87,6 +87,7 @@ class Ledger:
         self._closed = False
         self._history = replay(connection, path)
         self._found = self._history.sequence
+        self._attempt: int | None = None  # ours, once it is open
 
     @classmethod
     def open(
@@ -148,6 +149,7 @@ class Ledger:
                 ledger._check_identity(run, plan)
                 ledger._check_account(account_limit)
                 ledger._append([ledger._timed({"kind": "open", "attempt": ledger._history.attempt + 1})])
+                ledger._attempt = ledger._history.attempt
                 undo.pop_all()
         return ledger
 
@@ -406,6 +408,8 @@ class Ledger:
         """After a failed write: read again what is really there."""
         if self._stale:
             self._history = replay(self._connection, self.path)
+            if self._history.attempt != self._attempt:
+                raise self._foreign(f"attempt {self._history.attempt}, ours is {self._attempt}")
             self._pending = [sequence for sequence in self._pending if sequence in self._history.uncommitted]
             for sequence, block in self._blocks.items():
                 block.told = sequence not in self._history.blocks
@@ -424,12 +428,7 @@ class Ledger:
             with transaction(self._connection):
                 last = self._connection.execute(LAST).fetchone() or (0, "")
                 if self._history.sequence and tuple(last) != (self._history.sequence, self._history.head):
-                    raise LedgerError(
-                        f"ledger = {self.path} · somebody else has written to it (entry {last[0]}, expected "
-                        f"{self._history.sequence})",
-                        next="Stop the other run; do not remove the lock file of a running one.",
-                        code="ledger_busy",
-                    )
+                    raise self._foreign(f"entry {last[0]}, expected {self._history.sequence}")
                 self._connection.executemany("INSERT INTO entries VALUES (?, ?, ?)", rows)
                 if signed is not None:
                     self._connection.execute(SIGNATURES)
@@ -443,6 +442,13 @@ class Ledger:
             raise
         self._history = after
         self._marked(bodies)
+
+    def _foreign(self, what: str) -> LedgerError:
+        return LedgerError(
+            f"ledger = {self.path} · somebody else has written to it ({what})",
+            next="Stop the other run; do not remove the lock file of a running one.",
+            code="ledger_busy",
+        )
 
     def _signature(self, ledger: str, sequence: int, head: str) -> dict[str, str] | None:
         if self._sign is None:
