@@ -168,17 +168,18 @@ def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
 ) -> TrainingPlan:
     """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's."""
+    if privacy.max_grad_norm == "auto":
+        raise UsageError(
+            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
+            next="Give privacy.max_grad_norm a number.",
+        )
     plan = make_plan(
         replace(privacy, population=None),
         steps=federation.rounds * federation.local_steps,
         expected_batch_size=expected_batch_size,
         population=population,
     )
-    if isinstance(plan, Composition):
-        raise UsageError(
-            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
-            next="Give privacy.max_grad_norm a number.",
-        )
+    assert not isinstance(plan, Composition)  # which auto alone makes
     return plan
 
 

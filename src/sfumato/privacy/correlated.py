@@ -260,7 +260,9 @@ class Stream:
             return torch.zeros(self._count, dtype=torch.float64) if plus is None else plus.double()
         out = torch.empty(self._count, dtype=torch.float64)
         full = len(self._past) == self._past.maxlen
-        newest = self._past[-1] if self._past and full else torch.empty_like(out)  # the oldest is needed no more, piece by piece
+        newest = (
+            self._past[-1] if self._past and full else torch.empty_like(out)
+        )  # the oldest is needed no more, piece by piece
         weights = [float(weight) for weight in row[1:] / row[0]]
         for start in range(0, self._count, _CHUNK):
             here = slice(start, start + _CHUNK)
