@@ -13,8 +13,8 @@ from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
-from sfumato.privacy.clip_estimate import stages_of
-from sfumato.privacy.plan import NotPrivate, PrivatePlan
+from sfumato.privacy.clip_estimate import estimated
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.recipe import Recipe
@@ -71,7 +71,7 @@ def plan(
                 next="Or name a recipe: sfumato plan clinic.",
             )
         settings = PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
-        memory, parameters = None, None
+        memory, parameters, dimensions = None, None, None
     else:
         resolved = resolve(recipe, assignments)
         settings = resolved.privacy
@@ -87,10 +87,11 @@ def plan(
         sizes["steps"] = training.steps if steps is None else steps
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
+        dimensions = stages.dimensions(resolved)
     if population is not None:
         settings = replace(settings, population=population)
     try:
-        found = planning.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory)  # pyright: ignore[reportArgumentType]
+        found = planning.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory, dimensions=dimensions)  # pyright: ignore[reportArgumentType]
     except PrivacyRefused as refused:
         return {
             **sizes,
@@ -105,24 +106,27 @@ def plan(
             "warnings": [],
         }
     return {
-        **_plan_values(found, accountant),
+        **_plan_values(found, accountant, sizes),
         "parameters": parameters,
         "refusals": [],
         "warnings": planning.warnings_of(found, parameters=parameters),
     }
 
 
-def _plan_values(found: stages.RunPlan, accountant: str) -> dict[str, Any]:
-    estimate, steps = stages_of(found)
+def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    both = estimated(found)
+    trains = found if both is None else both[1]
+    steps = isinstance(trains, DpSgd | NotPrivate)
     common = {
+        "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
         "population": found.population,
-        "expected_batch_size": steps.expected_batch_size,
-        "steps": steps.steps,
-        "sampling_rate": steps.sampling_rate,
+        "expected_batch_size": trains.expected_batch_size if steps else sizes["expected_batch_size"],
+        "steps": trains.steps if steps else sizes["steps"],
+        "sampling_rate": trains.sampling_rate if steps else 1.0,
         "unit": found.unit,
         "records_per_unit": found.records_per_unit,
     }
-    if isinstance(found, NotPrivate) or isinstance(steps, NotPrivate):
+    if isinstance(found, NotPrivate):
         return {
             **common,
             "noise_multiplier": None,
@@ -132,25 +136,31 @@ def _plan_values(found: stages.RunPlan, accountant: str) -> dict[str, Any]:
             "accountants": {},
         }
     accountants = accounting.accountants(found.events(), found.delta, found.adjacency)
-    return {
+    spent = {
         **common,
-        "noise_multiplier": steps.noise_multiplier,
+        "noise_multiplier": getattr(trains, "noise_multiplier", None),
         "epsilon": accountants[accountant],
         "delta": found.delta,
         "adjacency": found.adjacency,
-        "max_grad_norm": steps.max_grad_norm,
-        "clipping": steps.clipping,
-        "bands": steps.bands,
-        "largest_batch": steps.largest_batch,
-        "noise": steps.noise,
-        "parts": [
-            {**part, "noise_multiplier": steps.part_noise_multipliers()[part["name"]]}
-            for part in plan_to_dict(steps).get("parts", [])
-        ],
-        **({} if estimate is None else {"clip_estimate": estimate.mechanism(())}),
         "accountants": accountants,
         "accountant": accountant,
         "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
+    }
+    if not isinstance(trains, DpSgd):
+        mechanism = found.mechanism(())
+        return {**spent, "releases": mechanism.get("stages", [mechanism])}
+    return {
+        **spent,
+        **({} if both is None else {"clip_estimate": both[0].mechanism(())}),
+        "max_grad_norm": trains.max_grad_norm,
+        "clipping": trains.clipping,
+        "bands": trains.bands,
+        "largest_batch": trains.largest_batch,
+        "noise": trains.noise,
+        "parts": [
+            {**part, "noise_multiplier": trains.part_noise_multipliers()[part["name"]]}
+            for part in plan_to_dict(trains).get("parts", [])
+        ],
     }
 
 
@@ -227,7 +237,7 @@ def _resumed(out: Path, wanted: Recipe) -> RunFolder | None:
     return run
 
 
-def _opened(run: Path | str) -> tuple[RunFolder, Recipe, stages.RunPlan]:
+def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
     """A finished run with its recipe and plan."""
     found = folders.existing(run)
     if not found.finished:

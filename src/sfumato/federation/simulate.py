@@ -13,8 +13,8 @@ from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation import aggregate, local
 from sfumato.federation.local import LocalUpdate, Site, TrainSteps
 from sfumato.federation.settings import FederationSettings
-from sfumato.privacy.plan import Composition, DpSgd, TrainingPlan
-from sfumato.privacy.planning import make_plan
+from sfumato.privacy.plan import DpSgd, TrainingPlan
+from sfumato.privacy.planning import training_plan
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.records import Record
 
@@ -168,19 +168,12 @@ def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
 ) -> TrainingPlan:
     """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's."""
-    if privacy.max_grad_norm == "auto":
-        raise UsageError(
-            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
-            next="Give privacy.max_grad_norm a number.",
-        )
-    plan = make_plan(
+    return training_plan(
         replace(privacy, population=None),
         steps=federation.rounds * federation.local_steps,
         expected_batch_size=expected_batch_size,
         population=population,
     )
-    assert not isinstance(plan, Composition)  # which auto alone makes
-    return plan
 
 
 def split_by_site(records: Sequence[Record], sites: int) -> dict[str, list[Record]]:
