@@ -107,6 +107,19 @@ def test_a_sampled_quantile_is_charged_as_one_sampled_gaussian_of_all_its_counts
     assert whole.noise_std == pytest.approx(2.0 * math.sqrt(8) * (0.5 if adjacency == "replace_one" else 0.9))
 
 
+def test_half_the_diameter_is_too_little_noise_for_a_sampled_exchange_and_the_radius_is_enough():
+    """One count of a quantile 0.9, rate 0.1: a unit at -0.9 becomes one at 0.1, or is not drawn. Integrals of the densities."""
+    plan = plan_of(Quantile(quantile=0.9, low=1.0, high=2.0, halvings=1), adjacency="replace_one", sampling_rate=0.1)
+    x, step = np.linspace(-30, 30, 600_001, retstep=True)
+
+    def delta(std: float) -> float:
+        one, other = (0.9 * norm.pdf(x, 0, std) + 0.1 * norm.pdf(x, mean, std) for mean in (-0.9, 0.1))
+        factor = math.exp(plan.epsilon())
+        return max(float(np.maximum(a - factor * b, 0).sum() * step) for a, b in ((one, other), (other, one)))
+
+    assert delta(plan.noise_std) <= plan.delta < delta(plan.noise_multiplier * 0.5)
+
+
 def test_a_sum_in_floating_point_moves_further_than_its_bound_and_ours_does_not():
     """A unit adds 1. The wrong one adds up in doubles: sometimes the sum moves by more than 1."""
     random = np.random.default_rng(0)
