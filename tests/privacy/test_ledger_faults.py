@@ -283,12 +283,13 @@ def torn(content: bytes, trial: int, chance: random.Random) -> bytes:
     return content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :]  # a page that never came
 
 
-def test_an_older_ledger_beside_a_newer_account_is_noticed_even_after_a_death(tmp_path):
+@pytest.mark.parametrize("steps", [10, 200])  # within the account's block, and beyond
+def test_an_older_ledger_beside_a_newer_account_is_noticed_even_after_a_death(tmp_path, steps):
     place = Place(tmp_path)
     place.train(3, lambda _: None)
     old = tmp_path / "old.db"
     shutil.copy(place.ledger, old)
-    assert killed_at(place, "before close", 1, steps=200)
+    assert killed_at(place, "before close", 1, steps=steps)
     for file in place.ledger.parent.glob("ledger.db-*"):
         file.unlink()
     os.replace(old, place.ledger)
