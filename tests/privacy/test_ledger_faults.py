@@ -283,7 +283,7 @@ def torn(content: bytes, trial: int, chance: random.Random) -> bytes:
     return content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :]  # a page that never came
 
 
-@pytest.mark.parametrize("steps", [10, 200])  # within the account's block, and beyond
+@pytest.mark.parametrize("steps", [3, 200])  # within the account's block, and beyond
 def test_an_older_ledger_beside_a_newer_account_is_noticed_even_after_a_death(tmp_path, steps):
     place = Place(tmp_path)
     place.train(3, lambda _: None)
