@@ -76,7 +76,6 @@ def sources(count: int) -> dict[str, Callable[[], torch.Tensor]]:
     return {
         DOUBLE: lambda: torch.randn(count, dtype=torch.float64),
         SINGLE: lambda: torch.randn(count),
-        "AES-256-CTR, 8 bytes": lambda: torch.frombuffer(random.bytes(8 * count), dtype=torch.uint8),
         "gaussian": lambda: gaussian(count, 1.0, random),
         "gaussian, plus a float32 sum": lambda: gaussian(count, 1.0, random, plus=sums),
         "discrete": lambda: discrete(count, 1.0, random),

@@ -7,18 +7,20 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
-from sfumato.errors import DataError, PrivacyRefused, UsageError
+from sfumato import releasing
+from sfumato.errors import DataError, PrivacyRefused
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
+from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
 from sfumato.training import folder as folders
@@ -45,6 +47,11 @@ def build(recipe: Recipe) -> Any:
     from sfumato.models import model
 
     side = recipe.data.image_size
+    kind = releasing.KIND.get(recipe.privacy.mechanism)
+    if kind is not None:
+        return model.build_for_release(
+            kind, recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed
+        )
     return model.build(recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed)
 
 
@@ -68,7 +75,12 @@ def check_parts(recipe: Recipe) -> None:
         groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
 
 
-def make_plan(recipe: Recipe, table: Any) -> TrainingPlan:
+def dimensions(recipe: Recipe) -> dict[str, int] | None:
+    """Of what is released, where the mechanism is a release."""
+    return build(recipe).dimensions if recipe.privacy.mechanism in releasing.KIND else None
+
+
+def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
     check_parts(recipe)
     memory, parameters = memory_left(recipe)
     return planning.make_plan(
@@ -79,17 +91,35 @@ def make_plan(recipe: Recipe, table: Any) -> TrainingPlan:
         records=table.num_records,
         parameters=parameters,
         memory_bytes=memory,
+        dimensions=dimensions(recipe),
     )
 
 
-def say_plan(plan: TrainingPlan, progress: Progress, *, parameters: int | None = None) -> None:
+def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = None) -> None:
     if isinstance(plan, DpSgd):
         progress(
             f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
             f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
+    elif isinstance(plan, PrivatePlan):
+        progress(
+            f"plan: {_release_in_words(plan)} of {plan.population} {plan.unit}s, once, epsilon {plan.epsilon():.3f} at delta "
+            f"{plan.delta:.2g}; then training on it, which spends nothing"
+        )
     for warning in planning.warnings_of(plan, parameters=parameters):
         progress(f"note: {warning['message']} · {warning['next']}")
+
+
+def _release_in_words(plan: PrivatePlan) -> str:
+    """What is released, and with how much noise."""
+
+    def one(values: dict[str, Any]) -> str:
+        noise = values.get("modalities", [])
+        detail = ", ".join(f"{m['name']} {m['dimension']} numbers, noise {m['noise_std']:.3g}" for m in noise)
+        return f"{values['name'].replace('_', ' ')} (noise multiplier {values['noise_multiplier']:.4g}{'; ' if detail else ''}{detail})"
+
+    mechanism = plan.mechanism(())
+    return " and ".join(one(stage) for stage in mechanism.get("stages", [mechanism]))
 
 
 def _parts_in_words(plan: DpSgd) -> str:
@@ -97,7 +127,7 @@ def _parts_in_words(plan: DpSgd) -> str:
     return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
-def begin(out: Path, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> RunFolder:
+def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
@@ -107,12 +137,9 @@ def begin(out: Path, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> RunFo
     return run
 
 
-def plan_of(run: RunFolder) -> TrainingPlan:
+def plan_of(run: RunFolder) -> PrivacyPlan:
     """The plan that a run began with."""
-    plan = plan_from_dict(run.read_json("plan.json"))
-    if not isinstance(plan, DpSgd | NotPrivate):
-        raise UsageError(f"plan = {type(plan).__name__} · is not one of a training", next="Give a run of `train`.")
-    return plan
+    return plan_from_dict(run.read_json("plan.json"))
 
 
 def mark_begun(run: RunFolder, recipe: Recipe) -> None:
@@ -158,9 +185,9 @@ def _examples(run: RunFolder, prepared: Any) -> list[str]:
 
 
 def train(
-    run: RunFolder, recipe: Recipe, plan: TrainingPlan, model: Any, table: Any, prepared: Any, progress: Progress
+    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, model: Any, table: Any, prepared: Any, progress: Progress
 ) -> str:
-    """Trains to the end of the plan and writes the model and its claim. Returns how it stopped."""
+    """Releases first where the plan is one, trains to the end, and writes the model and its claim. Returns how it stopped."""
     from sfumato.training import loop, watch
 
     processor = time.process_time()
@@ -168,8 +195,15 @@ def train(
         mark_begun(run, recipe)
         for note in book.notes:
             progress(f"note: {note}")
+        released = releasing.is_release(plan)
+        for_release = True
+        if released:
+            table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
+            progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
+        steps = releasing.loop_plan(recipe, table) if released else plan
+        assert isinstance(steps, DpSgd | NotPrivate)
         watchers: list[watch.Watcher] = [
-            watch.Line(progress),
+            watch.Line(progress, unspent="post-processing" if released else "not private"),
             watch.MetricsFile(run.path / "metrics.jsonl"),
             watch.Pictures(run.samples, run.read_json("samples/captions.json"), seed=recipe.training.seed),
         ]
@@ -178,7 +212,7 @@ def train(
         trained = loop.train(
             model,
             table,
-            plan,
+            steps,
             recipe.training,
             recipe.performance,
             checkpoints=run.checkpoints,
@@ -191,9 +225,9 @@ def train(
         run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
         claim = guarantee(
             plan,
-            book.spent() if isinstance(plan, DpSgd) else [],
-            boundary=boundary(recipe),
-            not_for_release="" if trained.for_release else "chance came from a test source",
+            book.spent() if isinstance(plan, PrivatePlan) else [],
+            boundary=boundary(recipe, released=releasing.boundary(recipe, model, plan) if released else ()),
+            not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
         )
         run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
@@ -214,11 +248,19 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
-def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -> Ledger:
+def _prompts(prepared: Any) -> list[str]:
+    """The texts of the public units that no figure is measured on."""
+    from sfumato.evaluation import report
+
+    usable = [record for record in prepared.public if record.image is not None and record.text]
+    return [str(record.text) for record in report.halves(usable, 0)[0]]
+
+
+def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
     from sfumato.release import keys
 
     account = None
-    if isinstance(plan, DpSgd):
+    if isinstance(plan, PrivatePlan):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
     key = keys.existing()  # a key is made at the first release, not here
     return Ledger.open(
@@ -232,23 +274,34 @@ def _ledger(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any) -
     )
 
 
-def account_limit(recipe: Recipe, plan: TrainingPlan) -> tuple[float, float] | None:
+def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | None:
     """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
     epsilon = recipe.privacy.account_epsilon
-    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, DpSgd) else None
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
-def boundary(recipe: Recipe) -> list[str]:
+def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
+    """Args: released: sentences on what was released, where the training saw nothing else."""
     data, text = recipe.data, recipe.model.text
-    sentences = [
+    trained = (
         "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
-        "the weights, their moving average and everything computed from them.",
+        "the weights, their moving average and everything computed from them."
+    )
+    sentences = [
+        *(released or [trained]),
         f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
         "quality and are shown in the report.",
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
     match text.kind:
+        case _ if released:
+            pass  # nothing of it is trained, and the sentences above name it
+        case "terms":
+            sentences.append(
+                "Texts are read by a public list of terms, which is in the recipe; the layers after it are trained inside the "
+                "guarantee."
+            )
         case "hashed_words":
             sentences.append(
                 "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
@@ -266,7 +319,7 @@ def boundary(recipe: Recipe) -> list[str]:
 
 def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     """The weights, a last grid, and by what each tensor is covered."""
-    from sfumato.models.model import named_tensors
+    from sfumato.models.model import TextToImage, named_tensors
     from sfumato.release import provenance
     from sfumato.training.watch import write_grid
 
@@ -274,6 +327,9 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     captions = run.read_json("samples/captions.json")
     if captions:
         write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    if not isinstance(model, TextToImage):  # made from what was released, every tensor of it
+        provenance.write_taint(run.path, lambda file, name: "released")
+        return
     trained = set(named_tensors(model))  # all of it by the mechanism; what the model cannot name stays uncovered
     provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
 
@@ -282,7 +338,7 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
 
 
 def evaluate(
-    run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress, *, table: Any = None
+    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress, *, table: Any = None
 ) -> QualityReport:
     from sfumato.evaluation import report
     from sfumato.models import model as models
@@ -297,7 +353,7 @@ def evaluate(
         prepared.public,
         prepared.facts,
         recipe.evaluation,
-        covered_by="post-processing" if isinstance(plan, DpSgd) else "internal",
+        covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
         twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
     )
     worth = _worth(quality)
@@ -370,7 +426,7 @@ def _train_openly(
         raise KeyboardInterrupt
 
 
-def audit(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, progress: Progress) -> Any:
+def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress) -> Any:
     import torch
 
     from sfumato.auditing import membership, report
@@ -395,7 +451,7 @@ def audit(run: RunFolder, recipe: Recipe, plan: TrainingPlan, prepared: Any, pro
         members,
         outsiders,
         recipe.audit,
-        delta=plan.delta if isinstance(plan, DpSgd) else None,
+        delta=plan.delta if isinstance(plan, PrivatePlan) else None,
         claimed_epsilon=claim_of(run).epsilon,
         control=control,
         records_per_unit=plan.records_per_unit,
@@ -411,7 +467,7 @@ CONTROL_STEPS = 400  # of half the units each: 160 steps on 120 patients gave an
 def _control_scores(
     run: RunFolder,
     recipe: Recipe,
-    plan: TrainingPlan,
+    plan: PrivacyPlan,
     prepared: Any,
     losses_of: Callable[[Any], Any],
     progress: Progress,
@@ -426,6 +482,8 @@ def _control_scores(
     model = build(recipe)
     inside = model.encode([record for record in prepared.private if record.unit in kept])
     outside = model.encode(prepared.public)
+    if releasing.is_release(plan):
+        inside = model.control_table(inside)
     few = NotPrivate(
         population=inside.num_units,
         expected_batch_size=inside.num_units / 2,
@@ -434,7 +492,8 @@ def _control_scores(
         records_per_unit=plan.records_per_unit,
     )
     settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
-    _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
+    if recipe.privacy.mechanism != "mean_embedding":  # there what is attacked is the mean itself
+        _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
     units = np.arange(inside.num_units)
     others = np.arange(min(outside.num_units, 2 * inside.num_units))
     return (

@@ -13,7 +13,7 @@ from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
-from sfumato.privacy.plan import NotPrivate, PrivatePlan, TrainingPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.recipe import Recipe
@@ -70,7 +70,7 @@ def plan(
                 next="Or name a recipe: sfumato plan clinic.",
             )
         settings = PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
-        memory, parameters = None, None
+        memory, parameters, dimensions = None, None, None
     else:
         resolved = resolve(recipe, assignments)
         settings = resolved.privacy
@@ -86,10 +86,11 @@ def plan(
         sizes["steps"] = training.steps if steps is None else steps
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
+        dimensions = stages.dimensions(resolved)
     if population is not None:
         settings = replace(settings, population=population)
     try:
-        found = planning.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory)  # pyright: ignore[reportArgumentType]
+        found = planning.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory, dimensions=dimensions)  # pyright: ignore[reportArgumentType]
     except PrivacyRefused as refused:
         return {
             **sizes,
@@ -104,19 +105,21 @@ def plan(
             "warnings": [],
         }
     return {
-        **_plan_values(found, accountant),
+        **_plan_values(found, accountant, sizes),
         "parameters": parameters,
         "refusals": [],
         "warnings": planning.warnings_of(found, parameters=parameters),
     }
 
 
-def _plan_values(found: TrainingPlan, accountant: str) -> dict[str, Any]:
+def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    steps = isinstance(found, DpSgd | NotPrivate)
     common = {
+        "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
         "population": found.population,
-        "expected_batch_size": found.expected_batch_size,
-        "steps": found.steps,
-        "sampling_rate": found.sampling_rate,
+        "expected_batch_size": found.expected_batch_size if steps else sizes["expected_batch_size"],
+        "steps": found.steps if steps else sizes["steps"],
+        "sampling_rate": found.sampling_rate if steps else 1.0,
         "unit": found.unit,
         "records_per_unit": found.records_per_unit,
     }
@@ -130,12 +133,21 @@ def _plan_values(found: TrainingPlan, accountant: str) -> dict[str, Any]:
             "accountants": {},
         }
     accountants = accounting.accountants(found.events(), found.delta, found.adjacency)
-    return {
+    spent = {
         **common,
-        "noise_multiplier": found.noise_multiplier,
+        "noise_multiplier": getattr(found, "noise_multiplier", None),
         "epsilon": accountants[accountant],
         "delta": found.delta,
         "adjacency": found.adjacency,
+        "accountants": accountants,
+        "accountant": accountant,
+        "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
+    }
+    if not isinstance(found, DpSgd):
+        mechanism = found.mechanism(())
+        return {**spent, "releases": mechanism.get("stages", [mechanism])}
+    return {
+        **spent,
         "max_grad_norm": found.max_grad_norm,
         "clipping": found.clipping,
         "bands": found.bands,
@@ -145,9 +157,6 @@ def _plan_values(found: TrainingPlan, accountant: str) -> dict[str, Any]:
             {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
             for part in plan_to_dict(found).get("parts", [])
         ],
-        "accountants": accountants,
-        "accountant": accountant,
-        "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
     }
 
 
@@ -224,7 +233,7 @@ def _resumed(out: Path, wanted: Recipe) -> RunFolder | None:
     return run
 
 
-def _opened(run: Path | str) -> tuple[RunFolder, Recipe, TrainingPlan]:
+def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
     """A finished run with its recipe and plan."""
     found = folders.existing(run)
     if not found.finished:

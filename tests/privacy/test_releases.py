@@ -22,6 +22,7 @@ from sfumato.privacy.plan import (
     NotPrivate,
 )
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
+from sfumato.privacy.questions import Histogram
 from sfumato.privacy.releases import noise_multiplier_of, split_noise
 
 WHOM = {"population": 10_000, "delta": 1e-5, "unit": "person", "records_per_unit": 2}
@@ -32,7 +33,7 @@ MODALITIES = (
 LATENTS = LatentRelease.calibrated(epsilon=8.0, modalities=MODALITIES, **WHOM)
 MEAN = MeanEmbedding(dimension=100, noise_multiplier=20.0, **WHOM)
 STEPS = DpSgd(expected_batch_size=200.0, steps=50, noise_multiplier=1.1, **WHOM)
-COUNT = Estimate(name="patients by view", noise_multiplier=30.0, count=2, **WHOM)
+COUNT = Estimate(name="patients by view", question=Histogram(categories=("a", "b")), noise_multiplier=30.0, **WHOM)
 BOTH = Composition.of(MEAN, COUNT, STEPS)
 PLANS = [LATENTS, MEAN, STEPS, COUNT, BOTH, Codebook(categories=64, noise=0.2, **WHOM)]
 
@@ -117,7 +118,7 @@ def test_every_plan_claims_what_its_events_cost(plan):
 def test_a_composition_costs_its_events_together_and_allows_each_its_number():
     assert BOTH.epsilon() == accounting.epsilon([*MEAN.events(), *COUNT.events(), *STEPS.events()], 1e-5)
     assert max(MEAN.epsilon(), STEPS.epsilon()) < BOTH.epsilon() < MEAN.epsilon() + COUNT.epsilon() + STEPS.epsilon()
-    assert sorted(BOTH.allowance().values()) == [1, 2, 50]
+    assert sorted(BOTH.allowance().values()) == [1, 1, 50]
 
 
 def test_the_last_stage_is_calibrated_to_what_the_first_left():

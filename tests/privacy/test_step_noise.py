@@ -10,7 +10,7 @@ from tests.oracles import table_of, vector
 from tests.processes import together
 from torch import Tensor, nn
 
-from sfumato.errors import PrivacyRefused, SfumatoError, UsageError
+from sfumato.errors import BudgetExhausted, PrivacyRefused, SfumatoError, UsageError
 from sfumato.privacy import engine as engine_module
 from sfumato.privacy.accounting import epsilon
 from sfumato.privacy.correlated import toeplitz, variances
@@ -86,6 +86,8 @@ def test_a_cycle_is_one_event_charged_at_its_first_step(tmp_path):
         assert engine.get_epsilon(1e-3) == epsilon([event], 1e-3) == plan().epsilon()
         assert engine.stopped == "steps" and engine.steps_started == STEPS
         assert list(engine.batches(table())) == []
+        with pytest.raises(BudgetExhausted):
+            ledger.reserve(plan().event(1), 3)
 
 
 def test_units_are_drawn_in_the_steps_of_their_group_only():
@@ -170,7 +172,7 @@ def test_a_stop_ends_the_block_and_the_next_one_has_new_groups_and_fresh_noise(t
         saved = engine.state_dict()
         block = engine._block
         engine.detach()
-    assert set(saved) == {"format", "steps_started", "events", "ledger_sequence"}
+    assert set(saved) == {"format", "steps_started", "events", "ledger_sequence", "ledger_position"}
     with Ledger.open(path, run="r", plan=plan()) as ledger:
         engine, optimizer = engine_of(model, seed=1, ledger=ledger)
         engine.load_state_dict(saved)

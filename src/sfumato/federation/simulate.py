@@ -14,7 +14,7 @@ from sfumato.federation import aggregate, local
 from sfumato.federation.local import LocalUpdate, Site, TrainSteps
 from sfumato.federation.settings import FederationSettings
 from sfumato.privacy.plan import DpSgd, TrainingPlan
-from sfumato.privacy.planning import make_plan
+from sfumato.privacy.planning import training_plan
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.records import Record
 
@@ -168,7 +168,7 @@ def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
 ) -> TrainingPlan:
     """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's."""
-    return make_plan(
+    return training_plan(
         replace(privacy, population=None),
         steps=federation.rounds * federation.local_steps,
         expected_batch_size=expected_batch_size,

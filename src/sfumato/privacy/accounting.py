@@ -16,7 +16,7 @@ Gaussians only.
 | randomized_response        | no            | yes      | yes         | PLD, RDP                                    |
 
 Under replace_one the PLD accountant of dp_accounting doubles the sensitivity itself, its RDP accountant does not
-(docs/pitfalls.md): here both are given sigma / C, and the doubling is in ``_dp_event`` and nowhere else.
+(docs/pitfalls.md): here both are given sigma / C, and the doubling is in ``_rdp_event`` and nowhere else.
 """
 
 import contextlib
@@ -142,11 +142,12 @@ def trajectory(
     adjacency: Adjacency = "add_or_remove",
     points: int = 24,
 ) -> list[list[float]]:
-    """[[step, epsilon], ...] at up to ``points`` steps, the last one included. ``spent(n)``: the events of n steps."""
+    """[[step, epsilon], ...] at up to ``points`` steps, the last one included. ``spent(n)``: the events of n steps; of no
+    step, what was released before the first."""
     checks.positive(steps=steps, points=points)
-    at = sorted({-(-steps * i // points) for i in range(1, points + 1)})
+    at = sorted({-(-steps * i // points) for i in range(points + 1)})
     values = [(step, epsilon(spent(step), delta, adjacency=adjacency)) for step in at]
-    return [[0, 0.0], *([step, value] for step, value in values if value is not None)]
+    return [[step, value] for step, value in values if value is not None]
 
 
 @lru_cache(maxsize=256)
@@ -350,27 +351,18 @@ def _gaussian_mu(events: Sequence[Event], adjacency: Adjacency) -> float:
     return _sensitivity(adjacency) * math.sqrt(math.fsum(event.count / event.noise_multiplier**2 for event in events))
 
 
-def _dp_event(event: Event, sensitivity: float) -> Any:
-    """The same as a dp_accounting.DpEvent, for an accountant to whom this sensitivity is still to be told."""
+def _rdp_event(event: Event, adjacency: Adjacency) -> Any:
+    """The same as a dp_accounting.DpEvent for its RDP accountant, which has to be told of the sensitivity."""
     import dp_accounting as dpa
 
-    noise = event.noise_multiplier / sensitivity
-    match event.mechanism:
-        case "randomized_response":
-            assert event.categories is not None  # Event sees to it, and to the two below
-            one: Any = dpa.dp_event.RandomizedResponseDpEvent(event.noise_multiplier, event.categories)
-        case "truncated_poisson_gaussian":
-            assert event.population is not None and event.largest_batch is not None
-            one = dpa.dp_event.TruncatedSubsampledGaussianDpEvent(
-                dataset_size=event.population,
-                sampling_probability=event.sampling_rate,
-                truncated_batch_size=event.largest_batch,
-                noise_multiplier=noise,
-            )
-        case _:
-            one = dpa.GaussianDpEvent(noise)
-            if event.sampling_rate < 1.0:  # with rate 1 both mechanisms are the Gaussian one
-                one = dpa.PoissonSampledDpEvent(event.sampling_rate, one)
+    noise = event.noise_multiplier / _sensitivity(adjacency)
+    if event.mechanism == "randomized_response":
+        assert event.categories is not None  # Event sees to it
+        one: Any = dpa.dp_event.RandomizedResponseDpEvent(event.noise_multiplier, event.categories)
+    else:
+        one = dpa.GaussianDpEvent(noise)
+        if event.sampling_rate < 1.0:  # with rate 1 both mechanisms are the Gaussian one
+            one = dpa.PoissonSampledDpEvent(event.sampling_rate, one)
     return dpa.SelfComposedDpEvent(one, event.count)
 
 
@@ -384,15 +376,52 @@ def _relation(adjacency: Adjacency) -> Any:
     }[adjacency]
 
 
-@lru_cache(maxsize=4)
-def _distribution(events: tuple[Event, ...], grid: float, adjacency: Adjacency = "add_or_remove") -> Any:
-    """A PLDAccountant that has composed all events; kept, because a curve asks it for several deltas."""
-    from dp_accounting.pld import PLDAccountant
+class _Distribution:
+    """The privacy-loss distribution of all events together, on one grid."""
 
-    accountant = PLDAccountant(_relation(adjacency), value_discretization_interval=grid)
-    for event in events:
-        accountant.compose(_dp_event(event, 1.0))  # it doubles by itself
-    return accountant
+    def __init__(self, events: tuple[Event, ...], grid: float, adjacency: Adjacency) -> None:
+        one, *others = (_losses(event, grid, adjacency) for event in events)
+        for other in others:
+            one = one.compose(other)
+        self._pld = one
+
+    def get_epsilon(self, delta: float) -> float:
+        return float(self._pld.get_epsilon_for_delta(delta))
+
+    def get_delta(self, epsilon: float) -> float:
+        return float(self._pld.get_delta_for_epsilon(epsilon))
+
+
+@lru_cache(maxsize=4)  # a curve asks it for several deltas
+def _distribution(events: tuple[Event, ...], grid: float, adjacency: Adjacency = "add_or_remove") -> _Distribution:
+    return _Distribution(events, grid, adjacency)
+
+
+def _losses(event: Event, grid: float, adjacency: Adjacency) -> Any:
+    """The distribution of ``count`` times the event. It doubles the sensitivity of replace_one by itself.
+
+    Composed here and not by ``PLDAccountant``, which forgets the count of randomised response (dp_accounting 0.5 and 0.6).
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    of: dict[str, Any] = {"value_discretization_interval": grid, "neighboring_relation": _relation(adjacency)}
+    noise, count = event.noise_multiplier, event.count
+    match event.mechanism:
+        case "randomized_response":
+            assert event.categories is not None  # Event sees to it, and to the two below
+            if noise == 1:  # every answer is all chance
+                return pld.identity(grid)
+            one = pld.from_randomized_response(noise, event.categories, **of)
+        case "truncated_poisson_gaussian":
+            assert event.population is not None and event.largest_batch is not None
+            one = pld.from_truncated_subsampled_gaussian_mechanism(
+                event.population, event.sampling_rate, event.largest_batch, noise, **of
+            )
+        case _ if event.sampling_rate == 1:  # many Gaussians are one of less noise
+            return pld.from_gaussian_mechanism(noise / math.sqrt(count), **of)
+        case _:
+            one = pld.from_gaussian_mechanism(noise, sampling_prob=event.sampling_rate, **of)
+    return one.self_compose(count) if count > 1 else one
 
 
 @lru_cache(maxsize=4096)
@@ -426,7 +455,7 @@ def rdp_event(events: Sequence[Event], adjacency: Adjacency) -> Any:
     """Events as one dp_accounting.DpEvent for ``rdp_accountant``: it knows the sensitivity already."""
     import dp_accounting as dpa
 
-    return dpa.ComposedDpEvent([_dp_event(event, _sensitivity(adjacency)) for event in events])
+    return dpa.ComposedDpEvent([_rdp_event(event, adjacency) for event in events])
 
 
 def _zcdp_epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add_or_remove") -> float:

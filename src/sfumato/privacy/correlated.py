@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_GENERAL = 1024  # steps: beyond, a general C is too slow to find
+_CHUNK = 1 << 15  # coordinates at once, so that the work stays in the processor's cache
+_SEARCH = {"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-9, "maxcor": 30}
 _FLOAT_BOUND = 2.0**14  # of b sum |C_{t,t-k} / C_tt|
 
 
@@ -164,9 +166,10 @@ def toeplitz(bands: int, steps: int, momentum: float = 0.0) -> Strategy:
     from scipy.optimize import minimize
 
     def value(rest: np.ndarray) -> tuple[float, np.ndarray]:
-        return _toeplitz_error(np.concatenate([[1.0], rest]), first)
+        total, slope = _toeplitz_error(np.concatenate([[1.0], rest]), first)
+        return math.log(total), slope / total  # of the error itself, the first step may go far too far
 
-    found = minimize(value, start[1:], jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12})
+    found = minimize(value, start[1:], jac=True, method="L-BFGS-B", options=_SEARCH)
     best = np.concatenate([[1.0], found.x]) if found.fun <= value(start[1:])[0] else start
     return Strategy(rows=(best / np.linalg.norm(best) / (1 + 1e-15))[None], steps=steps)
 
@@ -195,14 +198,14 @@ def general(bands: int, steps: int, momentum: float = 0.0) -> Strategy:
             factor = _general_factor(matrix, first)
             total = float((factor**2).sum())
             if not (math.isfinite(total) and (np.diag(matrix) > 0).all()):
-                return 1e300, np.zeros_like(entries)
+                return math.log(1e300), np.zeros_like(entries)
             # d |A C^-1|^2 = -2 <factor' factor C^-T, dC>
             slope = (-2 * np.linalg.solve(matrix, factor.T @ factor).T)[row, column]
         along = np.bincount(column, slope * unit, steps)  # the norm of a column stays 1
-        return total, (slope - along[column] * unit) / norms[column]
+        return math.log(total), (slope - along[column] * unit) / norms[column] / total
 
     start = np.broadcast_to(toeplitz(bands, steps, momentum).rows, (steps, bands))[row, lag]
-    found = minimize(value, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12})
+    found = minimize(value, start, jac=True, method="L-BFGS-B", options=_SEARCH)
     norms = np.sqrt(np.bincount(column, found.x**2, steps))
     rows = np.zeros((steps, bands))
     rows[row, lag] = found.x / norms[column] / (1 + 1e-15)
@@ -216,6 +219,7 @@ def widened(std: float, bound: float, dimension: int, strategy: Strategy) -> flo
     """
     if std == 0:
         return 0.0
+    # the last factor pays for a column that is longer than 1 by rounding, and for the rounding here
     lost = (
         4.0 * math.sqrt(strategy.bands * dimension) * (std / bound) * 2.0**-GRID_BITS / float(strategy.rows[:, 0].max())
     )
@@ -226,7 +230,7 @@ def widened(std: float, bound: float, dimension: int, strategy: Strategy) -> flo
             next="Take fewer bands, or less noise and fewer steps.",
             code="correlated_noise",
         )
-    return std / (1.0 - lost) * (1.0 + 2.0**-50)
+    return std / (1.0 - lost) * (1.0 + 2e-12)
 
 
 class Stream:
@@ -254,15 +258,30 @@ class Stream:
         self.taken += 1
         if self.std == 0:
             return torch.zeros(self._count, dtype=torch.float64) if plus is None else plus.double()
-        noise = self._source.whole(self._count, self.std / float(row[0]), self._grid, random)
-        if self._past:
-            taken_back = torch.zeros(self._count, dtype=torch.float64)
-            for weight, past in zip(row[1:] / row[0], self._past, strict=False):
-                taken_back.add_(past, alpha=float(weight))
-            noise.sub_(taken_back.round_())
-        self._past.appendleft(noise)
-        released = noise if plus is None else noise + self._source.rounded(plus, self._grid)
-        return released.mul(self._grid)
+        out = torch.empty(self._count, dtype=torch.float64)
+        full = len(self._past) == self._past.maxlen
+        newest = (
+            self._past[-1] if self._past and full else torch.empty_like(out)
+        )  # the oldest is needed no more, piece by piece
+        weights = [float(weight) for weight in row[1:] / row[0]]
+        for start in range(0, self._count, _CHUNK):
+            here = slice(start, start + _CHUNK)
+            part = out[here]
+            part.copy_(self._source.whole(len(part), self.std / float(row[0]), self._grid, random))
+            if self._past:
+                taken_back = torch.zeros_like(part)
+                for weight, past in zip(weights, self._past, strict=False):
+                    taken_back.add_(past[here], alpha=weight)
+                part.sub_(taken_back.round_())
+            newest[here] = part
+            if plus is not None:
+                part.add_(self._source.rounded(plus[here], self._grid))
+            part.mul_(self._grid)
+        if self._past and full:
+            self._past.rotate(1)
+        else:
+            self._past.appendleft(newest)
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(

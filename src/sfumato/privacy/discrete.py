@@ -55,7 +55,7 @@ LARGEST = 2**31  # standard deviation in steps that the arithmetic of 64 bits ad
 _SMOOTH = 8  # r
 _COARSE = 64  # least s'
 _CUTS = 15  # coins are looked up by the first 15 bits after the point of their exponent
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 _END = 2**64 - 1
 _LARGEST_SUM = float(2**52)
 

@@ -193,6 +193,11 @@ class DifferentialPrivacyEngine(Draws):
         processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
+        if plan.max_grad_norm == "estimated":
+            raise UsageError(
+                "max_grad_norm = estimated · is not known yet",
+                next="Find it with norms.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
+            )
         return cls(
             model,
             max_grad_norm=None if plan.parts else plan.max_grad_norm,
@@ -312,10 +317,8 @@ class DifferentialPrivacyEngine(Draws):
         if not isinstance(self.plan, DpSgd):
             return super()._steps_left()
         if self.ledger is not None and self.ledger.plan is not None:
-            charged = self.plan.event().count - self.ledger.remaining(self.plan.event(1))
-        else:
-            charged = sum(event.count for event in self._events)
-        return max(0, self.plan.steps - self.bands * max(0, charged))
+            return self.plan.steps_left(self.ledger.remaining(self.plan.event(1)))
+        return self.plan.steps_left(self.plan.event().count - sum(event.count for event in self._events))
 
     def _begin_draws(self, steps: int) -> None:
         self._draws_left, self._block = steps, None

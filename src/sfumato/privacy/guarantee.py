@@ -90,7 +90,7 @@ def in_words(claim: Guarantee) -> str:
         )
     whose = {
         "record": "one record",
-        "person": f"all records of one person (at most {claim.records_per_unit} in a step)",
+        "person": f"all records of one person (at most {claim.records_per_unit} {_used(claim)})",
         "site": "all records of one site",
     }[claim.unit]
     words = (
@@ -99,6 +99,7 @@ def in_words(claim: Guarantee) -> str:
         f"Any guess about it that was right with odds of 1 to 1 before is right with odds of at most "
         f"{_odds(claim.epsilon)} to 1 after, but for a chance of about {claim.delta:.2g}."
     )
+    words += _MECHANISMS.get(claim.mechanism.get("name", ""), "").format(unit=claim.unit)
     if claim.composed_with:
         words += (
             f" {len(claim.composed_with)} other run(s) used the same data; the protection of all together is weaker."
@@ -107,6 +108,17 @@ def in_words(claim: Guarantee) -> str:
         words += f" NOT FOR RELEASE: {claim.not_for_release}."
     return words
 
+
+def _used(claim: Guarantee) -> str:
+    return "in a step" if claim.mechanism.get("name") == "dp_sgd" else "are used"
+
+
+_MECHANISMS = {  # what there is to see, beside the weights; "" for training in steps, which shows nothing else
+    "latent_release": " What was taken from the data is every {unit}'s own noisy latents, once; the model was made from those.",
+    "mean_embedding": " What was taken from the data is one noisy mean over all {unit}s; the model was made from that.",
+    "codebook": " What was taken from the data is every {unit}'s own codes, some of them replaced by chance.",
+    "composition": " Several mechanisms used the data, one after another; this is the figure of all of them together.",
+}
 
 _NEIGHBOURS = {
     "add_or_remove": "adding or removing",

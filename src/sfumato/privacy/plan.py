@@ -15,7 +15,7 @@ NotPrivate     for comparison
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sfumato import checks
 from sfumato.errors import UsageError
@@ -45,7 +45,9 @@ class DpSgd(PrivatePlan):
       expected_batch_size: B, in units; a public constant, not the size of any batch.
       steps: T, the most steps that may ever be taken.
       noise_multiplier: sigma, standard deviation / clipping bound; 0 is no noise, and epsilon infinite.
-      max_grad_norm: C, the clipping bound over all parameters together.
+      max_grad_norm: C, the clipping bound over all parameters together; or "estimated": an ``Estimate`` of the same
+        ``Composition`` finds it before the first step (``clip_estimate``). It changes nothing that is charged, since the
+        noise is sigma times whatever it is; ``replace(plan, max_grad_norm=...)`` is what an engine can follow.
       clipping: flat, per_layer, automatic or adaptive, as in ``PrivacySettings``; however it is done, one unit moves the
         sum by at most C. With adaptive, C is where the bound begins, and sigma is of gradient and count together.
       parts: each with its own C_m and share of 1/sigma^2, so that its noise is sigma / sqrt(share) times C_m; sigma is of
@@ -62,7 +64,7 @@ class DpSgd(PrivatePlan):
     expected_batch_size: float
     steps: int
     noise_multiplier: float
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | Literal["estimated"] = 1.0
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
     bands: int = 1
@@ -72,7 +74,12 @@ class DpSgd(PrivatePlan):
     def __post_init__(self) -> None:
         self.check_common()
         _check_batches(self)
-        checks.positive(max_grad_norm=self.max_grad_norm)
+        if self.max_grad_norm != "estimated":
+            checks.positive(max_grad_norm=self.max_grad_norm)
+        elif self.parts:
+            raise UsageError(
+                "max_grad_norm = estimated · is one bound, but parts have several", next="Leave out the parts."
+            )
         checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=self.clipping)
         checks.one_of(("gaussian", "discrete"), noise=self.noise)
         checks.non_negative(noise_multiplier=self.noise_multiplier)
@@ -111,7 +118,8 @@ class DpSgd(PrivatePlan):
         """The parts, every one with its share."""
         check_parts(self.parts)
         joint = joint_max_grad_norm(self.parts)
-        if self.clipping == "adaptive" or not math.isclose(self.max_grad_norm, joint, rel_tol=1e-9):
+        given = self.max_grad_norm
+        if self.clipping == "adaptive" or given == "estimated" or not math.isclose(given, joint, rel_tol=1e-9):
             raise UsageError(
                 f"clipping = {self.clipping}, max_grad_norm = {self.max_grad_norm} · with these parts it must not be "
                 f"adaptive, and {joint:.6g}",
@@ -147,6 +155,10 @@ class DpSgd(PrivatePlan):
     def events_of(self, steps: int) -> int:
         """How many events so many steps are, taken without a stop."""
         return -(-steps // self.bands)
+
+    def steps_left(self, remaining: int) -> int:
+        """Steps that may still be taken with so many events left; a cycle of correlated noise that was begun is spent whole."""
+        return max(0, self.steps - self.bands * (self.event().count - remaining))
 
     def events(self) -> tuple[Event, ...]:
         return (self.event(),)

@@ -1,12 +1,14 @@
 """From what was asked to a plan, or to every reason why there cannot be one; and what a user should know beforehand."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from sfumato.errors import PrivacyRefused
+from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting
-from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.plan import Composition, DpSgd, LatentRelease, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.release_planning import release_plan, worth
+from sfumato.privacy.settings import OF_RELEASES, PrivacySettings
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
 LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
@@ -19,6 +21,18 @@ def automatic_delta(population: int) -> float:
     return 1.0 / (population * math.log(population))
 
 
+def training_plan(settings: PrivacySettings, **sizes: Any) -> TrainingPlan:
+    """``make_plan`` for what trains on the records themselves, in steps. Raises UsageError for a release."""
+    if settings.mechanism in OF_RELEASES:
+        raise UsageError(
+            f"mechanism = {settings.mechanism} · is no training in steps on the records",
+            next="Set privacy.mechanism: dp_sgd.",
+        )
+    plan = make_plan(settings, **sizes)
+    assert isinstance(plan, DpSgd | NotPrivate)
+    return plan
+
+
 def make_plan(
     settings: PrivacySettings,
     *,
@@ -28,7 +42,8 @@ def make_plan(
     records: int | None = None,
     parameters: int | None = None,
     memory_bytes: int | None = None,
-) -> TrainingPlan:
+    dimensions: Mapping[str, int] | None = None,
+) -> PrivacyPlan:
     """Turns what was asked for into a plan, or refuses with every reason why it cannot work.
 
     Args:
@@ -37,6 +52,7 @@ def make_plan(
       records: the number of records in the data, if known.
       parameters: how many numbers are trained, if known.
       memory_bytes: the memory that training may use, if known.
+      dimensions: of what is released, by name, where the mechanism is a release.
 
     Raises: PrivacyRefused; its ``refusals`` are dicts with code, message and next.
     """
@@ -53,7 +69,7 @@ def make_plan(
         "records_per_unit": settings.records_per_unit,
         "population_from_data": settings.population is None,
     }
-    plan: TrainingPlan | None = None
+    plan: PrivacyPlan | None = None
     if settings.mechanism == "none":
         if not refusals:
             plan = NotPrivate(**sizes)
@@ -77,9 +93,11 @@ def make_plan(
                 )
             )
         possible = not any(reason["code"] in _NO_ARITHMETIC for reason in refusals)
-        private, more = _dp_sgd(settings, sizes, delta, possible)
+        if settings.mechanism in OF_RELEASES:
+            plan, more = _release(settings, sizes, delta, possible, dimensions)
+        else:
+            plan, more = _dp_sgd(settings, sizes, delta, possible)
         refusals += more
-        plan = private
     if refusals or plan is None:
         words = "; ".join(reason["message"] for reason in refusals)
         raise PrivacyRefused(
@@ -91,10 +109,35 @@ def make_plan(
 _NO_ARITHMETIC = {"no_steps", "empty_batch", "batch_larger_than_population"}  # no epsilon can be computed
 
 
-def _dp_sgd(
-    settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
-) -> tuple[DpSgd | None, list[dict[str, str]]]:
-    """The private plan, and what speaks against its epsilon or noise."""
+def _release(
+    settings: PrivacySettings,
+    sizes: dict[str, Any],
+    delta: float,
+    possible: bool,
+    dimensions: Mapping[str, int] | None,
+) -> tuple[PrivacyPlan | None, list[dict[str, str]]]:
+    """The plan of a release, and what speaks against its epsilon or noise."""
+    refusals = _target_refusals(settings)
+    if refusals or not possible:
+        return None, refusals
+    whom = {name: value for name, value in sizes.items() if name not in ("expected_batch_size", "steps")}
+    try:
+        plan = release_plan(settings, {**whom, "delta": delta, "adjacency": settings.adjacency}, dimensions)
+    except PrivacyRefused as refused:
+        return None, refused.refusals
+    if plan.epsilon() > LARGEST_EPSILON:
+        refusals.append(
+            _refusal(
+                "epsilon_too_large",
+                f"epsilon = {plan.epsilon():.4g} · is what this noise spends, more than {LARGEST_EPSILON:g}",
+                "Give privacy.epsilon instead: the noise is then found for you.",
+            )
+        )
+    return plan, refusals
+
+
+def _target_refusals(settings: PrivacySettings) -> list[dict[str, str]]:
+    """What speaks against the epsilon or the noise that was asked for."""
     refusals: list[dict[str, str]] = []
     if settings.epsilon is not None and settings.epsilon > LARGEST_EPSILON:
         refusals.append(
@@ -114,8 +157,17 @@ def _dp_sgd(
                 "Give privacy.epsilon instead: the noise is then found for you.",
             )
         )
+    return refusals
+
+
+def _dp_sgd(
+    settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
+) -> tuple[DpSgd | None, list[dict[str, str]]]:
+    """The private plan, and what speaks against its epsilon or noise."""
+    refusals = _target_refusals(settings)
     if refusals or not possible:
         return None, refusals
+    noise = settings.noise_multiplier
     values = {**sizes, "delta": delta, "max_grad_norm": settings.max_grad_norm}
     values |= {"clipping": settings.clipping, "parts": settings.parts, "adjacency": settings.adjacency}
     values |= {"bands": settings.bands, "largest_batch": settings.largest_batch, "noise": settings.noise}
@@ -184,7 +236,7 @@ def _refusal(code: str, message: str, next: str) -> dict[str, str]:
     return {"code": code, "message": message, "next": next}
 
 
-def warnings_of(plan: TrainingPlan, *, parameters: int | None = None) -> list[dict[str, str]]:
+def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dict[str, str]]:
     """What a user should know before starting: dicts with code, message and next. None of it forbids the run."""
     if isinstance(plan, NotPrivate):
         return [
@@ -210,6 +262,26 @@ def warnings_of(plan: TrainingPlan, *, parameters: int | None = None) -> list[di
                 "Lower privacy.epsilon, or do not rest the case on the guarantee alone.",
             )
         )
+    for stage in plan.stages if isinstance(plan, Composition) else (plan,):
+        if isinstance(stage, LatentRelease):
+            warnings.append(_worth_warning(stage))
+        elif isinstance(stage, DpSgd):
+            warnings += _of_steps(stage, epsilon, parameters)
+    return warnings
+
+
+def _worth_warning(plan: LatentRelease) -> dict[str, str]:
+    names = ", ".join(f"{name} {value:.2g}" for name, value in worth(plan).items())
+    return _refusal(
+        "latents_noisy",
+        f"latents = {plan.form} · of every {plan.unit}'s own release, one coordinate's signal over its noise is at most about "
+        f"{names}: one {plan.unit} is hardly seen in it, only what many have in common",
+        "Keep the latents short; or release a mean over all (mechanism: mean_embedding), or train with dp_sgd.",
+    )
+
+
+def _of_steps(plan: DpSgd, epsilon: float, parameters: int | None) -> list[dict[str, str]]:
+    warnings = []
     if plan.noise_multiplier < 0.3:
         warnings.append(
             _refusal(

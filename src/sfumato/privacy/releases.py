@@ -1,8 +1,9 @@
 """Plans of what is released once: latents, codes, a mean embedding, estimates. What is made of it is post-processing."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from sfumato import checks
@@ -10,6 +11,7 @@ from sfumato.errors import UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.events import Adjacency, Event
 from sfumato.privacy.private_plan import PrivatePlan, whole
+from sfumato.privacy.questions import Quantile, Question, UnitCount, sums_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,32 +231,73 @@ class MeanEmbedding(_Gaussian):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate(_Gaussian):
-    """Figures about the data, each the noisy sum of a bounded contribution of every unit (``estimate``).
+    """The answer to one question about the data, noised (``questions``, ``estimate``).
+
+    Guarantee: a unit is taken with ``sampling_rate`` (1: all are), contributes to each of the question's sums at most k =
+    ``records_per_unit`` records, and moves them no further than the question says; on every coordinate of each sum is
+    N(0, ``noise_std``^2). Where there are T > 1 sums they are asked one after another of the same units; together
+    they are one Gaussian mechanism of ``noise_multiplier`` (``events.joint_noise_multiplier``), so that is one event, also
+    under sampling.
 
     Attributes:
       name: what is estimated, in words that may be published.
-      noise_multiplier: standard deviation of the noise / most that one unit moves the sum, in L2.
-      count: how many such sums.
+      noise_multiplier: of all sums together.
+      sampling_rate: of the units, by Poisson sampling; below 1 for quantiles only, whose answer needs no scaling up.
     """
 
     name: str
-    count: int = 1
+    question: Question
+    sampling_rate: float = 1.0
 
     def __post_init__(self) -> None:
         self.check_common()
-        whole(1, count=self.count)
         checks.non_negative(noise_multiplier=self.noise_multiplier)
+        checks.probability(sampling_rate=self.sampling_rate)
+        checks.positive(sampling_rate=self.sampling_rate)
+        if isinstance(self.question, UnitCount) and self.adjacency != "add_or_remove":
+            raise UsageError(
+                f"adjacency = {self.adjacency} · the number of units is public there, and need not be asked",
+                next="Take add_or_remove, or leave the question out.",
+            )
+        if self.sampling_rate < 1 and not isinstance(self.question, Quantile):
+            raise UsageError(
+                f"sampling_rate = {self.sampling_rate} · is for quantiles; other answers would have to be scaled up",
+                next="Leave it out.",
+            )
+
+    @property
+    def bound(self) -> float:
+        """C of the event, of which the accountants make the sensitivity: C, or 2 C under replace_one.
+
+        With all units an exchange moves a sum by the diameter at most, so C is half of it. A sampled unit also differs
+        from not being there, so C is not below the radius then.
+        """
+        k = self.records_per_unit
+        if self.adjacency == "replace_one" and self.sampling_rate == 1:
+            return self.question.diameter(k) / 2
+        return self.question.radius(k)
+
+    @property
+    def noise_std(self) -> float:
+        """On every coordinate of each sum."""
+        return self.noise_multiplier * math.sqrt(sums_of(self.question)) * self.bound
 
     def events(self) -> tuple[Event, ...]:
         return (
-            Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=self.noise_multiplier, count=self.count),
+            Event(
+                mechanism="gaussian" if self.sampling_rate == 1 else "poisson_gaussian",
+                sampling_rate=self.sampling_rate,
+                noise_multiplier=self.noise_multiplier,
+            ),
         )
 
     def mechanism(self, spent: Sequence[Event]) -> dict[str, Any]:
         return {
             "name": "estimate",
             "of": self.name,
+            "question": json.loads(json.dumps(asdict(self.question))),
+            "sampling_rate": self.sampling_rate,
             "noise_multiplier": self.noise_multiplier,
-            "count": self.count,
+            "noise_std": self.noise_std,
             **self.spending(spent),
         }

@@ -33,6 +33,11 @@ MAX_EVENTS = 100_000
 MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
 
 _OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "gaussian"}  # what dp_sgd may have
+_CLAIMS = {  # what a recipe's mechanism may be called in its claim
+    "dp_sgd": ("dp_sgd",),
+    "latents": ("latent_release", "composition"),
+    "mean_embedding": ("mean_embedding",),
+}
 _LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without
 PRIVACY_KEYS = (
     "definition",
@@ -236,7 +241,7 @@ class _Bundle:
         if wrong:
             raise _failed("; ".join(wrong[:5]))
         count = sum(len(names) for names in found.values() if names is not None)
-        return f"all {count} tensors are listed as dp-sgd, public or constant"
+        return f"all {count} tensors are listed as dp-sgd, released, public or constant"
 
     def what_leaves(self) -> str:
         wrong = boundary.problems(self.json)
@@ -256,7 +261,7 @@ class _Bundle:
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
         mechanism = privacy["mechanism"]
-        if (mechanism.get("name") == "dp_sgd") != (asked["mechanism"] == "dp_sgd"):
+        if mechanism.get("name") not in _CLAIMS.get(str(asked["mechanism"]), ()):
             raise _failed(
                 f"mechanism: the recipe says {str(asked['mechanism'])[:40]!r}, the claim {str(mechanism.get('name'))[:40]!r}"
             )
@@ -267,6 +272,10 @@ class _Bundle:
         if _parts(asked) != _parts(mechanism):
             raise _failed(
                 f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
+            )
+        if _released(asked) != _claimed_release(mechanism):
+            raise _failed(
+                f"what is released: the recipe says {str(_released(asked))[:100]}, the claim {str(_claimed_release(mechanism))[:100]}"
             )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
@@ -366,6 +375,36 @@ class _Bundle:
         if wrong:
             raise _failed("README.md: " + "; ".join(wrong[:5]))
         return "the figures of README.md are those of the reports"
+
+
+def _released(asked: dict[str, Any]) -> Any:
+    """Form, bounds and centre of the release that a recipe asks for."""
+    latents, mean = asked.get("latents"), asked.get("mean_embedding")
+    if asked["mechanism"] == "mean_embedding":
+        return mean.get("max_norm") if isinstance(mean, dict) else None
+    if asked["mechanism"] != "latents" or not isinstance(latents, dict):
+        return None
+    bounds = _bounds(latents) if latents.get("form") == "independent" else None
+    return [latents.get("form"), bool(latents.get("centre")), bounds]
+
+
+def _claimed_release(mechanism: dict[str, Any]) -> Any:
+    """The same of a claim."""
+    if mechanism.get("name") == "mean_embedding":
+        return mechanism.get("max_norm")
+    stages = mechanism.get("stages", [mechanism])
+    last = stages[-1] if isinstance(stages, list) and stages and isinstance(stages[-1], dict) else {}
+    if last.get("name") != "latent_release":
+        return None
+    bounds = _bounds(last) if last.get("form") == "independent" else None
+    return [last.get("form"), len(stages) > 1, bounds]
+
+
+def _bounds(values: dict[str, Any]) -> Any:
+    modalities = values.get("modalities")
+    if not isinstance(modalities, list) or not all(isinstance(m, dict) for m in modalities):
+        return modalities
+    return [[m.get("name"), m.get("max_norm")] for m in modalities]
 
 
 def _parts(values: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from torch import nn
 
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
+from sfumato.privacy.plan import NotPrivate, TrainingPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
 from sfumato.training import launch, state
@@ -134,7 +134,7 @@ def train(
     return Trained(
         stopped="interrupted" if stop.is_set() else "budget" if engine.stopped == "budget" else "steps",
         step=step,
-        charged=_charged(plan, ledger) if ledger is not None and isinstance(plan, DpSgd) else step,
+        charged=plan.steps - _steps_left(plan, ledger, step),
         seconds=meter.seconds,
         units_seen=meter.units_seen,
         for_release=engine.for_release,
@@ -169,12 +169,7 @@ def _steps_left(plan: TrainingPlan, ledger: Ledger | None, taken: int) -> int:
     """What a crash wasted comes off the remaining steps."""
     if ledger is None or isinstance(plan, NotPrivate):
         return max(0, plan.steps - taken)
-    return max(0, plan.steps - _charged(plan, ledger))
-
-
-def _charged(plan: DpSgd, ledger: Ledger) -> int:
-    """Steps of the plan that are spent; a cycle of correlated noise that was begun is spent whole."""
-    return min(plan.steps, plan.bands * (plan.event().count - ledger.remaining(plan.event(1))))
+    return plan.steps_left(ledger.remaining(plan.event(1)))
 
 
 @contextmanager
