@@ -18,7 +18,7 @@ from sfumato.privacy.ledger import Ledger, show
 from sfumato.privacy.plan import DpSgd
 from sfumato.training import loop
 
-PLAN = DpSgd(population=UNITS, expected_batch_size=10, steps=10_000, noise_multiplier=400.0, delta=1e-3)
+PLAN = DpSgd(population=UNITS, expected_batch_size=10, steps=4000, noise_multiplier=400.0, delta=1e-3)
 ENGINE = engine.DifferentialPrivacyEngine
 STEPS = {  # boundaries of a step: around what
     "drawing": (ENGINE, "_draw_units"),
@@ -32,8 +32,11 @@ WITHIN = ("writing entries", "transaction", "releasing")  # the ledger, as in it
 BOUNDARIES = [f"{when} {name}" for name in (*STEPS, *WITHIN) for when in ("before", "after")] + ["inside transaction"]
 
 
-def _train(folder: Path, boundary: str, after: int) -> None:
-    """In a child: resumes the run; dies at the boundary, when it is reached for the ``after``-th time."""
+def _train(folder: Path, boundary: str, after: int, most: int) -> None:
+    """In a child: resumes the run; dies at the boundary, when it is reached for the ``after``-th time; is interrupted, and
+    ends well, after ``most`` steps."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks has it switched off
+    left = most
     reach = dying(boundary, after)
     for name, (owner, attribute) in STEPS.items():
         setattr(owner, attribute, _around(getattr(owner, attribute), name, reach))
@@ -41,7 +44,11 @@ def _train(folder: Path, boundary: str, after: int) -> None:
     touched = os.open(folder / "touched", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def counted(self: Any, num_units: int) -> Any:
+        nonlocal left
         os.write(touched, b"x")  # from here on the data of the step is touched
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
         return draw(self, num_units)
 
     ENGINE._draw_units = counted  # type: ignore[method-assign]
@@ -74,23 +81,23 @@ def test_two_hundred_deaths_of_a_training_hide_nothing(tmp_path):
     died: dict[str, int] = {}
     wasted = computed = 0
 
-    def child(boundary: str, after: int) -> int | None:
-        process = context.Process(target=_train, args=(tmp_path, boundary, after))
+    def child(boundary: str, after: int, most: int) -> int | None:
+        process = context.Process(target=_train, args=(tmp_path, boundary, after, most))
         process.start()
-        process.join(120)
+        process.join(600)
         return process.exitcode
 
     for number in range(200):
         boundary = BOUNDARIES[number % len(BOUNDARIES)]
-        once = boundary.endswith(("restoring", "releasing", "transaction", "writing entries"))
-        code = child(boundary, 1 if once else chance.randint(1, 12))
+        once = boundary.endswith(("saving", "restoring", "releasing", "transaction", "writing entries"))
+        code = child(boundary, 1 if once else chance.randint(1, 12), 30)
         assert code in (0, -signal.SIGKILL), boundary
         died[boundary] = died.get(boundary, 0) + (code != 0)
         computed = (tmp_path / "touched").stat().st_size if (tmp_path / "touched").exists() else 0
         charged = spent(ledger) if ledger.exists() else 0
         assert computed <= charged <= PLAN.steps and taken(tmp_path) <= computed
         wasted = charged - taken(tmp_path)
-    assert child("never", 1) == 0
+    assert child("never", 1, PLAN.steps + 1) == 0
     assert spent(ledger) == PLAN.steps
     assert taken(tmp_path) == PLAN.steps - wasted
     assert show(ledger)["epsilon"] == PLAN.epsilon()
