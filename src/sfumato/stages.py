@@ -121,6 +121,10 @@ def _release_in_words(plan: PrivatePlan) -> str:
     def one(values: dict[str, Any]) -> str:
         noise = values.get("modalities", [])
         detail = ", ".join(f"{m['name']} {m['dimension']} numbers, noise {m['noise_std']:.3g}" for m in noise)
+        if values["name"] == "codebook":
+            return (
+                f"codes (of {values['categories']}, told as they are with probability {values['keep_probability']:.3f})"
+            )
         return f"{values['name'].replace('_', ' ')} (noise multiplier {values['noise_multiplier']:.4g}{'; ' if detail else ''}{detail})"
 
     mechanism = plan.mechanism(())
@@ -524,7 +528,7 @@ def _control_scores(
         records_per_unit=plan.records_per_unit,
     )
     settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
-    if recipe.privacy.mechanism != "mean_embedding":  # there what is attacked is the mean itself
+    if recipe.privacy.mechanism in ("dp_sgd", "none", "latents"):  # of the others the mean itself is attacked
         _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
     units = np.arange(inside.num_units)
     others = np.arange(min(outside.num_units, 2 * inside.num_units))

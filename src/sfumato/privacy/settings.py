@@ -147,15 +147,33 @@ class MeanEmbeddingSettings:
         checks.positive(max_norm=self.max_norm)
 
 
-OF_RELEASES = ("latents", "mean_embedding")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodebookSettings:
+    """Attributes:
+    centre: share of epsilon that is spent first on a noisy mean of the pictures' latents, which codes are counted from.
+    max_norm: of a picture's latent in that mean.
+    """
+
+    centre: float = 0.05
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(max_norm=self.max_norm, centre=self.centre)
+        checks.probability(centre=self.centre)
+        if self.centre >= 1:
+            raise UsageError("centre = 1 · leaves nothing for the codes", next="Spend a few percent, 0.05.")
+
+
+OF_RELEASES = ("latents", "mean_embedding", "codebook")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacySettings:
     """Attributes:
     mechanism: dp_sgd; latents: every unit's own noised latents are released once, and trained on; mean_embedding: one noisy
-      mean is released, and a generator fitted to it; none (a non-private run, marked so everywhere).
-    latents, mean_embedding: what only that mechanism has.
+      mean is released, and a generator fitted to it; codebook: every unit's
+      own code, by randomised response; none (a non-private run, marked so everywhere).
+    latents, mean_embedding, codebook: what only that mechanism has.
     unit: what is protected: one record, or all the records of one person.
     records_per_unit: k, public: at most this many records of a unit make its gradient (their mean).
     population: N, the public number of units; None takes the number in the data and *declares it public*.
@@ -168,7 +186,7 @@ class PrivacySettings:
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
     adjacency: add_or_remove, zero_out or replace_one (privacy/events.py); the last needs about twice the noise. None is
-      add_or_remove, and zero_out for latents, whose rows everybody can count.
+      add_or_remove, and zero_out for latents and codes, whose rows everybody can count.
     bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
     largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
     noise: gaussian; or discrete, sampled exactly on the integers, slower.
@@ -177,7 +195,7 @@ class PrivacySettings:
       run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
     """
 
-    mechanism: Literal["dp_sgd", "latents", "mean_embedding", "none"] = "dp_sgd"
+    mechanism: Literal["dp_sgd", "latents", "mean_embedding", "codebook", "none"] = "dp_sgd"
     unit: Literal["record", "person"] = "record"
     records_per_unit: int = 1
     population: int | None = None
@@ -194,6 +212,7 @@ class PrivacySettings:
     noise: NoiseSource = "gaussian"
     latents: LatentSettings | None = None
     mean_embedding: MeanEmbeddingSettings | None = None
+    codebook: CodebookSettings | None = None
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
@@ -267,7 +286,7 @@ class PrivacySettings:
 
     def _check_mechanism(self) -> None:
         """Fills in what depends on the mechanism, and refuses what it does not have."""
-        for name, kind in (("latents", LatentSettings), ("mean_embedding", MeanEmbeddingSettings)):
+        for name, kind in _KINDS.items():
             if self.mechanism == name and getattr(self, name) is None:
                 object.__setattr__(self, name, kind())
             elif self.mechanism != name and getattr(self, name) is not None:
@@ -275,10 +294,10 @@ class PrivacySettings:
                     f"{name} · says nothing about mechanism {self.mechanism}", next=f"Set privacy.mechanism: {name}."
                 )
         if self.adjacency is None:
-            object.__setattr__(self, "adjacency", "zero_out" if self.mechanism == "latents" else "add_or_remove")
-        if self.mechanism == "latents" and self.adjacency == "add_or_remove":
+            object.__setattr__(self, "adjacency", "zero_out" if self.mechanism in _LOCAL else "add_or_remove")
+        if self.mechanism in _LOCAL and self.adjacency == "add_or_remove":
             raise UsageError(
-                "adjacency = add_or_remove · is not defined for latents: whoever sees the rows counts the units",
+                f"adjacency = add_or_remove · is not defined for {self.mechanism}: whoever sees the rows counts the units",
                 next="Set privacy.adjacency: zero_out, or replace_one.",
             )
         if self.mechanism in OF_RELEASES:
@@ -292,8 +311,13 @@ class PrivacySettings:
                         f"{name} = {getattr(self, name)} · says nothing about mechanism {self.mechanism}, which has no gradients",
                         next=f"Leave out privacy.{name}.",
                     )
-        if self.latents is not None and self.latents.centre and self.epsilon is None:
+        centre = self.latents.centre if self.latents else self.codebook.centre if self.codebook else 0.0
+        if centre and self.epsilon is None:
             raise UsageError(
-                f"centre = {self.latents.centre} · is a share of epsilon, which is not given",
+                f"centre = {centre} · is a share of epsilon, which is not given",
                 next="Set privacy.epsilon.",
             )
+
+
+_KINDS = {"latents": LatentSettings, "mean_embedding": MeanEmbeddingSettings, "codebook": CodebookSettings}
+_LOCAL = ("latents", "codebook")  # every unit has rows of its own

@@ -37,6 +37,7 @@ _CLAIMS = {  # what a recipe's mechanism may be called in its claim
     "dp_sgd": ("dp_sgd",),
     "latents": ("latent_release", "composition"),
     "mean_embedding": ("mean_embedding",),
+    "codebook": ("composition",),
 }
 _LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without
 PRIVACY_KEYS = (
@@ -419,6 +420,8 @@ def _released(asked: dict[str, Any]) -> Any:
     latents, mean = asked.get("latents"), asked.get("mean_embedding")
     if asked["mechanism"] == "mean_embedding":
         return mean.get("max_norm") if isinstance(mean, dict) else None
+    if asked["mechanism"] == "codebook":
+        return "codes"
     if asked["mechanism"] != "latents" or not isinstance(latents, dict):
         return None
     bounds = _bounds(latents) if latents.get("form") == "independent" else None
@@ -431,6 +434,8 @@ def _claimed_release(mechanism: dict[str, Any]) -> Any:
         return mechanism.get("max_norm")
     stages = mechanism.get("stages", [mechanism])
     last = stages[-1] if isinstance(stages, list) and stages and isinstance(stages[-1], dict) else {}
+    if last.get("name") == "codebook":
+        return "codes"
     if last.get("name") != "latent_release":
         return None
     bounds = _bounds(last) if last.get("form") == "independent" else None
