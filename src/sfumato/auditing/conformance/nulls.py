@@ -1,0 +1,43 @@
+"""The audit itself (row 24): where there is nothing to find, a lower bound above 0 may come at most as often as it says."""
+
+import numpy as np
+
+from sfumato.auditing import bounds
+from sfumato.auditing.conformance.bench import Bench
+from sfumato.auditing.conformance.outcome import Finding
+
+RUNS, SCORES, CONFIDENCE = 500, 100, 0.95
+
+
+def null_runs(bench: Bench, alpha: float) -> Finding:
+    """500 audits of nothing at 95 %, of the trainer's own ``lower_bound`` or, if it has none, of ours."""
+    from scipy.stats import binom
+
+    bound = bench.trainer.lower_bound
+    rng = np.random.default_rng(bench.seed * 17 + 5)
+    alarms = 0
+    for run in range(RUNS):
+        members, nonmembers = rng.normal(size=(2, SCORES))
+        if bound is None:
+            value = bounds.epsilon_lower_bound(members, nonmembers, delta=0.0, confidence=CONFIDENCE, seed=run)
+        else:
+            value = bound(members, nonmembers, 0.0, CONFIDENCE)
+        alarms += value > 0
+    p = float(binom.sf(alarms - 1, RUNS, 1 - CONFIDENCE))
+    whose = "this suite's lower bound" if bound is None else "the trainer's lower bound"
+    said = f"{whose} is above 0 in {alarms} of {RUNS} audits of nothing, {RUNS * (1 - CONFIDENCE):.0f} allowed: p = {p:.3g}"
+    return Finding(violated=p < alpha, because=said, figures={"alarms": float(alarms), "p_alarms": p})
+
+
+def best_threshold(bench: Bench) -> Bench:
+    """The largest bound over all thresholds, each at the full confidence."""
+    return bench.with_trainer(lower_bound=largest_over_thresholds)
+
+
+def largest_over_thresholds(members: np.ndarray, nonmembers: np.ndarray, delta: float, confidence: float) -> float:
+    thresholds = np.unique(np.concatenate([members, nonmembers]))
+    missed = np.searchsorted(np.sort(members), thresholds, side="left")
+    alarms = len(nonmembers) - np.searchsorted(np.sort(nonmembers), thresholds, side="left")
+    fnr = bounds.clopper_pearson_upper(missed, len(members), (1 - confidence) / 2)
+    fpr = bounds.clopper_pearson_upper(alarms, len(nonmembers), (1 - confidence) / 2)
+    return float(np.maximum(bounds.epsilon_of_errors(fnr, fpr, delta), bounds.epsilon_of_errors(fpr, fnr, delta)).max())
