@@ -170,6 +170,7 @@ def audit(
     false_alarm: float = FALSE_ALARM,
     noise_runs: int = NOISE_RUNS,
     games: int = GAMES,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Conformance:
     """Holds a trainer against its claim, row by row.
 
@@ -194,6 +195,7 @@ def audit(
         evidence = [decide(check, bench, alpha) for check in CHECKS if check.row == number and check.when(trainer)]
         unit, why = NOT_ABOUT.get(number, ("", ""))
         rows.append(outcome.row_of(number, evidence, not_about=why if unit and trainer.claim.unit != unit else ""))
+        progress(f"row {number} of {len(outcome.FAILURES)}: {rows[-1].verdict}")
     verdict, because = outcome.overall(rows)
     return Conformance(
         trainer=name or trainer.name,
