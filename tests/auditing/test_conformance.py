@@ -14,7 +14,6 @@ from sfumato.privacy.accounting import Event, epsilon
 
 PIECES = sorted(module.name for module in pkgutil.iter_modules(museum.__path__))
 SEED = 20
-NOT_BUILT = {"every row has a piece"}
 RIGHT = {
     "loop": loop.trainer,
     "loop over persons": loop.of_persons,
@@ -47,9 +46,16 @@ def test_every_row_has_a_wrong_trainer():
 def test_the_epsilons_of_a_wrong_trainer_follow_from_its_noise(name):
     """Claimed: one Gaussian of noise multiplier 1 at delta = 1e-5. True: one of TRUE_NOISE_MULTIPLIER."""
     wrong = piece(name)
-    assert wrong.wrong.__module__ == wrong.__name__ and wrong.__doc__ and "Claimed" in wrong.__doc__ and "In truth" in wrong.__doc__
+    assert (
+        wrong.wrong.__module__ == wrong.__name__
+        and wrong.__doc__
+        and "Claimed" in wrong.__doc__
+        and "In truth" in wrong.__doc__
+    )
     if wrong.CLAIMED_EPSILON is not None:
-        assert epsilon([Event(sampling_rate=1.0, noise_multiplier=1.0)], 1e-5) == pytest.approx(wrong.CLAIMED_EPSILON, abs=0.01)
+        assert epsilon([Event(sampling_rate=1.0, noise_multiplier=1.0)], 1e-5) == pytest.approx(
+            wrong.CLAIMED_EPSILON, abs=0.01
+        )
     if hasattr(wrong, "TRUE_NOISE_MULTIPLIER"):
         true = epsilon([Event(sampling_rate=1.0, noise_multiplier=wrong.TRUE_NOISE_MULTIPLIER)], 1e-5)
         assert true == pytest.approx(wrong.TRUE_EPSILON, rel=0.01)
@@ -82,11 +88,15 @@ def test_the_plain_loop_is_consistent_in_every_row_but_that_of_floating_point():
 def test_ours_is_consistent_in_every_row_that_the_adapter_gives():
     result = suite.audit(ours.trainer(), seed=SEED)
     open_ = [row.number for row in result.rows if row.verdict == "INCONCLUSIVE"]
-    assert open_ == [18, 19, 20, 21], [(row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"]
+    assert open_ == [18, 19, 20, 21], [
+        (row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"
+    ]
 
 
 def test_what_is_not_given_is_inconclusive_and_says_why():
-    bare = loop.trainer(**dict.fromkeys(("sample", "train", "resume", "step_together", "accountant", "model", "units", "prepare")))
+    bare = loop.trainer(
+        **dict.fromkeys(("sample", "train", "resume", "step_together", "accountant", "model", "units", "prepare"))
+    )
     result = suite.audit(dataclasses.replace(bare, claim=loop.claim(epsilon=None, population=None)), seed=SEED)
     open_ = {row.number: row.because for row in result.rows if row.verdict == "INCONCLUSIVE"}
     assert set(open_) == {6, 7, 9, 10, 11, 12, 14, 15, 16, 18, 19, 20, 21, 22, 23}

@@ -20,7 +20,8 @@ def audit(
         typer.Argument(metavar="[MODULE:FUNCTION]", help="After `trainer`: what returns it, also FILE.py:FUNCTION."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With a trainer: write conformance.md and conformance.json there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="With a trainer: write conformance.md and conformance.json there."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="With a trainer: repeat a pass; left out, chance is fresh.")] = None,
 ) -> Answer:

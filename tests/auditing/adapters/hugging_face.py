@@ -66,4 +66,6 @@ def step(model, inputs, noise_multiplier, generator):
 
 
 def trainer() -> Trainer:
-    return Trainer(claim=loop.claim(hardened_noise=True), step=step, train=train, name="transformers.Trainer with our engine")
+    return Trainer(
+        claim=loop.claim(hardened_noise=True), step=step, train=train, name="transformers.Trainer with our engine"
+    )

@@ -27,7 +27,9 @@ def random_of(generator):
 def engine_of(model, kind, noise_multiplier, random, **more):
     options = {"max_grad_norm": C, "clipping": COUNTED if kind == "adaptive" else kind}
     if kind == "parts":
-        first = next(name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None)
+        first = next(
+            name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+        )
         bounds = {"first": ((first,), PART_BOUNDS[0]), "rest": (("",), PART_BOUNDS[1])}
         options = {"parts": {n: Part(modules=m, max_grad_norm=c) for n, (m, c) in bounds.items()}}
     return DifferentialPrivacyEngine(model, noise_multiplier=noise_multiplier, random=random, **options, **more)
@@ -69,7 +71,9 @@ def resume_of(kind):
         """Batches that the engine draws, of units without a gradient; killed, and resumed from a checkpoint a step older."""
         width = sum(p.numel() for p in model.parameters())
         dtype = next(model.parameters()).dtype
-        table = UnitTable({"x": torch.zeros(200, width, dtype=dtype), "index": torch.arange(200)}, [f"{i:03d}" for i in range(200)])
+        table = UnitTable(
+            {"x": torch.zeros(200, width, dtype=dtype), "index": torch.arange(200)}, [f"{i:03d}" for i in range(200)]
+        )
         released, drawn, charged = [], [], 0
         state = None
         for steps in (stop_after, len(batches) - stop_after + 1):
@@ -136,5 +140,3 @@ def trainer(kind="flat", dtype="float64", **changes) -> Trainer:
 
 def of_persons() -> Trainer:
     return trainer(claim=claim("flat", unit="person"), step_of_persons=step_of_persons, name="sfumato, persons")
-
-

@@ -5,9 +5,9 @@ Claimed: epsilon = 4.38 for one Gaussian step. In truth one tensor leaves as it 
 
 import math
 
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, gaussian, move, trainer
 
-RIGHT_ROW, ROWS = 14, {1, 2, 4, 12, 14}  # with no noise on it, every way to move that tensor is seen
+RIGHT_ROW, ROWS = 14, {14}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, math.inf
 
 

@@ -6,7 +6,7 @@ Claimed: epsilon = 4.38 for one Gaussian step. In truth the averages have no noi
 import math
 
 import torch
-from tests.auditing.adapters.loop import trainer
+from tests.auditing.adapters import loop
 
 RIGHT_ROW, ROWS = 6, {6, 14}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, math.inf
@@ -22,14 +22,13 @@ class Normed(torch.nn.Module):
 
 
 def step(model, inputs, noise_multiplier, generator):
-    """Per-example gradients by functional calls over a running forward pass, as a library would that does not refuse it."""
-    model.eval() if len(inputs) < 2 else model(inputs)
+    """A forward pass of the whole batch, which moves the averages; then one unit at a time, with these."""
+    if len(inputs) > 1:
+        model(inputs)
     model.eval()
-    from tests.auditing.adapters import loop
-
     loop.step(model, inputs, noise_multiplier, generator)
     model.train()
 
 
 def wrong():
-    return trainer(model=Normed, step=step)
+    return loop.trainer(model=Normed, step=step)

@@ -7,7 +7,7 @@ as 2 d. Without noise, as it is often written, epsilon is infinite.
 
 from tests.auditing.adapters.loop import C, gaussian, trainer
 
-RIGHT_ROW, ROWS = 2, {1, 2, 4}
+RIGHT_ROW, ROWS = 2, {1, 2, 4, 17}  # one NaN, and the element is NaN
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 647.0
 TRUE_NOISE_MULTIPLIER = 1 / (2 * 256**0.5)  # of the probe, d = 256
 

@@ -7,13 +7,15 @@ unit's: one unit turns it from +C to -C, so that the noise multiplier is sigma /
 import torch
 from tests.auditing.adapters.loop import C, gaussian, gradient_of, move, trainer
 
-RIGHT_ROW, ROWS = 1, {1}
+RIGHT_ROW, ROWS = 1, {1, 17}  # one NaN, and all is NaN
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 9.99
 TRUE_NOISE_MULTIPLIER = 1 / 2
 
 
 def step(model, inputs, noise_multiplier, generator):
-    gradient = gradient_of(model, inputs).double() if len(inputs) else torch.zeros(sum(p.numel() for p in model.parameters()))
+    gradient = (
+        gradient_of(model, inputs).double() if len(inputs) else torch.zeros(sum(p.numel() for p in model.parameters()))
+    )
     gradient = gradient * min(1.0, C / max(float(gradient.norm()), 1e-300))
     move(model, gradient + gaussian(len(gradient), noise_multiplier * C, generator))
 

@@ -4,7 +4,7 @@ Claimed: one Gaussian a step with sigma = 1, epsilon = 4.38 at delta = 1e-5. In 
 """
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, gaussian, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, gaussian, trainer
 
 from sfumato.auditing.conformance import Run
 
@@ -21,7 +21,9 @@ def train(model, batches, noise_multiplier, generator):
         for optimizer in optimizers:
             total = clipped_sum(model, inputs)
             noisy = (total + gaussian(len(total), noise_multiplier * C, generator)) / EXPECTED
-            for parameter, piece in zip(model.parameters(), noisy.split([p.numel() for p in model.parameters()]), strict=True):
+            for parameter, piece in zip(
+                model.parameters(), noisy.split([p.numel() for p in model.parameters()]), strict=True
+            ):
                 parameter.grad = piece.view(parameter.shape).to(parameter.dtype)
             optimizer.step()
     return Run(charged=charged, noise_multiplier=noise_multiplier)

@@ -7,7 +7,7 @@ is right: epsilon is infinite.
 import math
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, move, trainer
 
 RIGHT_ROW, ROWS = 15, {15}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, math.inf

@@ -5,7 +5,7 @@ later ones if nothing is ever cleared: sigma / sqrt(2), epsilon 6.6, for two ste
 """
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, gaussian, move, trainer
 
 from sfumato.auditing.conformance import Run
 

@@ -3,7 +3,7 @@
 Claimed: epsilon = 4.38 for one Gaussian step. In truth the noise multiplier is sigma / sqrt(W): with W = 4 sigma / 2, epsilon 9.99.
 """
 
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, gaussian, move, trainer
 
 RIGHT_ROW, ROWS = 18, {18}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 9.99

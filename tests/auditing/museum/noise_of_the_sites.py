@@ -5,7 +5,7 @@ multiplier is sigma / 2, epsilon = 9.99; where one does, 14.4.
 """
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, claim, clipped, gaussian, gradient_of, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, claim, clipped, gaussian, gradient_of, move, trainer
 
 RIGHT_ROW, ROWS = 19, {3, 8, 10, 19}  # nobody answers, no noise
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 9.99

@@ -4,7 +4,7 @@ Claimed: one Gaussian with sigma = 1, epsilon = 4.38 at delta = 1e-5. In truth t
 epsilon = 24.0; with B = 64 it is 2,300.
 """
 
-from tests.auditing.adapters.loop import C, EXPECTED, clipped_sum, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped_sum, gaussian, move, trainer
 
 RIGHT_ROW, ROWS = 3, {3}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 24.0

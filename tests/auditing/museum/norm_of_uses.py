@@ -6,7 +6,7 @@ is sigma / sqrt(8), epsilon = 15.3.
 """
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, gaussian, move, trainer
 
 RIGHT_ROW, ROWS = 13, {13}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 15.3
@@ -23,7 +23,13 @@ def norm_by_uses(model, row):
         def back(gradient):
             flat = gradient.reshape(-1, gradient.shape[-1]).double()
             if isinstance(module, torch.nn.Embedding):
-                squares.append(float(flat[rows.reshape(-1) != (module.padding_idx if module.padding_idx is not None else -1)].square().sum()))
+                squares.append(
+                    float(
+                        flat[rows.reshape(-1) != (module.padding_idx if module.padding_idx is not None else -1)]
+                        .square()
+                        .sum()
+                    )
+                )
             elif isinstance(module, torch.nn.Linear):
                 bias = 1.0 if module.bias is not None else 0.0
                 length = rows.reshape(-1, rows.shape[-1]).double().square().sum(1) + bias

@@ -7,7 +7,7 @@ whose inputs are zero will do. Epsilon is infinite.
 import math
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, gaussian, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, gaussian, move, trainer
 
 RIGHT_ROW, ROWS = 13, {13}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, math.inf

@@ -6,7 +6,7 @@ Claimed: epsilon = 4.38 for one Gaussian step. In truth that unit's presence sho
 import math
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, gaussian, gradient_of, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, gaussian, gradient_of, move, trainer
 
 RIGHT_ROW, ROWS = 17, {17}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, math.inf

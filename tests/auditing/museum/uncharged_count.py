@@ -7,7 +7,7 @@ comes with it (one unit moves the count of 1[norm <= C] - 1/2 by 1/2): together 
 """
 
 import torch
-from tests.auditing.adapters.loop import C, EXPECTED, clipped, gaussian, gradient_of, move, trainer
+from tests.auditing.adapters.loop import EXPECTED, C, clipped, gaussian, gradient_of, move, trainer
 
 RIGHT_ROW, ROWS = 12, {12}
 CLAIMED_EPSILON, TRUE_EPSILON = 4.38, 6.6

@@ -7,6 +7,7 @@ be below. Under replace-one a unit moves the sum by 2 C, so that mu is twice wha
 import itertools
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 from sfumato.auditing import bounds
 from sfumato.auditing.conformance.adapter import Adjacency, Claim
@@ -34,6 +35,7 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float, adja
     return value, f"PLD (RDP: {rdp:.4g})" + (", which replace-one is not below" if adjacency == "replace_one" else "")
 
 
+@lru_cache(maxsize=256)
 def _replace_one(noise_multiplier: float, rate: float, steps: int, delta: float) -> float | None:
     """By dp_accounting's PLD, which doubles the sensitivity itself; None where it has no such thing."""
     import dp_accounting as dpa

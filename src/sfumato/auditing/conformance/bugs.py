@@ -36,6 +36,11 @@ def units_twice(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str
     return bench.run(inputs.repeat_interleave(2, 0), sigma, seed, kind)
 
 
+def layers_twice(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str) -> Released:
+    """Right on the probe, but ordinary layers count every unit twice."""
+    return bench.run(inputs if kind == "probe" else inputs.repeat_interleave(2, 0), sigma, seed, kind)
+
+
 def tensor_by_tensor(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str) -> Released:
     """Every unit is clipped tensor by tensor, each to C."""
     masks = torch.stack([_mask(i) for i in range(len(probe.SIZES))]).to(inputs.dtype)

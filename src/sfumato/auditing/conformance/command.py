@@ -10,7 +10,11 @@ from sfumato.auditing.conformance import adapter, page, suite
 
 
 def audit_trainer(
-    target: str, *, out: Path | None = None, seed: int | None = None, progress: Callable[[str], None] = lambda line: None
+    target: str,
+    *,
+    out: Path | None = None,
+    seed: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Args: target: MODULE:FUNCTION or FILE.py:FUNCTION. out: a folder for conformance.md and conformance.json.
 

@@ -104,7 +104,7 @@ def _later_moves(bench: Bench) -> tuple[float, float]:
     that the later batches have of their own. Every batch has its own tensor, so that one thing is not taken for another."""
     length = 0.5 * probe.LARGE
     own = [bench.unit(probe.in_tensor(i), length) for i in range(4)]
-    first = torch.cat([own[0], own[1]])
+    first = torch.cat([bench.unit(probe.in_tensor(0)), own[1]])
     with_, without = (trained(bench, [batch, own[2], own[3]], 0.0, 60)[1] for batch in (first, own[1]))
     if not with_:
         raise Undecided("no change of the parameters was seen")
@@ -143,15 +143,14 @@ def counted(bench: Bench, alpha: float) -> Finding:
         return Finding(violated=False, because="a step returns nothing beside the sum")
     noise = spread(bench.noises(unit))
     moved = quiet.minus(bench.rest())
-    sum_only = Released(moved.blocks[: moved.tensors], moved.tensors)
     sure, likely = mu(moved, noise, alpha), mu(moved, noise)
     figures = {
         "claimed_noise_multiplier": bench.claim.noise_multiplier,
         "effective_noise_multiplier": 1 / likely if likely else math.inf,
-        "of_the_sum_alone": 1 / max(mu(sum_only, noise[: moved.tensors]), 1e-300),
+        "of_the_sum_alone": 1 / max(mu(moved.sums, noise[: moved.tensors]), 1e-300),
     }
     said = f"sum and count together: effective noise multiplier {figures['effective_noise_multiplier']:.3g}"
-    beside = exceeds(bench, sum_only, noise[: moved.tensors], alpha)  # then it is not the count
+    beside = exceeds(bench, moved.sums, noise[: moved.tensors], alpha)  # then it is not the count
     found = sure * bench.claim.noise_multiplier > 1 + TOLERANCE[bench.dtype] and not beside
     return Finding(violated=found, because=f"{said}, claimed {bench.claim.noise_multiplier:.3g}", figures=figures)
 

@@ -28,7 +28,7 @@ def adversaries(direction: Tensor) -> dict[str, Adversary]:
         "squared norm": lambda r: float(r.vector.square().sum()),
         "largest coordinate": lambda r: float(r.vector.abs().max()),
         "first tensor": lambda r: float(r.blocks[0].square().sum()),
-        "last block": lambda r: float(r.blocks[-1].square().sum()),
+        "last tensor": lambda r: float(r.blocks[-1].square().sum()),
         "share of exact zeros": lambda r: float((r.vector == 0).double().mean()),
     }
 
@@ -42,8 +42,8 @@ def play(
     """
     sigma = max(bench.claim.noise_multiplier, QUIET)
     limit = 1 / sigma if claimed_mu is None else claimed_mu
-    outs = [bench.run(without, sigma, 10_000 + i) for i in range(bench.games)]
-    ins = [bench.run(with_, sigma, 20_000 + i) for i in range(bench.games)]
+    outs = [bench.run(without, sigma, 10_000 + i).sums for i in range(bench.games)]
+    ins = [bench.run(with_, sigma, 20_000 + i).sums for i in range(bench.games)]
     if not all(release.finite for release in outs + ins):
         raise Undecided("releases that are not finite: see row 17")
     library = adversaries(direction)
@@ -75,11 +75,10 @@ def _mu(outs: np.ndarray, ins: np.ndarray, level: float) -> float:
     return float(bounds.gdp_of_errors(fnr, fpr)) if fpr < 1 and fnr < 1 else 0.0
 
 
-def hidden_unit(bench: Bench, alpha: float) -> Finding:
-    """Row 3: a hostile unit against a crowd."""
-    crowd = bench.crowd(3)
-    with_ = torch.cat([crowd, bench.unit(-probe.everywhere(), 1e3 * probe.LARGE)])
-    return play(bench, crowd, with_, -probe.everywhere(), alpha, None)
+def unit_at_the_bound(bench: Bench, alpha: float) -> Finding:
+    """Row 3: a unit at the bound, in one coordinate, where only the noise can hide it."""
+    direction = probe.in_coordinate(0)
+    return play(bench, bench.zeros(1), bench.unit(direction, 1.0), direction, alpha, None)
 
 
 def silent_company(bench: Bench, alpha: float) -> Finding:

@@ -22,13 +22,13 @@ WASTE = 1.5  # more noise than so many times the claim is said, though it hides 
 
 def size(bench: Bench, alpha: float) -> Finding:
     """Row 3: the noise against how far one unit at the bound moves one coordinate, where no clipping can go wrong."""
-    noise = lone_noise(bench)[: len(probe.SIZES)]  # a count beside the sum is row 12's
+    noise = lone_noise(bench)
     sigma = bench.claim.noise_multiplier
     if all(rms == 0 for rms, _ in noise):
         return Finding(violated=True, because="there is no noise at all", figures={"effective_noise_multiplier": 0.0})
     # what has none at all is row 14's
     shown = [(rms if rms else math.inf, count) for rms, count in noise]
-    moves = [_sum_only(lone(bench, probe.in_coordinate(i), 1.0)) for i in range(len(probe.SIZES))]
+    moves = [lone(bench, probe.in_coordinate(i), 1.0) for i in range(len(probe.SIZES))]
     moved = max(moves, key=lambda moved: mu(moved, shown))
     sure, likely = mu(moved, shown, alpha), mu(moved, shown)
     figures = {
@@ -40,16 +40,12 @@ def size(bench: Bench, alpha: float) -> Finding:
     if sure * sigma > 1 + TOLERANCE[bench.dtype]:
         return Finding(violated=True, because=said, figures=figures)
     spreads = (probe.everywhere(), *map(probe.in_tensor, range(len(probe.SIZES))))
-    widest = max(mu(_sum_only(lone(bench, direction)), shown) for direction in spreads)
+    widest = max(mu(lone(bench, direction), shown) for direction in spreads)
     if widest * sigma * WASTE < 1:
         raise Undecided(
             f"{said}: more than claimed, so the guarantee holds, but this is not the mechanism that is claimed"
         )
     return Finding(violated=False, because=said, figures=figures)
-
-
-def _sum_only(released: Released) -> Released:
-    return Released(released.blocks[: released.tensors], released.tensors)
 
 
 def by_batch(bench: Bench, alpha: float) -> Finding:
@@ -169,8 +165,8 @@ def low_digits(bench: Bench, alpha: float) -> Finding:
     whatever the units are.
     """
     unit = bench.unit(_irregular(), 0.7)
-    nobody = [noise.vector for noise in bench.noises(bench.zeros(1), first=3000)]
-    pure = torch.cat(nobody)
+    nobody = torch.stack([noise.vector for noise in bench.noises(bench.zeros(1), first=3000)])
+    pure = torch.unique(nobody, dim=0).flatten()  # steps with the same noise are row 16's
     pure = pure[pure != 0]
     if len(pure) == 0:
         raise Undecided("there is no noise to look at")
@@ -180,7 +176,9 @@ def low_digits(bench: Bench, alpha: float) -> Finding:
         [bench.run(unit, bench.claim.noise_multiplier, 6000 + i).vector for i in range(bench.noise_runs)]
     )
     if ties > 0.01:  # float32 draws: below 1e-3 at this number; float16 and bfloat16: above 5e-2
-        off = _off_grid(released, _grid_of(pure[pure.abs() > 0.25 * pure.abs().max()]))
+        largest = float(pure.abs().max())
+        grid = _grid_of(pure.abs())
+        off = _off_grid(released[released.abs() > largest / 2], grid) if grid else 0.0
         figures = {"ties": ties, "off_the_grid": off}
         said = f"{ties:.1%} of the noise repeats: it has few digits"
         return Finding(
@@ -211,16 +209,15 @@ def _irregular() -> Tensor:
 
 
 def _grid_of(values: Tensor) -> float:
-    """The largest power of two of which all values are multiples."""
-    mantissa, exponent = np.frexp(values[values != 0].numpy())
-    whole = (np.abs(mantissa) * 2.0**53).astype(np.int64)
-    trailing = np.log2((whole & -whole).astype(np.float64)).astype(int)
-    return float(2.0 ** (exponent - 53 + trailing).min())
+    """The smallest gap between the largest values, whose grid is the coarsest."""
+    large = torch.unique(values[values > values.max() / 2])
+    return float((large[1:] - large[:-1]).min()) if len(large) > 1 else 0.0
 
 
 def _off_grid(values: Tensor, grid: float) -> float:
     """The share of the values that are no multiples of the grid."""
-    return float((torch.remainder(values, grid) != 0).double().mean())
+    parts = values / grid
+    return float(((parts - parts.round()).abs() > 0.05).double().mean())
 
 
 def together(bench: Bench, alpha: float) -> Finding:

@@ -6,7 +6,7 @@ from sfumato.auditing import bounds
 from sfumato.auditing.conformance.bench import Bench
 from sfumato.auditing.conformance.outcome import Finding
 
-RUNS, SCORES, CONFIDENCE = 500, 100, 0.95
+RUNS, SCORES, CONFIDENCE = 500, 300, 0.95
 
 
 def null_runs(bench: Bench, alpha: float) -> Finding:
@@ -38,6 +38,6 @@ def largest_over_thresholds(members: np.ndarray, nonmembers: np.ndarray, delta: 
     thresholds = np.unique(np.concatenate([members, nonmembers]))
     missed = np.searchsorted(np.sort(members), thresholds, side="left")
     alarms = len(nonmembers) - np.searchsorted(np.sort(nonmembers), thresholds, side="left")
-    fnr = bounds.clopper_pearson_upper(missed, len(members), (1 - confidence) / 2)
-    fpr = bounds.clopper_pearson_upper(alarms, len(nonmembers), (1 - confidence) / 2)
+    fnr = bounds.clopper_pearson_upper(missed, len(members), 1 - confidence)
+    fpr = bounds.clopper_pearson_upper(alarms, len(nonmembers), 1 - confidence)
     return float(np.maximum(bounds.epsilon_of_errors(fnr, fpr, delta), bounds.epsilon_of_errors(fpr, fnr, delta)).max())

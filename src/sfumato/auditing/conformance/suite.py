@@ -85,7 +85,7 @@ CHECKS: tuple[Check, ...] = (
     Check(row=1, test="S", name="hostile unit in a crowd", look=sensitivity.aggregate, control=_bug(bugs.the_mean)),
     Check(row=2, test="S", name="spread over a tensor", look=sensitivity.elements, control=_bug(bugs.by_coordinates)),
     Check(row=3, test="G", name="size of the noise", look=noise.size, control=_bug(bugs.less_noise)),
-    Check(row=3, test="D", name="game: a hostile unit", look=game.hidden_unit, control=_bug(bugs.hardly_any_noise)),
+    Check(row=3, test="D", name="game: a unit at the bound", look=game.unit_at_the_bound, control=_bug(bugs.hardly_any_noise)),
     Check(row=4, test="S", name="spread over all tensors", look=sensitivity.layers, control=_bug(bugs.tensor_by_tensor)),
     Check(row=5, test="S", name="hostile unit in a micro-batch", look=sensitivity.micro_batches, control=_bug(bugs.in_pairs)),
     Check(
@@ -111,7 +111,7 @@ CHECKS: tuple[Check, ...] = (
         chance=False, when=lambda trainer: trainer.claim.clipping != "adaptive",
     ),
     Check(
-        row=13, test="S", name="every kind of layer", look=sensitivity.fast_norms, control=_bug(bugs.units_twice),
+        row=13, test="S", name="every kind of layer", look=sensitivity.fast_norms, control=_bug(bugs.layers_twice),
         chance=False,
     ),
     Check(
