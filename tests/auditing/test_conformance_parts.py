@@ -75,7 +75,7 @@ def test_every_bug_that_is_put_in_is_of_the_kind_it_says():
     assert effective(bench) == pytest.approx(1.0, rel=1e-3)
     assert effective(bench.broken(bugs.units_twice)) == pytest.approx(1 / 2, rel=1e-3)
     assert effective(bench.broken(bugs.tensor_by_tensor)) == pytest.approx(1 / 6**0.5, rel=1e-3)
-    assert effective(bench.broken(bugs.by_coordinates)) == pytest.approx(1 / 2, rel=1e-3)
+    assert effective(bench.broken(bugs.by_coordinates)) == pytest.approx(1 / 32**0.5, rel=1e-3)
     assert effective(bench.broken(bugs.the_mean)) == pytest.approx(1 / 2, rel=1e-3)
     assert effective(bench.broken(bugs.in_pairs)) == pytest.approx(1 / 2, rel=1e-3)
 

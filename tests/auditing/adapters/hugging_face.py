@@ -27,6 +27,7 @@ class PrivateTrainer(transformers.Trainer):
             use_cpu=True,
         )
         super().__init__(model=model, args=arguments)
+        self.remove_callback(transformers.PrinterCallback)
         self.given = given
         self.noise = noise_multiplier
         self.random = random

@@ -48,8 +48,8 @@ def tensor_by_tensor(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind
 
 
 def by_coordinates(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str) -> Released:
-    """Every unit is clipped in four pieces, each of a quarter of the coordinates."""
-    masks = (torch.arange(inputs.shape[1])[None] % 4 == torch.arange(4)[:, None]).to(inputs.dtype)
+    """Every unit is clipped in 32 pieces, each of every 32nd coordinate."""
+    masks = (torch.arange(inputs.shape[1])[None] % 32 == torch.arange(32)[:, None]).to(inputs.dtype)
     return bench.run((inputs[:, None] * masks).flatten(0, 1), sigma, seed, kind)
 
 
@@ -88,7 +88,7 @@ def half_precision(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: 
 def low_bits(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str) -> Released:
     """Something below the grid is added that depends on the units."""
     released = bench.run(inputs, sigma, seed, kind)
-    return released.scaled(1 + 2.0**-40) if sigma else released
+    return released.scaled(1 + 2.0**-36) if sigma else released
 
 
 def one_tensor_bare(bench: Bench, inputs: Tensor, sigma: float, seed: int, kind: str) -> Released:

@@ -77,7 +77,7 @@ def _mu(outs: np.ndarray, ins: np.ndarray, level: float) -> float:
 
 def unit_at_the_bound(bench: Bench, alpha: float) -> Finding:
     """Row 3: a unit at the bound, in one coordinate, where only the noise can hide it."""
-    direction = probe.in_coordinate(0)
+    direction = probe.in_coordinate(len(probe.SIZES) - 1)
     return play(bench, bench.zeros(1), bench.unit(direction, 1.0), direction, alpha, None)
 
 

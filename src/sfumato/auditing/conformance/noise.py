@@ -178,7 +178,7 @@ def low_digits(bench: Bench, alpha: float) -> Finding:
     if ties > 0.01:  # float32 draws: below 1e-3 at this number; float16 and bfloat16: above 5e-2
         largest = float(pure.abs().max())
         grid = _grid_of(pure.abs())
-        off = _off_grid(released[released.abs() > largest / 2], grid) if grid else 0.0
+        off = _beside(released[released.abs() > largest / 2], grid) if grid else 0.0
         figures = {"ties": ties, "off_the_grid": off}
         said = f"{ties:.1%} of the noise repeats: it has few digits"
         return Finding(
@@ -189,17 +189,34 @@ def low_digits(bench: Bench, alpha: float) -> Finding:
             f"ordinary floating-point noise ({ties:.2%} of it repeats), and no claim that its low bits are safe"
         )
     fine = bench.in_float64()
-    scale = lone(fine, probe.in_coordinate(0), 0.5).norm / (0.5 * fine.claim.max_grad_norm)
     std = fine.claim.noise_multiplier * fine.claim.max_grad_norm
     grid = math.ldexp(1.0, math.floor(math.log2(std)) - 33)
-    off = 0.0
-    for inputs, first in ((fine.zeros(1), 3000), (unit.double(), 6000)):
-        values = torch.cat([fine.run(inputs, fine.claim.noise_multiplier, first + i).vector for i in range(4)]) / (
-            scale * grid
-        )
-        off = max(off, float(((values - values.round()).abs() > 0.01).double().mean()))
+    released = torch.cat(
+        [
+            fine.run(inputs, fine.claim.noise_multiplier, first + i).vector
+            for inputs, first in ((fine.zeros(1), 3000), (unit.double(), 6000))
+            for i in range(4)
+        ]
+    )
+    off = min(_beside(released / scale, grid) for scale in _scales(fine))
     said = f"{off:.0%} of the releases lie beside the grid of 2^-33 noise, whatever the units are"
     return Finding(violated=off > 0.001, because=said, figures={"ties": ties, "off_the_grid": off})
+
+
+def _scales(bench: Bench) -> list[float]:
+    """What the sum may have been multiplied with before it was released: by how a short gradient comes out, by how a long one
+    does (where short ones are made longer), or one over the expected batch size."""
+    length = 1e-3
+    short = lone(bench, probe.in_coordinate(0), length).norm / (length * bench.claim.max_grad_norm)
+    long = lone(bench, probe.everywhere()).norm / bench.claim.max_grad_norm
+    stated = bench.claim.expected_batch_size
+    return [scale for scale in (short, long, 1 / stated if stated else 0.0) if scale > 0]
+
+
+def _beside(values: Tensor, grid: float) -> float:
+    """The share of the values that are no multiples of the grid, up to the rounding of a division."""
+    parts = values / grid
+    return float(((parts - parts.round()).abs() > 0.01).double().mean())
 
 
 def _irregular() -> Tensor:
@@ -212,12 +229,6 @@ def _grid_of(values: Tensor) -> float:
     """The smallest gap between the largest values, whose grid is the coarsest."""
     large = torch.unique(values[values > values.max() / 2])
     return float((large[1:] - large[:-1]).min()) if len(large) > 1 else 0.0
-
-
-def _off_grid(values: Tensor, grid: float) -> float:
-    """The share of the values that are no multiples of the grid."""
-    parts = values / grid
-    return float(((parts - parts.round()).abs() > 0.05).double().mean())
 
 
 def together(bench: Bench, alpha: float) -> Finding:

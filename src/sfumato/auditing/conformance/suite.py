@@ -57,6 +57,20 @@ def _bug(bug: Callable[..., bugs.Released]) -> Callable[[Bench], Bench]:
     return lambda bench: bench.broken(bug)
 
 
+def _cut_up(bench: Bench) -> bool:
+    """Whether the bound is made of bounds for parts, so that one coordinate or one tensor does not reach it."""
+    return bench.claim.clipping in ("per_layer", "other")
+
+
+def _much_less_noise(bench: Bench) -> Bench:
+    return bench.broken(bugs.hardly_any_noise if _cut_up(bench) else bugs.less_noise)
+
+
+def _layers_as_one(bench: Bench) -> Bench:
+    """Each layer clipped to C; where each is clipped already, the noise of half the bound."""
+    return bench.broken(bugs.less_noise if bench.claim.clipping == "per_layer" else bugs.tensor_by_tensor)
+
+
 def _by_person(trainer: Trainer) -> bool:
     return trainer.claim.unit == "person"
 
@@ -84,9 +98,9 @@ def _less_noise_together(bench: Bench) -> Bench:
 CHECKS: tuple[Check, ...] = (
     Check(row=1, test="S", name="hostile unit in a crowd", look=sensitivity.aggregate, control=_bug(bugs.the_mean)),
     Check(row=2, test="S", name="spread over a tensor", look=sensitivity.elements, control=_bug(bugs.by_coordinates)),
-    Check(row=3, test="G", name="size of the noise", look=noise.size, control=_bug(bugs.less_noise)),
+    Check(row=3, test="G", name="size of the noise", look=noise.size, control=_much_less_noise),
     Check(row=3, test="D", name="game: a unit at the bound", look=game.unit_at_the_bound, control=_bug(bugs.hardly_any_noise)),
-    Check(row=4, test="S", name="spread over all tensors", look=sensitivity.layers, control=_bug(bugs.tensor_by_tensor)),
+    Check(row=4, test="S", name="spread over all tensors", look=sensitivity.layers, control=_layers_as_one),
     Check(row=5, test="S", name="hostile unit in a micro-batch", look=sensitivity.micro_batches, control=_bug(bugs.in_pairs)),
     Check(
         row=6, test="L", name="losses of other units", look=boundary.independent_losses, control=boundary.coupled_losses,
