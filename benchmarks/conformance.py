@@ -78,7 +78,7 @@ def main() -> None:
     for piece in sorted(pieces, key=lambda piece: (piece.RIGHT_ROW, piece.__name__)):
         rows: Counter[int] = Counter()
         for seed in range(arguments.museum):
-            rows.update(suite.audit(piece.wrong(), seed=2000 + seed).convicted)
+            rows.update(suite.audit(piece.wrong(), seed=2000 + seed, controls=False).convicted)
         hits = rows.pop(piece.RIGHT_ROW, 0)
         also = ", ".join(map(str, sorted(rows))) or "-"
         name = piece.__name__.rpartition(".")[2]

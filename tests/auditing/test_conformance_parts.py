@@ -1,6 +1,7 @@
 """The pieces of the suite, each against something slower or known: the probe, the bounds of mu, the verdicts, the adapter."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,18 @@ import torch
 from scipy.stats import binom
 from tests.auditing.adapters import loop
 
-from sfumato.auditing.conformance import accounts, adapter, boundary, bugs, game, outcome, page, probe, sensitivity, suite
+from sfumato.auditing.conformance import (
+    accounts,
+    adapter,
+    boundary,
+    bugs,
+    game,
+    outcome,
+    page,
+    probe,
+    sensitivity,
+    suite,
+)
 from sfumato.auditing.conformance.bench import Bench, Released, spread
 from sfumato.auditing.conformance.outcome import Evidence, Finding, Undecided
 from sfumato.errors import UsageError
@@ -41,7 +53,9 @@ def test_the_lower_bound_of_mu_is_above_the_truth_as_seldom_as_it_says():
     alarms = 0
     for _ in range(2_000):
         noise = [
-            Released(tuple(torch.from_numpy(rng.normal(0, s, len(b))) for b, s in zip(moved.blocks, stds, strict=True)), 2)
+            Released(
+                tuple(torch.from_numpy(rng.normal(0, s, len(b))) for b, s in zip(moved.blocks, stds, strict=True)), 2
+            )
             for _ in range(10)
         ]
         alarms += sensitivity.mu(moved, spread(noise), 0.05) > truth
@@ -119,7 +133,12 @@ def check_of(look, control_found=True):
 
 @pytest.mark.parametrize(
     ("found", "control", "verdict"),
-    [(True, True, "VIOLATION"), (True, False, "VIOLATION"), (False, True, "CONSISTENT"), (False, False, "INCONCLUSIVE")],
+    [
+        (True, True, "VIOLATION"),
+        (True, False, "VIOLATION"),
+        (False, True, "CONSISTENT"),
+        (False, False, "INCONCLUSIVE"),
+    ],
 )
 def test_consistent_needs_a_control_that_was_found(found, control, verdict):
     bench = Bench(loop.trainer())
@@ -154,7 +173,10 @@ def test_one_violation_decides_the_whole_and_rows_that_do_not_apply_leave_it_con
     rows = [outcome.row_of(1, [evidence("CONSISTENT")]), outcome.row_of(19, [], not_about="no sites")]
     assert outcome.overall(rows)[0] == "CONSISTENT"
     assert outcome.overall([*rows, outcome.row_of(2, [evidence("INCONCLUSIVE")])])[0] == "INCONCLUSIVE"
-    assert outcome.overall([*rows, outcome.row_of(2, [evidence("VIOLATION")])]) == ("VIOLATION", "the claim is false: row 2.")
+    assert outcome.overall([*rows, outcome.row_of(2, [evidence("VIOLATION")])]) == (
+        "VIOLATION",
+        "the claim is false: row 2.",
+    )
 
 
 def test_the_false_alarms_of_all_checks_add_up_to_that_of_the_pass():
@@ -180,7 +202,9 @@ def test_more_noise_than_claimed_is_no_violation_and_is_not_called_consistent():
 
 
 def test_epsilon_of_replace_one_is_that_of_twice_the_distance():
-    assert accounts.epsilon(2.0, 1.0, 1, 1e-5, "replace_one")[0] == pytest.approx(accounts.epsilon(1.0, 1.0, 1, 1e-5, "add_or_remove")[0])
+    assert accounts.epsilon(2.0, 1.0, 1, 1e-5, "replace_one")[0] == pytest.approx(
+        accounts.epsilon(1.0, 1.0, 1, 1e-5, "add_or_remove")[0]
+    )
     sampled, how = accounts.epsilon(1.0, 0.1, 10, 1e-5, "replace_one")
     assert sampled >= accounts.epsilon(1.0, 0.1, 10, 1e-5, "add_or_remove")[0], how
 
@@ -190,7 +214,7 @@ def test_hints_name_the_lines_of_the_source():
 
     (hint,) = [hint for hint in boundary.hints(clip_of_the_mean.wrong()) if "clip_grad_norm_" in hint]
     line = int(hint.split(":")[1])
-    assert "clip_grad_norm_" in open(clip_of_the_mean.__file__).read().splitlines()[line - 1]
+    assert "clip_grad_norm_" in Path(clip_of_the_mean.__file__).read_text().splitlines()[line - 1]
     assert any("manual_seed" in hint for hint in boundary.hints(seeded_noise.wrong()))
     assert boundary.hints(loop.trainer()) == []
 

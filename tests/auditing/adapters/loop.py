@@ -140,11 +140,15 @@ def trainer(**changes):
         "model": Network,
         "units": units,
         "prepare": lambda inputs: inputs / 2,
-        "lower_bound": lower_bound,
     }
     return Trainer(**{**calls, **changes})
 
 
 def of_persons():
     """The same, with persons as units."""
-    return trainer(name="a plain loop over persons", claim=claim(unit="person"), step_of_persons=step_of_persons)
+    return trainer(
+        name="a plain loop over persons",
+        claim=claim(unit="person"),
+        step_of_persons=step_of_persons,
+        lower_bound=lower_bound,
+    )

@@ -87,6 +87,5 @@ def trainer(guarded=True) -> Trainer:
         accountant=accountant,
         resume=None,
         step_together=None,
-        lower_bound=None,
         prepare=None,
     )

@@ -100,7 +100,7 @@ class Run:
 class Trainer:
     """A private trainer, as the suite sees it.
 
-    Attributes (g is a torch.Generator; torch's global one is seeded too):
+    Attributes (g is a torch.Generator; torch's global one of the CPU is seeded too):
       step(model, inputs, noise_multiplier, g): one private step on exactly these units, (B, ...) with B = 0 too; without
         noise where the multiplier is 0. Returns None, or a list of whatever else the step releases (a count, a bound).
       sample(population, sampling_rate, steps, g): the units that each of the steps draws, as arrays of indices.

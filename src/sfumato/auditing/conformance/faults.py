@@ -77,7 +77,7 @@ def _observed(
         finally:
             handle.remove()
 
-    bench.observe(probe.Probe(bench.dtype), seed, whole, what)
+    bench.observe(probe.model_of("probe", bench.dtype), seed, whole, what)
     run = runs[0]
     if not isinstance(run, Run):
         raise Undecided(f"{what} returned {type(run).__name__}, not a conformance.Run")

@@ -241,7 +241,7 @@ def together(bench: Bench, alpha: float) -> Finding:
 
     def released(inputs: Tensor, sigma: float, seed: int, processes: int) -> Released:
         return bench.observe(
-            probe.Probe(bench.dtype),
+            probe.model_of("probe", bench.dtype),
             seed,
             lambda model, g: step(model, inputs.clone(), sigma, g, processes),
             "step_together",

@@ -139,11 +139,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def model_of(kind: str, dtype: torch.dtype) -> nn.Module:
     """The same model every time; "probe" or one of MODELS."""
-    if kind == "probe":
-        return Probe(dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        return MODELS[kind]().to(dtype)
+        torch.default_generator.manual_seed(7)
+        return Probe(dtype) if kind == "probe" else MODELS[kind]().to(dtype)
 
 
 def inputs_of(kind: str, count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

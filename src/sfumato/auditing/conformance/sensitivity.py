@@ -245,7 +245,7 @@ def persons(bench: Bench, alpha: float) -> Finding:
 
     def moved(sigma: float, seed: int) -> Released:
         return bench.observe(
-            probe.Probe(bench.dtype),
+            probe.model_of("probe", bench.dtype),
             seed,
             lambda model, g: step(model, rows.clone(), owner.clone(), sigma, g),
             "step_of_persons",
