@@ -119,3 +119,22 @@ def test_a_subclass_of_transformers_trainer_is_not_convicted():
     assert result.convicted == []
     consistent = {row.number for row in result.rows if row.verdict == "CONSISTENT"}
     assert consistent >= {1, 2, 3, 4, 5, 8, 11, 12, 13, 15, 17, 22, 23}, [(r.number, r.because) for r in result.rows]
+
+
+@pytest.mark.slow
+def test_right_trainers_are_convicted_no_more_often_than_stated():
+    """100 other seeds of two right trainers, at 1e-3 a pass: more than three convictions in 200 passes have probability 6e-5."""
+    convicted = [
+        (name, seed, result.convicted)
+        for name in ("loop", "ours, flat")
+        for seed in range(100)
+        if (result := suite.audit(RIGHT[name](), seed=5000 + seed, controls=False)).convicted
+    ]
+    assert len(convicted) <= 3, convicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIECES)
+def test_a_wrong_trainer_is_convicted_with_other_seeds_too(name):
+    for seed in range(3):
+        assert piece(name).RIGHT_ROW in suite.audit(piece(name).wrong(), seed=6000 + seed, controls=False).convicted
