@@ -4,6 +4,8 @@ Scores are "higher means more likely a member". A threshold is chosen on one hal
 a bound taken as the largest over all thresholds is too large under the null.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from sfumato import checks
@@ -92,7 +94,6 @@ def gdp_of_errors(false_negatives: np.ndarray | float, false_positives: np.ndarr
 
 def epsilon_of_gdp(mu: float, delta: float) -> float:
     """The epsilon of a mu-GDP mechanism at ``delta``: Dong, Roth & Su 2022, Corollary 1; Balle & Wang 2018, Theorem 8."""
-    from scipy.optimize import brentq
     from scipy.special import log_ndtr, ndtr
 
     checks.non_negative(mu=mu)
@@ -105,7 +106,7 @@ def epsilon_of_gdp(mu: float, delta: float) -> float:
         return 0.0
     if delta == 0:
         return np.inf
-    return float(brentq(excess, 0.0, mu * mu / 2 + mu * (2 + np.sqrt(2 * np.log(1 / delta)))))
+    return _root(lambda epsilon: -excess(epsilon), 0.0, mu * mu / 2 + mu * (2 + np.sqrt(2 * np.log(1 / delta))))
 
 
 def one_run_epsilon(canaries: int, guesses: int, right: int, *, delta: float, confidence: float = 0.95) -> float:
@@ -116,7 +117,6 @@ def one_run_epsilon(canaries: int, guesses: int, right: int, *, delta: float, co
     is about ln(r / 3): 3.49 for 100, 5.81 for 1,000, 8.11 for 10,000.
     Source: Steinke, Nasr & Jagielski 2023, Theorem 5.2 and Corollary 5.4, arXiv:2305.08846.
     """
-    from scipy.optimize import brentq
     from scipy.stats import binom
 
     _check_guesses(canaries, guesses, right)
@@ -135,7 +135,7 @@ def one_run_epsilon(canaries: int, guesses: int, right: int, *, delta: float, co
     # not monotone where delta is large: the bound is the least epsilon that is not refuted
     grid = np.linspace(0.0, 30.0, 301)
     high = next((i for i in range(1, len(grid)) if chance(float(grid[i])) >= 0), None)
-    return float(grid[-1]) if high is None else float(brentq(chance, grid[high - 1], grid[high]))
+    return float(grid[-1]) if high is None else _root(chance, float(grid[high - 1]), float(grid[high]))
 
 
 def one_run_gdp(canaries: int, guesses: int, right: int, *, confidence: float = 0.95) -> float:
@@ -161,10 +161,14 @@ def one_run_gdp(canaries: int, guesses: int, right: int, *, confidence: float = 
 
     if not refuted(0.0):
         return 0.0
-    low, high = 0.0, 40.0
+    return _root(lambda mu: -1.0 if refuted(mu) else 1.0, 0.0, 40.0)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """The largest value known to be below where an increasing function crosses 0, by halving to 1e-9."""
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
     return low
 
 

@@ -181,4 +181,6 @@ def half_accountant(bench: Bench) -> Bench:
 
 def accountant_of_add_or_remove(bench: Bench) -> Bench:
     claim = replace(bench.claim, adjacency="replace_one")
-    return bench.with_trainer(claim=claim, accountant=lambda *given: epsilon(*given, "add_or_remove")[0])
+    return bench.with_trainer(
+        claim=claim, accountant=lambda sigma, q, t, delta: epsilon(sigma, q, t, delta, "add_or_remove")[0]
+    )

@@ -27,7 +27,7 @@ def null_runs(bench: Bench, alpha: float) -> Finding:
 @lru_cache(maxsize=64)
 def _alarms(bound: Callable[[np.ndarray, np.ndarray, float, float], float], seed: int) -> int:
     rng = np.random.default_rng(seed)
-    return sum(bound(*rng.normal(size=(2, SCORES)), 0.0, CONFIDENCE) > 0 for _ in range(RUNS))
+    return sum(bound(rng.normal(size=SCORES), rng.normal(size=SCORES), 0.0, CONFIDENCE) > 0 for _ in range(RUNS))
 
 
 def _ours(members: np.ndarray, nonmembers: np.ndarray, delta: float, confidence: float) -> float:

@@ -6,7 +6,7 @@ part over its own statistics. Checks without chance are exact.
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sfumato import checks
@@ -231,10 +231,18 @@ def decide(check: Check, bench: Bench, alpha: float, controls: bool = True) -> E
     """A check, and, where it finds nothing, whether it would have."""
     false_alarm = alpha if check.chance else 0.0
 
-    def evidence(verdict: outcome.Verdict, because: str, **more: object) -> Evidence:
+    def evidence(
+        verdict: outcome.Verdict, because: str, figures: Mapping[str, float] | None = None, control: str = ""
+    ) -> Evidence:
         return Evidence(
-            name=check.name, test=check.test, verdict=verdict, because=because, false_alarm=false_alarm, **more
-        )  # type: ignore[arg-type]
+            name=check.name,
+            test=check.test,
+            verdict=verdict,
+            because=because,
+            false_alarm=false_alarm,
+            figures=figures or {},
+            control=control,
+        )
 
     try:
         found = check.look(bench, alpha)
