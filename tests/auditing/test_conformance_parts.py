@@ -278,3 +278,34 @@ def test_the_page_has_a_line_for_every_row_and_the_evidence():
         if check.when(loop.trainer()):
             assert f"**{check.row} · {check.name}**" in text
     assert "(seed 1)" in text
+
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "conformance.md"
+
+
+def test_the_adapter_of_the_documentation_works(tmp_path):
+    """Its noise is secret, so that a pass cannot be repeated: it is convicted by chance once in a million."""
+    code = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "documented.py").write_text(code)
+    trainer = adapter.load(f"{tmp_path}/documented.py:trainer")
+    result = suite.audit(trainer, false_alarm=1e-6, noise_runs=8, games=9)
+    assert result.convicted == []
+    consistent = {row.number for row in result.rows if row.verdict == "CONSISTENT"}
+    assert consistent >= {1, 2, 4, 5, 11, 12, 13, 17, 22, 23}, [(row.number, row.because) for row in result.rows]
+
+
+def test_the_table_of_the_documentation_is_that_of_the_suite():
+    rows = {
+        int(line.split("|")[1]): line
+        for line in PAGE.read_text().splitlines()
+        if line.startswith(tuple(f"| {i} |" for i in range(1, 25)))
+    }
+    alpha = suite.FALSE_ALARM / sum(check.chance for check in suite.CHECKS)
+    pieces = sorted(path.stem for path in (Path(__file__).parent / "museum").glob("*.py"))
+    for number, failure in outcome.FAILURES.items():
+        own = [check for check in suite.CHECKS if check.row == number]
+        chance = sum(check.chance for check in own)
+        assert failure in rows[number]
+        assert all(f"{check.test} {check.name}" in rows[number] for check in own)
+        assert (f"{chance * alpha:.1e}" if chance else "exact") in rows[number]
+    assert all(sum(f"`{name}`" in row for row in rows.values()) == 1 for name in pieces)
