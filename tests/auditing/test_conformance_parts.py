@@ -236,6 +236,9 @@ def trainer():
 
 def something_else():
     return 3
+
+def raising():
+    return 1 / 0
 """
 
 
@@ -252,6 +255,7 @@ def test_an_adapter_is_loaded_from_a_file_or_a_module_and_what_is_none_is_refuse
         ("missing.adapter:trainer", "there is no module missing.adapter"),
         ("my_adapter.py:nothing", "has no function nothing"),
         ("my_adapter.py:something_else", "returned int, not a conformance.Trainer"),
+        ("my_adapter.py:raising", "raised ZeroDivisionError: division by zero"),
     ]:
         with pytest.raises(UsageError, match=said):
             adapter.load(target)
@@ -309,3 +313,26 @@ def test_the_table_of_the_documentation_is_that_of_the_suite():
         assert all(f"{check.test} {check.name}" in rows[number] for check in own)
         assert (f"{chance * alpha:.1e}" if chance else "exact") in rows[number]
     assert all(sum(f"`{name}`" in row for row in rows.values()) == 1 for name in pieces)
+
+
+def test_calls_that_raise_make_their_rows_inconclusive_and_are_told():
+    def broken(*_):
+        raise RuntimeError("out of order")
+
+    calls = ("sample", "train", "resume", "step_together", "accountant", "prepare", "lower_bound")
+    result = suite.audit(loop.trainer(**dict.fromkeys(calls, broken)), seed=1, games=9, noise_runs=8, controls=False)
+    because = {row.number: row.because for row in result.rows}
+    for row, call in (
+        (7, "sample"),
+        (11, "train"),
+        (16, "resume"),
+        (18, "step_together"),
+        (21, "prepare"),
+        (23, "accountant"),
+    ):
+        assert f"{call} raised RuntimeError: out of order" in because[row]
+    assert "lower_bound raised RuntimeError" in because[24]
+    assert result.convicted == []
+    for call in ("model", "units"):
+        own = suite.audit(loop.trainer(**{call: broken}), seed=1, games=9, noise_runs=8, controls=False)
+        assert f"{call} raised RuntimeError: out of order" in {row.number: row.because for row in own.rows}[6]

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sfumato.auditing import bounds
 from sfumato.auditing.conformance.adapter import Adjacency, Claim
-from sfumato.auditing.conformance.bench import Bench
+from sfumato.auditing.conformance.bench import Bench, called
 from sfumato.auditing.conformance.outcome import Finding, Undecided
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
@@ -120,7 +120,7 @@ def _of_accountant(bench: Bench, *, mixed_up: bool) -> Finding:
     cases = [(1.0, 1.0, 1), (4.0, 1.0, 1), (8.0, 1.0, 10), (1.0, 0.02, 200), (2.0, 0.05, 500)]
     low = []
     for sigma, rate, steps in cases:
-        value = float(compute(sigma, rate, steps, 1e-5))
+        value = float(called("accountant", compute, sigma, rate, steps, 1e-5))
         truth, _ = epsilon(sigma, rate, steps, 1e-5, claim.adjacency)
         other, _ = epsilon(sigma, rate, steps, 1e-5, "add_or_remove")
         mixed = claim.adjacency == "replace_one" and not _too_small(value, other)
@@ -142,7 +142,7 @@ def _not_monotone(bench: Bench) -> list[str]:
     }
     found = []
     for name, points in lines.items():
-        values = [float(compute(*point, 1e-5)) for point in points]
+        values = [float(called("accountant", compute, *point, 1e-5)) for point in points]
         if any(after <= before for before, after in itertools.pairwise(values)):
             found.append(f"epsilon does not grow with {name}: {', '.join(f'{value:.4g}' for value in values)}")
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import checks
-from sfumato.errors import UsageError
+from sfumato.errors import SfumatoError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,8 +135,7 @@ class Trainer:
 def load(target: str) -> Trainer:
     """The trainer that ``module:function`` or ``path/to/file.py:function`` returns.   [shell]
 
-    Raises: UsageError where there is no such thing, or it returns something else. What the function itself raises goes
-    through: it is the user's code.
+    Raises: UsageError where there is no such thing, it raises, or it returns something else; a missing package goes through.
     """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name.isidentifier():
@@ -144,10 +143,18 @@ def load(target: str) -> Trainer:
             f"trainer = {target} · must be MODULE:FUNCTION or FILE.py:FUNCTION",
             next="For example my_adapter.py:trainer. docs/conformance.md shows how to write one.",
         )
-    function = getattr(_module(place, target), name, None)
+    try:
+        function = getattr(_module(place, target), name, None)
+        value: Any = function() if callable(function) else None
+    except (SfumatoError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"trainer = {target} · raised {type(error).__name__}: {error}",
+            next="Correct the adapter; it must return a Trainer.",
+        ) from error
     if not callable(function):
         raise UsageError(f"trainer = {target} · {place} has no function {name}", next="Correct the name.")
-    value: Any = function()
     if not isinstance(value, Trainer):
         raise UsageError(
             f"trainer = {target} · returned {type(value).__name__}, not a conformance.Trainer",

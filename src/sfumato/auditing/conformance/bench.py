@@ -141,10 +141,7 @@ class Bench:
         generator = torch.Generator().manual_seed(self._seed(seed, 1))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed(seed, 2))  # torch.manual_seed costs as much as a step
-            try:
-                extras = act(model, generator)
-            except Exception as error:
-                raise Undecided(f"{what} raised {type(error).__name__}: {_short(error)}") from error
+            extras = called(what, act, model, generator)
         moved = [(b.double() - p.detach().double()).flatten() for b, p in zip(before, model.parameters(), strict=True)]
         others = [torch.as_tensor(extra).detach().double().reshape(-1) for extra in (extras or ())]
         return Released((*moved, *others), len(moved))
@@ -196,6 +193,16 @@ def spread(noises: Sequence[Released]) -> list[tuple[float, int]]:
         values = torch.stack([noise.blocks[block] for noise in noises])
         out.append((float(values.square().mean().sqrt()), values.numel()))
     return out
+
+
+def called(what: str, function: Callable[..., Any], *given: Any) -> Any:
+    """A call of the adapter. Raises Undecided where it raises: that is a reason, and no verdict."""
+    try:
+        return function(*given)
+    except Undecided:
+        raise
+    except Exception as error:
+        raise Undecided(f"{what} raised {type(error).__name__}: {_short(error)}") from error
 
 
 def _short(error: BaseException) -> str:

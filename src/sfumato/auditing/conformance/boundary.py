@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.auditing.conformance.adapter import Trainer
-from sfumato.auditing.conformance.bench import Bench
+from sfumato.auditing.conformance.bench import Bench, called
 from sfumato.auditing.conformance.outcome import Finding, Undecided
 
 HINTS = {
@@ -37,9 +37,9 @@ def _own(bench: Bench, seed: int, count: int = 4) -> tuple[nn.Module, Tensor, Te
         raise Undecided("the adapter gives no model() and units()")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make()
+        model = called("model", make)
     generator = torch.Generator().manual_seed(bench.seed * 11 + seed)
-    inputs, others = units(count, generator), units(count, generator)
+    inputs, others = (called("units", units, count, generator) for _ in range(2))
     changed = torch.cat([inputs[:-1], others[-1:]])
     if torch.equal(changed, inputs):
         raise Undecided("units() gave the same unit twice: nothing could be changed")
@@ -64,7 +64,7 @@ def independent_losses(bench: Bench, alpha: float) -> Finding:
 def _of_others(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        losses = model(inputs)
+        losses = called("model(inputs)", model, inputs)
     if losses.shape != (len(inputs),):
         raise Undecided(f"model(inputs) is {tuple(losses.shape)}, not one loss per unit, ({len(inputs)},)")
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -104,12 +104,12 @@ def preparation(bench: Bench, alpha: float) -> Finding:
         )
     if bench.trainer.units is not None:
         generator = torch.Generator().manual_seed(bench.seed * 13 + 3)
-        inputs, others = bench.trainer.units(6, generator), bench.trainer.units(6, generator)
+        inputs, others = (called("units", bench.trainer.units, 6, generator) for _ in range(2))
         changed = torch.cat([inputs[:-1], others[-1:]])
     else:
         inputs = bench.crowd(6) / 7
         changed = torch.cat([inputs[:-1], -3 * inputs[-1:]])
-    before, after = prepare(inputs.clone()), prepare(changed.clone())
+    before, after = (called("prepare", prepare, rows.clone()) for rows in (inputs, changed))
     if len(before) != len(inputs) or len(after) != len(inputs):
         return Finding(
             violated=True, because=f"{len(before)} of {len(inputs)} units are left: which ones depends on the data"

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from sfumato.auditing import bounds
-from sfumato.auditing.conformance.bench import Bench
+from sfumato.auditing.conformance.bench import Bench, called
 from sfumato.auditing.conformance.outcome import Finding
 
 RUNS, SCORES, CONFIDENCE = 500, 300, 0.95
@@ -17,7 +17,7 @@ def null_runs(bench: Bench, alpha: float) -> Finding:
     from scipy.stats import binom
 
     bound = bench.trainer.lower_bound
-    alarms = _alarms(_ours if bound is None else bound, bench.seed * 17 + 5)
+    alarms = called("lower_bound", _alarms, _ours if bound is None else bound, bench.seed * 17 + 5)
     p = float(binom.sf(alarms - 1, RUNS, 1 - CONFIDENCE))
     whose = "this suite's lower bound" if bound is None else "the trainer's lower bound"
     said = f"{whose} is above 0 in {alarms} of {RUNS} audits of nothing, {RUNS * (1 - CONFIDENCE):.0f} allowed: p = {p:.3g}"

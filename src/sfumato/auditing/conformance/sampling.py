@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sfumato.auditing.conformance.bench import Bench
+from sfumato.auditing.conformance.bench import Bench, called
 from sfumato.auditing.conformance.outcome import Finding, Undecided
 
 UNITS, RATE, STEPS = 200, 0.05, 2_000
@@ -26,10 +26,7 @@ def joined(bench: Bench, units: int, rate: float, steps: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(bench.seed * 7 + units)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed * 7 + units + 1)
-        try:
-            drawn = list(sample(units, rate, steps, generator))
-        except Exception as error:
-            raise Undecided(f"sample raised {type(error).__name__}: {error}") from error
+        drawn = called("sample", lambda: list(sample(units, rate, steps, generator)))
     if len(drawn) != steps:
         raise Undecided(f"sample gave {len(drawn)} batches, {steps} were asked for")
     table = np.zeros((steps, units), dtype=bool)
