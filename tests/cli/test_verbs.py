@@ -168,7 +168,9 @@ def test_audit_of_a_trainer_gives_24_rows_and_writes_a_report(sfu, tmp_path):
     assert all(row["check"] and row["because"] for row in ran.json["conformance"])
     assert ran.json["attacks"] == []
     assert "row 24 of 24" in ran.err
-    assert (tmp_path / "report" / "conformance.md").read_text().startswith("# Conformance of a plain loop: INCONCLUSIVE")
+    assert (
+        (tmp_path / "report" / "conformance.md").read_text().startswith("# Conformance of a plain loop: INCONCLUSIVE")
+    )
     written = json.loads((tmp_path / "report" / "conformance.json").read_text())
     assert written["conformance"] == ran.json["conformance"]
 

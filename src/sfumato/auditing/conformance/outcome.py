@@ -147,7 +147,12 @@ def row_of(number: int, evidence: Sequence[Evidence], *, not_about: str = "") ->
     for verdict in ("VIOLATION", "INCONCLUSIVE", "CONSISTENT"):
         same = [item for item in evidence if item.verdict == verdict]
         if same and not (not_about and verdict != "VIOLATION"):
-            return Row(number=number, verdict=verdict, because="; ".join(x.because for x in same), evidence=evidence)
+            return Row(
+                number=number,
+                verdict=verdict,
+                because="; ".join(dict.fromkeys(x.because for x in same)),
+                evidence=evidence,
+            )
     reason = not_about or "the suite has no test for it"
     return Row(number=number, verdict="INCONCLUSIVE", because=reason, evidence=evidence, applies=not not_about)
 
