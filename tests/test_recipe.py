@@ -39,7 +39,7 @@ def test_a_recipe_written_and_read_is_the_same(tmp_path):
         ({"name": "x", "privacy": {"delta": 2}}, ("privacy", "delta = 2")),
         ({"name": "x", "privacy": {"delta": "tiny"}}, ("privacy.delta", "tiny")),
         ({"name": "x", "privacy": {"records_per_unit": 3}}, ("records_per_unit = 3", "person")),
-        ({"name": "x", "privacy": {"adjacency": "replace_one"}}, ("privacy.adjacency", "replace_one")),
+        ({"name": "x", "privacy": {"adjacency": "replaced"}}, ("privacy.adjacency", "replaced")),
         ({"name": "x", "privacy": None}, ("privacy", "None")),
         ({"name": "x", "training": {"steps": "many"}}, ("training.steps", "many")),
         ({"name": "x", "training": {"steps": 0}}, ("training", "steps = 0")),

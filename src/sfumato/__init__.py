@@ -17,6 +17,7 @@ _HOME = {
     "NotPrivateEngine": "sfumato.privacy.engine",
     "make_engine": "sfumato.privacy.engine",
     "AdaptiveClip": "sfumato.privacy.adaptive",
+    "DpAdamBC": "sfumato.training.dp_adam",
     "Part": "sfumato.privacy.gradients.groups",
     "DpSgd": "sfumato.privacy.plan",
     "NotPrivate": "sfumato.privacy.plan",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sfumato.records import Batch as Batch
     from sfumato.records import Record as Record
     from sfumato.records import UnitTable as UnitTable
+    from sfumato.training.dp_adam import DpAdamBC as DpAdamBC
 
 
 def __getattr__(name: str) -> Any:

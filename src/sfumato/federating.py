@@ -92,7 +92,7 @@ def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
     tables = {name: model.encode(records) for name, records in split.items()}
     total = sum(table.num_units for table in tables.values())
     accounts = prepared.account_home / ".sfumato"
-    return [
+    sites = [
         Site(
             name=name,
             table=table,
@@ -107,6 +107,7 @@ def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
         )
         for number, (name, table) in enumerate(tables.items(), start=1)
     ]
+    return [replace(site, account_limit=stages.account_limit(recipe, site.plan)) for site in sites]
 
 
 def _require_any(result: "FederationResult") -> None:

@@ -158,7 +158,7 @@ class UnitTable:
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, .. within each unit
         rows = self._start[chosen][owner] + place
         if len(rows) and counts.max() > records_per_unit:
-            keep = _ranks(owner, place, rng) < records_per_unit
+            keep = ranks(owner, place, rng) < records_per_unit
             rows, owner = rows[keep], owner[keep]
         index = self._rows[torch.from_numpy(rows)]
         return Batch(
@@ -169,7 +169,7 @@ class UnitTable:
         )
 
 
-def _ranks(owner: np.ndarray, place: np.ndarray, rng: Random | None) -> np.ndarray:
+def ranks(owner: np.ndarray, place: np.ndarray, rng: Random | None) -> np.ndarray:
     """Each row's rank within its owner: by a random key, so that the first k are a uniform subset, or by place."""
     if rng is None:
         return place

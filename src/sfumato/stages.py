@@ -7,18 +7,20 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
+from sfumato import releasing
 from sfumato.errors import DataError, PrivacyRefused
-from sfumato.privacy import ledger
-from sfumato.privacy import plan as plans
+from sfumato.privacy import ledger, planning
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
+from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
 from sfumato.training import folder as folders
@@ -45,6 +47,11 @@ def build(recipe: Recipe) -> Any:
     from sfumato.models import model
 
     side = recipe.data.image_size
+    kind = releasing.KIND.get(recipe.privacy.mechanism)
+    if kind is not None:
+        return model.build_for_release(
+            kind, recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed
+        )
     return model.build(recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed)
 
 
@@ -68,10 +75,15 @@ def check_parts(recipe: Recipe) -> None:
         groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
 
 
+def dimensions(recipe: Recipe) -> dict[str, int] | None:
+    """Of what is released, where the mechanism is a release."""
+    return build(recipe).dimensions if recipe.privacy.mechanism in releasing.KIND else None
+
+
 def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
     check_parts(recipe)
     memory, parameters = memory_left(recipe)
-    return plans.make_plan(
+    return planning.make_plan(
         recipe.privacy,
         steps=recipe.training.steps,
         expected_batch_size=recipe.training.expected_batch_size,
@@ -79,6 +91,7 @@ def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
         records=table.num_records,
         parameters=parameters,
         memory_bytes=memory,
+        dimensions=dimensions(recipe),
     )
 
 
@@ -88,8 +101,25 @@ def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = 
             f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
             f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
-    for warning in plans.warnings_of(plan, parameters=parameters):
+    elif isinstance(plan, PrivatePlan):
+        progress(
+            f"plan: {_release_in_words(plan)} of {plan.population} {plan.unit}s, once, epsilon {plan.epsilon():.3f} at delta "
+            f"{plan.delta:.2g}; then training on it, which spends nothing"
+        )
+    for warning in planning.warnings_of(plan, parameters=parameters):
         progress(f"note: {warning['message']} · {warning['next']}")
+
+
+def _release_in_words(plan: PrivatePlan) -> str:
+    """What is released, and with how much noise."""
+
+    def one(values: dict[str, Any]) -> str:
+        noise = values.get("modalities", [])
+        detail = ", ".join(f"{m['name']} {m['dimension']} numbers, noise {m['noise_std']:.3g}" for m in noise)
+        return f"{values['name'].replace('_', ' ')} (noise multiplier {values['noise_multiplier']:.4g}{'; ' if detail else ''}{detail})"
+
+    mechanism = plan.mechanism(())
+    return " and ".join(one(stage) for stage in mechanism.get("stages", [mechanism]))
 
 
 def _parts_in_words(plan: DpSgd) -> str:
@@ -101,10 +131,15 @@ def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFol
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
-    run.write_json("plan.json", plans.plan_to_dict(plan))
+    run.write_json("plan.json", plan_to_dict(plan))
     run.write_json("data_card.json", prepared.card)
     _examples(run, prepared)
     return run
+
+
+def plan_of(run: RunFolder) -> PrivacyPlan:
+    """The plan that a run began with."""
+    return plan_from_dict(run.read_json("plan.json"))
 
 
 def mark_begun(run: RunFolder, recipe: Recipe) -> None:
@@ -152,14 +187,23 @@ def _examples(run: RunFolder, prepared: Any) -> list[str]:
 def train(
     run: RunFolder, recipe: Recipe, plan: PrivacyPlan, model: Any, table: Any, prepared: Any, progress: Progress
 ) -> str:
-    """Trains to the end of the plan and writes the model and its claim. Returns how it stopped."""
+    """Releases first where the plan is one, trains to the end, and writes the model and its claim. Returns how it stopped."""
     from sfumato.training import loop, watch
 
     processor = time.process_time()
     with _ledger(run, recipe, plan, prepared) as book:  # held to the end: nobody else writes to this run
         mark_begun(run, recipe)
+        for note in book.notes:
+            progress(f"note: {note}")
+        released = releasing.is_release(plan)
+        for_release = True
+        if released:
+            table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
+            progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
+        steps = releasing.loop_plan(recipe, table) if released else plan
+        assert isinstance(steps, DpSgd | NotPrivate)
         watchers: list[watch.Watcher] = [
-            watch.Line(progress),
+            watch.Line(progress, unspent="post-processing" if released else "not private"),
             watch.MetricsFile(run.path / "metrics.jsonl"),
             watch.Pictures(run.samples, run.read_json("samples/captions.json"), seed=recipe.training.seed),
         ]
@@ -168,7 +212,7 @@ def train(
         trained = loop.train(
             model,
             table,
-            plan,
+            steps,
             recipe.training,
             recipe.performance,
             checkpoints=run.checkpoints,
@@ -181,9 +225,9 @@ def train(
         run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
         claim = guarantee(
             plan,
-            book.spent() if isinstance(plan, DpSgd) else [],
-            boundary=boundary(recipe),
-            not_for_release="" if trained.for_release else "chance came from a test source",
+            book.spent() if isinstance(plan, PrivatePlan) else [],
+            boundary=boundary(recipe, released=releasing.boundary(recipe, model, plan) if released else ()),
+            not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
         )
         run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
@@ -204,24 +248,60 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
+def _prompts(prepared: Any) -> list[str]:
+    """The texts of the public units that no figure is measured on."""
+    from sfumato.evaluation import report
+
+    usable = [record for record in prepared.public if record.image is not None and record.text]
+    return [str(record.text) for record in report.halves(usable, 0)[0]]
+
+
 def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
+    from sfumato.release import keys
+
     account = None
-    if isinstance(plan, DpSgd):
+    if isinstance(plan, PrivatePlan):
         account = recipe.privacy.account or prepared.account_home / ".sfumato" / "account.db"
-    return Ledger.open(run.ledger, run=run.name, plan=plan, account=account, create=not run.begun)
+    key = keys.existing()  # a key is made at the first release, not here
+    return Ledger.open(
+        run.ledger,
+        run=run.name,
+        plan=plan,
+        account=account,
+        account_limit=account_limit(recipe, plan),
+        create=not run.begun,
+        sign=keys.signer(key) if key is not None else None,
+    )
 
 
-def boundary(recipe: Recipe) -> list[str]:
+def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | None:
+    """(epsilon, delta) of all runs on the account together, if the recipe declares it."""
+    epsilon = recipe.privacy.account_epsilon
+    return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
+
+
+def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
+    """Args: released: sentences on what was released, where the training saw nothing else."""
     data, text = recipe.data, recipe.model.text
-    sentences = [
+    trained = (
         "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
-        "the weights, their moving average and everything computed from them.",
+        "the weights, their moving average and everything computed from them."
+    )
+    sentences = [
+        *(released or [trained]),
         f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
         "quality and are shown in the report.",
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
     match text.kind:
+        case _ if released:
+            pass  # nothing of it is trained, and the sentences above name it
+        case "terms":
+            sentences.append(
+                "Texts are read by a public list of terms, which is in the recipe; the layers after it are trained inside the "
+                "guarantee."
+            )
         case "hashed_words":
             sentences.append(
                 "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
@@ -239,7 +319,7 @@ def boundary(recipe: Recipe) -> list[str]:
 
 def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     """The weights, a last grid, and by what each tensor is covered."""
-    from sfumato.models.model import named_tensors
+    from sfumato.models.model import TextToImage, named_tensors
     from sfumato.release import provenance
     from sfumato.training.watch import write_grid
 
@@ -247,6 +327,9 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     captions = run.read_json("samples/captions.json")
     if captions:
         write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    if not isinstance(model, TextToImage):  # made from what was released, every tensor of it
+        provenance.write_taint(run.path, lambda file, name: "released")
+        return
     trained = set(named_tensors(model))  # all of it by the mechanism; what the model cannot name stays uncovered
     provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
 
@@ -270,12 +353,12 @@ def evaluate(
         prepared.public,
         prepared.facts,
         recipe.evaluation,
-        covered_by="post-processing" if isinstance(plan, DpSgd) else "internal",
+        covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
         twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
     )
     worth = _worth(quality)
     notes = [*([worth] if worth else []), *quality.notes]
-    for warning in plans.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
+    for warning in planning.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
         if warning["code"] in ("few_units", "epsilon_small"):
             notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
     for note in notes[: len(notes) - len(quality.notes)]:
@@ -319,7 +402,7 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
 
 
 def _train_openly(
-    model: Any, table: Any, plan: PrivacyPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
+    model: Any, table: Any, plan: TrainingPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
 ) -> None:
     """Trains as ``plan`` says, without its privacy. Raises KeyboardInterrupt where Ctrl-C ended it: half of it is no answer."""
     from sfumato.training import loop, watch
@@ -368,7 +451,7 @@ def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, prog
         members,
         outsiders,
         recipe.audit,
-        delta=plan.delta if isinstance(plan, DpSgd) else None,
+        delta=plan.delta if isinstance(plan, PrivatePlan) else None,
         claimed_epsilon=claim_of(run).epsilon,
         control=control,
         records_per_unit=plan.records_per_unit,
@@ -399,6 +482,8 @@ def _control_scores(
     model = build(recipe)
     inside = model.encode([record for record in prepared.private if record.unit in kept])
     outside = model.encode(prepared.public)
+    if releasing.is_release(plan):
+        inside = model.control_table(inside)
     few = NotPrivate(
         population=inside.num_units,
         expected_batch_size=inside.num_units / 2,
@@ -407,7 +492,8 @@ def _control_scores(
         records_per_unit=plan.records_per_unit,
     )
     settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
-    _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
+    if recipe.privacy.mechanism != "mean_embedding":  # there what is attacked is the mean itself
+        _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
     units = np.arange(inside.num_units)
     others = np.arange(min(outside.num_units, 2 * inside.num_units))
     return (

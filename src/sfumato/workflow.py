@@ -12,9 +12,10 @@ from typing import Any
 from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
-from sfumato.privacy import accounting
-from sfumato.privacy import plan as plans
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy import accounting, planning
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
+from sfumato.privacy.plan_json import plan_to_dict
+from sfumato.privacy.settings import PrivacySettings
 from sfumato.recipe import Recipe
 from sfumato.recipes import NAMED, named
 from sfumato.reports import to_dict
@@ -68,8 +69,8 @@ def plan(
                 f"{', '.join(missing)} · must be given when there is no recipe",
                 next="Or name a recipe: sfumato plan clinic.",
             )
-        settings = plans.PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
-        memory, parameters = None, None
+        settings = PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
+        memory, parameters, dimensions = None, None, None
     else:
         resolved = resolve(recipe, assignments)
         settings = resolved.privacy
@@ -85,10 +86,11 @@ def plan(
         sizes["steps"] = training.steps if steps is None else steps
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
+        dimensions = stages.dimensions(resolved)
     if population is not None:
         settings = replace(settings, population=population)
     try:
-        found = plans.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory)  # pyright: ignore[reportArgumentType]
+        found = planning.make_plan(settings, **sizes, parameters=parameters, memory_bytes=memory, dimensions=dimensions)  # pyright: ignore[reportArgumentType]
     except PrivacyRefused as refused:
         return {
             **sizes,
@@ -103,19 +105,21 @@ def plan(
             "warnings": [],
         }
     return {
-        **_plan_values(found, accountant),
+        **_plan_values(found, accountant, sizes),
         "parameters": parameters,
         "refusals": [],
-        "warnings": plans.warnings_of(found, parameters=parameters),
+        "warnings": planning.warnings_of(found, parameters=parameters),
     }
 
 
-def _plan_values(found: PrivacyPlan, accountant: str) -> dict[str, Any]:
+def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    steps = isinstance(found, DpSgd | NotPrivate)
     common = {
+        "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
         "population": found.population,
-        "expected_batch_size": found.expected_batch_size,
-        "steps": found.steps,
-        "sampling_rate": found.sampling_rate,
+        "expected_batch_size": found.expected_batch_size if steps else sizes["expected_batch_size"],
+        "steps": found.steps if steps else sizes["steps"],
+        "sampling_rate": found.sampling_rate if steps else 1.0,
         "unit": found.unit,
         "records_per_unit": found.records_per_unit,
     }
@@ -128,21 +132,31 @@ def _plan_values(found: PrivacyPlan, accountant: str) -> dict[str, Any]:
             "adjacency": None,
             "accountants": {},
         }
-    accountants = accounting.accountants([found.event()], found.delta)
-    return {
+    accountants = accounting.accountants(found.events(), found.delta, found.adjacency)
+    spent = {
         **common,
-        "noise_multiplier": found.noise_multiplier,
+        "noise_multiplier": getattr(found, "noise_multiplier", None),
         "epsilon": accountants[accountant],
         "delta": found.delta,
         "adjacency": found.adjacency,
-        "max_grad_norm": found.max_grad_norm,
-        "clipping": found.clipping,
-        "parts": [
-            {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
-            for part in plans.plan_to_dict(found).get("parts", [])
-        ],
         "accountants": accountants,
         "accountant": accountant,
+        "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
+    }
+    if not isinstance(found, DpSgd):
+        mechanism = found.mechanism(())
+        return {**spent, "releases": mechanism.get("stages", [mechanism])}
+    return {
+        **spent,
+        "max_grad_norm": found.max_grad_norm,
+        "clipping": found.clipping,
+        "bands": found.bands,
+        "largest_batch": found.largest_batch,
+        "noise": found.noise,
+        "parts": [
+            {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
+            for part in plan_to_dict(found).get("parts", [])
+        ],
     }
 
 
@@ -182,7 +196,7 @@ def train(
         plan = stages.make_plan(wanted, table)
         run = stages.begin(Path(out), wanted, plan, prepared)
     else:
-        plan = plans.plan_from_dict(run.read_json("plan.json"))
+        plan = stages.plan_of(run)
         stages.require_same_data(run, prepared)
     stages.say_plan(plan, progress, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
     progress(f"{wanted.name}: writing to {run.path}")
@@ -197,7 +211,7 @@ def train(
         stages.evaluate(run, wanted, plan, prepared, progress, table=table)
     if not run.report("audit").is_file():
         stages.audit(run, wanted, plan, prepared, progress)
-    reasons = stages.release(run, wanted, progress) if isinstance(plan, DpSgd) else []
+    reasons = stages.release(run, wanted, progress) if isinstance(plan, PrivatePlan) else []
     stages.render(run, public=False)
     return {**stages.result(run), "stopped": stopped, "reasons": reasons}
 
@@ -226,7 +240,7 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
         raise UsageError(
             f"run = {found.path} · its training is not finished", next="Run `sfumato train ... --resume` first."
         )
-    return found, recipes_file.load(found.path / "resolved.yaml"), plans.plan_from_dict(found.read_json("plan.json"))
+    return found, recipes_file.load(found.path / "resolved.yaml"), stages.plan_of(found)
 
 
 def evaluate(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:

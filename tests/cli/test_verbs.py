@@ -254,6 +254,39 @@ def test_a_changed_ledger_fails_verification(tmp_path, sfu):
     assert ran.json["valid"] is False
 
 
+def test_a_ledger_says_who_signed_it_and_an_unknown_signer_fails_verification(tmp_path, sfu, monkeypatch):
+    from sfumato.privacy.ledger import Ledger
+    from sfumato.privacy.plan import DpSgd
+    from sfumato.release import keys
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    own, stranger = keys.own(), keys.SigningKey.generate()
+    plan = DpSgd(population=10_000, expected_batch_size=100, steps=50, noise_multiplier=1.0, delta=1e-5)
+    for name, key in (("own", own), ("stranger", stranger)):
+        with Ledger.open(
+            tmp_path / f"{name}.db", run=name, plan=plan, account=tmp_path / "account.db", sign=keys.signer(key)
+        ) as ledger:
+            ledger.commit(ledger.reserve(plan.event(1), 0))
+    ran = sfu("ledger", "verify", str(tmp_path / "own.db"), "--json")
+    assert (ran.code, ran.json["signer"]) == (0, own.public.id)
+    ran = sfu("ledger", "verify", str(tmp_path / "stranger.db"), "--json")
+    assert (ran.code, ran.json["valid"]) == (4, False)
+    public = tmp_path / "stranger.pem"
+    public.write_bytes(stranger.public.pem())
+    assert sfu("ledger", "verify", str(tmp_path / "stranger.db"), "--key", str(public)).code == 0
+    assert sfu("ledger", "verify", str(tmp_path / "own.db"), "--key", str(public)).code == 4
+    shown = sfu("ledger", "show", str(tmp_path / "account.db"), "--json")
+    assert [run["run"] for run in shown.json["runs"]] == ["own", "stranger"]
+    assert shown.json["epsilon"] > 0 and shown.json["valid"]
+    assert "stranger" in sfu("ledger", "show", str(tmp_path / "account.db")).out
+    assert sfu("ledger", "show", str(tmp_path / "own.db"), "--json").json["trajectory"][-1][0] == 1
+
+
+def test_a_file_that_is_no_ledger_fails_verification(tmp_path, sfu):
+    (tmp_path / "ledger.db").write_bytes(b"nothing of ours" * 100)
+    assert sfu("ledger", "verify", str(tmp_path), "--json").code == 4
+
+
 def test_a_ledger_that_is_not_there_is_wrong_use(tmp_path, sfu):
     assert sfu("ledger", "show", str(tmp_path / "ledger.db"), "--json").code == 2
 

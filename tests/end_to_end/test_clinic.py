@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sfumato.privacy.ledger import show
-from sfumato.privacy.plan import plan_from_dict
+from sfumato.privacy.plan_json import plan_from_dict
 
 STEPS = 48
 TINY = [

@@ -104,10 +104,10 @@ def test_many_tiny_losses_get_a_finer_grid_instead_of_a_false_alarm():
 
 
 def test_pld_above_rdp_stops_everything(monkeypatch):
-    monkeypatch.setattr(accounting, "_rdp_epsilon", lambda events, delta: 15.0)
-    event = Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=0.3)  # 18.9 in truth
+    monkeypatch.setattr(accounting, "_rdp_epsilon", lambda *of: 5.0)
+    event = Event(sampling_rate=0.5, noise_multiplier=0.3)  # 17 or so in truth
     with pytest.raises(SfumatoError, match="PLD must not be above RDP"):
-        accounting._pld_epsilon.__wrapped__((event,), 1e-5)
+        accounting._pld_epsilon.__wrapped__((event,), 1e-5, "add_or_remove")
 
 
 def test_zcdp_is_given_for_unsampled_gaussians_only_and_lies_between_exact_and_crude():

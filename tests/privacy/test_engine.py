@@ -731,3 +731,38 @@ def test_the_twin_does_nothing_with_an_empty_batch():
     before = vector(model)
     assert train(model, engine, optimizer, engine.batches(table(), expected_batch_size=1e-6, steps=3)) == 3
     assert torch.equal(before, vector(model))
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_blocks_of_steps_are_charged_before_they_begin_and_exactly_at_the_end(tmp_path: Path, monkeypatch, bands: int):
+    """Four reservations at once: an iteration that is left early gives back what nobody drew."""
+    from sfumato.privacy.ledger import blocks, show
+
+    monkeypatch.setattr(blocks.Pace, "at_once", lambda self, left, ahead: min(4, left, ahead))
+    plan = DpSgd(
+        population=200, expected_batch_size=20.0, steps=40, noise_multiplier=4.0, delta=1e-4, bands=bands
+    )  # fmt: skip
+    path, model = tmp_path / "ledger.db", make()
+    with Ledger.open(path, run="r", plan=plan) as ledger:
+        engine = DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=TestRandom(0))
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        for number, batch in enumerate(engine.batches(table())):
+            assert number < bands * ledger.spent_steps
+            if number == 12:
+                break
+            losses(model, batch).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = engine.state_dict()
+        assert ledger.sequence < 2 + 13 // bands  # fewer entries than reservations
+        engine.detach()
+    charged = -(-13 // bands)
+    assert show(path)["steps"] == charged
+    with Ledger.open(path, run="r", plan=plan) as ledger:
+        engine = DifferentialPrivacyEngine.from_plan(model, plan, ledger=ledger, random=TestRandom(1))
+        engine.load_state_dict(state)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        assert train(model, engine, optimizer, engine.batches(table())) == 40 - bands * charged
+        assert ledger.remaining_steps == 0 and engine.stopped == "steps"
+        engine.detach()
+    assert show(path)["steps"] == plan.event().count

@@ -6,7 +6,8 @@ import pytest
 from sfumato import reports
 from sfumato.errors import UsageError
 from sfumato.privacy.guarantee import guarantee, in_words
-from sfumato.privacy.plan import DpSgd, NotPrivate, plan_to_dict
+from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PartSettings
 
 PLAN = DpSgd(

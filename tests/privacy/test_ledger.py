@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.errors import BudgetExhausted, LedgerError, OutsideError, UsageError, VerificationFailed
-from sfumato.privacy import ledger as module
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.ledger import (
     BLOCK,
@@ -28,6 +27,7 @@ from sfumato.privacy.ledger import (
     show,
     verify_chain,
 )
+from sfumato.privacy.ledger.chain import canonical, link, reserve_body
 from sfumato.privacy.plan import DpSgd, NotPrivate
 
 PLAN = DpSgd(population=1000, expected_batch_size=100.0, steps=200, noise_multiplier=2.0, delta=1e-4)
@@ -230,7 +230,8 @@ def test_a_second_writer_in_the_same_process_is_refused_too_and_does_not_free_th
 
 
 def test_a_writer_that_came_in_past_the_lock_is_noticed(path):
-    with Ledger.open(path, run="r", plan=PLAN) as first:
+    noticed = pytest.raises(LedgerError, match="somebody else has written")  # at the end once more
+    with noticed, Ledger.open(path, run="r", plan=PLAN) as first:
         first.reserve(EVENT, 0)
         path.with_name(path.name + ".lock").unlink()
         with Ledger.open(path, run="r", plan=PLAN) as second:
@@ -343,7 +344,7 @@ def test_the_entry_of_the_new_attempt_does_not_make_an_old_ledger_look_new(path)
     shutil.copy(path, path.with_name("old.db"))
     with Ledger.open(path, run="r", plan=PLAN) as ledger:
         newer = ledger.reserve(EVENT, 1)
-    assert newer == sequence + 3  # commit, open, reserve
+    assert newer == sequence + 4  # commit, close, open, reserve
     os.replace(path.with_name("old.db"), path)
     with Ledger.open(path, run="r", plan=PLAN) as ledger:
         for step in range(5):
@@ -387,12 +388,12 @@ def test_a_changed_ledger_is_refused_by_every_reader(path, statement):
 
 def test_a_recomputed_chain_still_cannot_pass_the_plan(path):
     """Whoever rewrites all hashes needs another plan in the header, and the run knows its own."""
-    with Ledger.open(path, run="r", plan=PLAN) as ledger:
+    with pytest.raises(LedgerError, match="somebody else"), Ledger.open(path, run="r", plan=PLAN) as ledger:
         ledger.reserve(PLAN.event(200), 0)
         history = ledger._history
-        body = module._reserve_body(EVENT, 1, 200)
+        body = reserve_body(EVENT, 1, 200)
         ledger._connection.execute(
-            "INSERT INTO entries VALUES (?, ?, ?)", (history.sequence + 1, body, module._link(history.head, body))
+            "INSERT INTO entries VALUES (?, ?, ?)", (history.sequence + 1, body, link(history.head, body))
         )
     with pytest.raises(LedgerError, match="the plan ends at 200"):
         verify_chain(path)
@@ -664,7 +665,9 @@ def test_an_export_is_short_and_reads_back_to_the_same_events(path):
     take(path, 3, first=150, committed=False)
     take(path, 40, first=150)
     text = export_jsonl(path)
-    assert len(text.splitlines()) == 9  # header, open, 150 steps, open, 3 reservations, open, 40 steps
+    assert (
+        len(text.splitlines()) == 12
+    )  # header; open, 150 steps, close; open, 3 reservations, close; open, 40 steps, close
     assert events_of_jsonl(text) == [PLAN.event(193)]
     assert plan_of_jsonl(text) == PLAN
     assert verify_chain(path)["head"] == json.loads(text.splitlines()[0])["head"]
@@ -708,10 +711,11 @@ def test_another_encoding_of_the_same_entries_is_refused(path):
     take(path, 4)
     good = export_jsonl(path)
     lines = [json.loads(line) for line in good.splitlines()]
+    ending = lines.pop()
     steps = lines.pop()
     split = [{**steps, "repeat": 1}, {**steps, "step": 1, "repeat": 3}]
     with pytest.raises(VerificationFailed, match="not in the one form"):
-        events_of_jsonl("".join(module._canonical(line) + "\n" for line in [*lines, *split]))
+        events_of_jsonl("".join(canonical(line) + "\n" for line in [*lines, *split, ending]))
 
 
 @pytest.mark.parametrize(
@@ -740,7 +744,7 @@ def test_a_huge_repetition_is_refused_before_it_is_expanded(path):
     with pytest.raises(VerificationFailed, match="repeat"):
         events_of_jsonl(text)
     with pytest.raises(VerificationFailed, match="entries"):
-        events_of_jsonl(text.replace('"entries":9', '"entries":9999999999999'))
+        events_of_jsonl(text.replace('"entries":10', '"entries":9999999999999'))
 
 
 def test_reading_a_ledger_needs_no_torch_and_importing_it_no_accounting():

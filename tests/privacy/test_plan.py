@@ -8,15 +8,9 @@ from hypothesis import strategies as st
 
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import (
-    DpSgd,
-    NotPrivate,
-    automatic_delta,
-    make_plan,
-    plan_from_dict,
-    plan_to_dict,
-    warnings_of,
-)
+from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
+from sfumato.privacy.planning import automatic_delta, make_plan, warnings_of
 from sfumato.privacy.settings import PartSettings, PrivacySettings
 
 PLAN = DpSgd(population=10_000, expected_batch_size=200.0, steps=50, noise_multiplier=1.1, delta=1e-5)

@@ -114,10 +114,10 @@ def parameters(model: nn.Module) -> Tensor:
 class NoiseEverywhere(Reduction):
     """Every process adds the whole noise to its own sum: the reduced gradient has sqrt(W) times the promised noise."""
 
-    def released(self, stds, divisor, random) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def released(self, stds, divisor, noise) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for parameter, std in stds.items():
-            self.add(parameter, reduction.gaussian(parameter.numel(), std, random).view(parameter.shape))
-        yield from super().released(dict.fromkeys(stds, 0.0), divisor, random)
+            self.add(parameter, noise.added((), parameter.numel(), std, None).view(parameter.shape))
+        yield from super().released(dict.fromkeys(stds, 0.0), divisor, noise)
 
 
 class Mean(Reduction):

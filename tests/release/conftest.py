@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from sfumato import recipe, reports
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, plan_to_dict
+from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.release import bundle, keys, provenance
 
 FACTS = ("side", "zone", "heart", "effusion", "view", "kind")

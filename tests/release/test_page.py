@@ -136,7 +136,7 @@ def test_the_public_trajectory_comes_from_the_plan_and_ends_at_the_claim(run: Pa
     assert points != page.as_json(run)["trajectory"]
     assert points == sorted(points)
     assert points[-1] == [800, pytest.approx(7.99915, abs=1e-4)]
-    assert len(points) == page.POINTS
+    assert points[0] == [0, 0.0] and len(points) == 1 + page.POINTS
 
 
 def test_a_run_without_privacy_says_so_in_large_and_has_no_public_page(

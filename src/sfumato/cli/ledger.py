@@ -14,29 +14,44 @@ Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger or an acco
 
 @app.command(cls=Verb)
 def show(path: Path_) -> Answer:
-    """The events and what they add up to.
+    """The events and what they add up to: of one run, or of all runs on an account.
 
     \b
     Example:
       sfumato ledger show runs/clinic/last
+      sfumato ledger show .sfumato/account.db --json
     """
     from sfumato.privacy import ledger
 
-    result = ledger.show(_file(path))
+    path = _file(path)
+    result = {**ledger.show(path), "trajectory": ledger.trajectory(path)}
     return Answer(result, _words(result))
 
 
 @app.command(cls=Verb)
-def verify(path: Path_) -> Answer:
-    """Recomputes the chain of hashes. Exit code 4 if an entry was changed or taken away.
+def verify(
+    path: Path_,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The signer's public key; else the keys that you trust.")
+    ] = None,
+) -> Answer:
+    """Recomputes the chain of hashes and checks who signed it.
+
+    Exit code 4 if an entry was changed, if signed entries were taken away, or if the signer is not known.
 
     \b
     Example:
-      sfumato ledger verify runs/clinic/last/ledger.db
+      sfumato ledger verify runs/clinic/last/ledger.db --key signing-key.pub.pem
     """
     from sfumato.privacy import ledger
+    from sfumato.release import keys
 
-    result = ledger.show(_file(path))  # it reads every entry again
+    if key is not None:
+        public = keys.read_public(key)
+        trusted = {public.id: public}
+    else:
+        trusted = keys.trusted()
+    result = ledger.verify(_file(path), trusted)  # it reads every entry again
     return Answer(result, _words(result), exit_code=0 if result["valid"] else 4)
 
 
@@ -49,17 +64,27 @@ def _words(result: dict[str, Any]) -> str:
         (event["mechanism"], event["count"], event["sampling_rate"], event["noise_multiplier"])
         for event in result["events"]
     ]
-    return "\n\n".join(
-        [
-            words.table(("mechanism", "times", "sampling rate", "noise multiplier"), rows),
-            words.pairs(
-                [
-                    ("epsilon", result["epsilon"]),
-                    ("delta", result["delta"]),
-                    ("accountant", result.get("accountant")),
-                    ("valid", result["valid"]),
-                    ("", result.get("detail")),
-                ]
-            ),
+    parts = [words.table(("mechanism", "times", "sampling rate", "noise multiplier"), rows)]
+    if result.get("runs"):
+        runs = [
+            (run["run"], sum(event["count"] for event in run["events"]), run["epsilon"], run["delta"], run["unit"])
+            for run in result["runs"]
         ]
+        parts.append(words.table(("run", "events", "epsilon", "delta", "unit"), runs))
+    for limit in result.get("limits", []):
+        parts.append(
+            f"limit: epsilon <= {limit['epsilon']:g} at delta = {limit['delta']:.3g}, {limit['spent']:.1%} of it spent"
+        )
+    parts.append(
+        words.pairs(
+            [
+                ("epsilon", result["epsilon"]),
+                ("delta", result["delta"]),
+                ("accountant", result.get("accountant")),
+                ("valid", result["valid"]),
+                ("", result.get("detail")),
+                *(("note", note) for note in result.get("notes", [])),
+            ]
+        )
     )
+    return "\n\n".join(parts)

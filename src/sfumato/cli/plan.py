@@ -62,6 +62,15 @@ def _words(result: dict[str, Any]) -> str:
                 ("steps", result.get("steps")),
                 ("unit", result.get("unit")),
                 ("adjacency", result.get("adjacency")),
+                *[
+                    (f"released: {stage['name'].replace('_', ' ')}", stage["noise_multiplier"])
+                    for stage in result.get("releases", [])
+                ],
+                *[
+                    (f"noise of {m['name']}, {m['dimension']} numbers", m["noise_std"])
+                    for stage in result.get("releases", [])
+                    for m in stage.get("modalities", [])
+                ],
                 *[(f"epsilon by {name}", value) for name, value in accountants.items()],
             ]
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from sfumato.errors import LedgerError, UsageError
 from sfumato.federation.policy import SitePolicy, require_permission
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, TrainingPlan
 from sfumato.records import UnitTable
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class TrainSteps(Protocol):
     """
 
     def __call__(
-        self, model: "nn.Module", table: UnitTable, plan: PrivacyPlan, ledger: Ledger, *, steps: int, first_step: int
+        self, model: "nn.Module", table: UnitTable, plan: TrainingPlan, ledger: Ledger, *, steps: int, first_step: int
     ) -> None: ...
 
 
@@ -41,13 +41,15 @@ class Site:
       plan: covers ALL rounds: ``plan.steps = rounds x local_steps``. ``plan.population`` is public, and is its weight.
       ledger: its own file; it outlives the rounds, and the run.
       account: of its own data set, shared with its other runs.
+      account_limit: (epsilon, delta) of all runs on that account together.
     """
 
     name: str
     table: UnitTable
-    plan: PrivacyPlan
+    plan: TrainingPlan
     ledger: Path
     account: Path | None = None
+    account_limit: tuple[float, float] | None = None
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     @property
@@ -74,7 +76,7 @@ class LocalUpdate:
 
 
 def open_ledger(site: Site, run: str) -> Ledger:
-    return Ledger.open(site.ledger, run=run, plan=site.plan, account=site.account)
+    return Ledger.open(site.ledger, run=run, plan=site.plan, account=site.account, account_limit=site.account_limit)
 
 
 def train_round(

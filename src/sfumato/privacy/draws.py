@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from sfumato import checks
 from sfumato.errors import BudgetExhausted, UsageError
 from sfumato.privacy.attached import Attached
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 from sfumato.privacy.processes import Processes
 from sfumato.privacy.sampling import physical_parts, poisson_units
 from sfumato.privacy.sources import PhysicalPart, Source, source_of
@@ -24,7 +25,7 @@ class Draws(Attached):
     def __init__(
         self,
         model: nn.Module,
-        plan: PrivacyPlan | None,
+        plan: TrainingPlan | None,
         ledger: Ledger | None,
         random: Random | None,
         processes: Processes | None,
@@ -109,17 +110,18 @@ class Draws(Attached):
     def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
         assert self._sampling_rate is not None
         self.stopped = None
+        self._begin_draws(steps)
         own = self.processes.own_units(source.num_units)
-        for _ in range(steps):
+        for number in range(steps):
             with self.processes.agreeing():
                 self._require_stepped()
             self._begin()
             try:
-                sequence = self._reserve()
+                sequence = self._reserve(steps - number)
             except BudgetExhausted:
                 self.stopped = "budget"
                 return
-            units = own[poisson_units(len(own), self._sampling_rate, self.random)]
+            units = own[self._draw_units(len(own))]
             parts = self.processes.equal_parts(physical_parts(units, max_physical))
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
@@ -193,11 +195,24 @@ class Draws(Attached):
     def _require_stepped(self) -> None:
         """Hook: raises if the batch just yielded went backward, but not through optimizer.step()."""
 
+    def noise_variance(self, parameter: nn.Parameter) -> float:
+        """Of the noise on each coordinate of the parameter's ``.grad`` in the present step."""
+        return 0.0
+
+    def _begin_draws(self, steps: int) -> None:
+        """Hook: so many draws will follow each other."""
+
     def _begin(self) -> None:
         """Hook: a new draw begins."""
+
+    def _draw_units(self, num_units: int) -> np.ndarray:
+        """Which of this process's units take part in the step that was begun; int64, ascending."""
+        assert self._sampling_rate is not None
+        return poisson_units(num_units, self._sampling_rate, self.random)
 
     def _expect(self, part: PhysicalPart) -> None:
         """Hook: a part is about to be yielded."""
 
-    def _reserve(self) -> int | None:
+    def _reserve(self, ahead: int) -> int | None:
+        """Hook: charges a step, the first of ``ahead`` in a row. Returns: the reservation, for the commit."""
         raise NotImplementedError

@@ -16,8 +16,10 @@ who draws whom, and ``reduction`` for the sum and the noise.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from sfumato.errors import PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
+from sfumato.privacy.correlated import check_memory
+from sfumato.privacy.discrete import source_named
 from sfumato.privacy.draws import STATE_FORMAT, Draws
 from sfumato.privacy.gradients.arithmetic import exact
 from sfumato.privacy.gradients.bookkeeping import Layer, Tape
@@ -33,18 +37,34 @@ from sfumato.privacy.gradients.clipping import clipped_sums
 from sfumato.privacy.gradients.groups import WHOLE, Part, Partition, listed, parts_of
 from sfumato.privacy.gradients.terms import Sums, Term, Units
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.noise import gaussian, widened
 from sfumato.privacy.not_private import NotPrivateEngine as NotPrivateEngine
 from sfumato.privacy.passes import Passes
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
 from sfumato.privacy.processes import Processes, is_sharded, sharding_problem, wrapper_problem
 from sfumato.privacy.reduction import Reduction
+from sfumato.privacy.sampling import truncated_poisson_units
+from sfumato.privacy.settings import NoiseSource
 from sfumato.privacy.sources import PhysicalPart
+from sfumato.privacy.step_noise import Block, Independent, StepNoise
 from sfumato.privacy.watch import Gradients, Watch
 from sfumato.randomness import Random
 from sfumato.records import Batch
 
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What process 0 tells the others of its ledger."""
+
+    sequence: int  # of the reservation
+    position: dict[str, Any]
+    spent: list[Event]
+
+
+def _rest(position: Any) -> dict[str, Any]:
+    """Of a ledger's position, all but the number, which the states of older versions say alone."""
+    return {} if position is None else {name: value for name, value in position.items() if name != "sequence"}
 
 
 class DifferentialPrivacyEngine(Draws):
@@ -66,6 +86,9 @@ class DifferentialPrivacyEngine(Draws):
         quantile of the norms from ``max_grad_norm`` on, and sigma pays for the counting too.
       parts: parts of the model with a bound each, in place of ``max_grad_norm``, and with a noise multiplier each or
         ``noise_multiplier`` for all together (gradients/groups.py). A trainable parameter in no part is refused.
+      bands: b > 1: correlated noise over b steps, with units in b groups drawn in turn (``correlated``). For ``engine.batches``
+        alone, of which every call begins a new block: a cycle of b steps is one event, charged whole at its first step.
+      noise_source: "gaussian", or "discrete": drawn exactly on the integers (``discrete``).
       ledger: writes every event durably before the data is touched.
       random: where sampling and noise come from; SecretRandom, unless it is a test.
       processes: who trains this model together; all that ``torch.distributed`` knows, if it is initialised. Then the
@@ -83,6 +106,8 @@ class DifferentialPrivacyEngine(Draws):
         loss_reduction: Literal["mean", "sum"] = "mean",
         clipping: Clipping | AdaptiveClip = "flat",
         parts: Mapping[str, Part] | None = None,
+        bands: int = 1,
+        noise_source: NoiseSource = "gaussian",
         ledger: Ledger | None = None,
         random: Random | None = None,
         plan: DpSgd | None = None,
@@ -106,12 +131,25 @@ class DifferentialPrivacyEngine(Draws):
             checks.probability(sampling_rate=sampling_rate)
             checks.positive(sampling_rate=sampling_rate)
             self._sampling_rate = float(sampling_rate)
+        checks.positive(bands=bands)
+        if bands > 1 and self._adaptive is not None:
+            raise UsageError(
+                f"bands = {bands}, clipping = adaptive · correlated noise needs one bound for all steps",
+                next="Use 'flat'.",
+            )
+        self.bands = int(bands)
+        self._source = source_named(noise_source)
+        self._noise: StepNoise = Independent(self._source, self.random)
+        self._largest_batch = plan.largest_batch if plan is not None else None
+        self._block: Block | None = None  # of correlated noise
+        self._draws_left = 0
+        self._variances: dict[nn.Parameter, float] = {}  # of what was released last
         self.loss_reduction = loss_reduction
         self.clipping: Clipping = clipping
         self.non_finite = 0  # units whose gradient was not finite, so far, in all processes; internal, never released
         self._non_finite_here = 0  # since the last step, in this process
         self._events: list[Event] = []
-        self._ledger_told: tuple[int, list[Event]] | None = None  # process 0's ledger, as the others heard of it
+        self._ledger_told: _Told | None = None  # process 0's ledger, as the others heard of it
         self._reductions: dict[str, Reduction] = {}  # for each optimizer
         self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
         self._checked_all_recorded: set[str] = set()
@@ -138,6 +176,8 @@ class DifferentialPrivacyEngine(Draws):
             )
             self._initial_bound = self._partition.max_grad_norm
             self._share_noise()
+            if bands > 1:
+                check_memory(bands, sum(p.numel() for p in self._tape.parameters))
         except Exception:
             self._tape.detach()
             raise
@@ -153,12 +193,19 @@ class DifferentialPrivacyEngine(Draws):
         processes: Processes | None = None,
     ) -> "DifferentialPrivacyEngine":
         """The engine that does what the plan says."""
+        if plan.max_grad_norm == "estimated":
+            raise UsageError(
+                "max_grad_norm = estimated · is not known yet",
+                next="Find it with norms.estimated_bound, and give the engine replace(plan, max_grad_norm=...).",
+            )
         return cls(
             model,
             max_grad_norm=None if plan.parts else plan.max_grad_norm,
             noise_multiplier=plan.noise_multiplier,
             clipping=plan.clipping,
             parts=parts_of(plan),
+            bands=plan.bands,
+            noise_source=plan.noise,
             ledger=ledger,
             random=random,
             plan=plan,
@@ -169,6 +216,13 @@ class DifferentialPrivacyEngine(Draws):
     def max_grad_norm(self) -> float:
         """The bound on a unit's gradient over everything; where clipping is adaptive, that of the next step."""
         return self._partition.max_grad_norm
+
+    def noise_variance(self, parameter: nn.Parameter) -> float:
+        """Of the noise on each coordinate of the parameter's ``.grad``: of the last step, or before it of the first."""
+        if parameter not in self._variances:
+            part = self._partition.part_of[parameter]
+            return self._noise.variance(part.noise_std(self._noise)) / (self._expected_batch_size or 1.0) ** 2
+        return self._variances[parameter]
 
     def detach(self) -> None:
         super().detach()
@@ -186,8 +240,9 @@ class DifferentialPrivacyEngine(Draws):
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        events = self.ledger.spent() if self.ledger is not None else told[1] if told is not None else self._events
-        value = accounting.epsilon(events, delta, accountant)
+        events = self.ledger.spent() if self.ledger is not None else told.spent if told is not None else self._events
+        adjacency = self.plan.adjacency if isinstance(self.plan, DpSgd) else "add_or_remove"
+        value = accounting.epsilon(events, delta, accountant, adjacency)
         if value is None:
             raise UsageError(
                 f"accountant = {accountant!r} · has no bound for Poisson-sampled steps", next="Use 'pld' or 'rdp'."
@@ -198,15 +253,13 @@ class DifferentialPrivacyEngine(Draws):
         """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
         noise, never which units were drawn."""
         told = self._ledger_told
+        position = self.ledger.position if self.ledger is not None else told.position if told is not None else None
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
             "events": [event.to_dict() for event in self._events],
-            "ledger_sequence": self.ledger.sequence
-            if self.ledger is not None
-            else told[0]
-            if told is not None
-            else None,
+            "ledger_sequence": position["sequence"] if position is not None else None,
+            **({"ledger_position": position} if position is not None else {}),
             **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
 
@@ -214,13 +267,13 @@ class DifferentialPrivacyEngine(Draws):
         """Continues the count of a stopped run. Raises LedgerError if the state is newer than the ledger."""
         keys = {"format", "steps_started", "events", "ledger_sequence"}
         keys |= {"max_grad_norm"} if self._adaptive is not None else set()
-        if set(state) != keys or state["format"] != STATE_FORMAT:
+        if set(state) - {"ledger_position"} != keys or state["format"] != STATE_FORMAT:
             raise UsageError(
                 f"state = {sorted(state)} · must have {sorted(keys)} in format {STATE_FORMAT}",
                 next="Give what engine.state_dict() returned.",
             )
         if self.ledger is not None and state["ledger_sequence"] is not None:
-            self.ledger.require_at_least(int(state["ledger_sequence"]))
+            self.ledger.require_at_least(int(state["ledger_sequence"]), **_rest(state.get("ledger_position")))
         events = [Event.from_dict(event) for event in state["events"]]
         told, charged = (sum(event.count for event in held) for held in (events, self._events))
         if told < charged:
@@ -260,40 +313,83 @@ class DifferentialPrivacyEngine(Draws):
     # -- one step, in the order of the module's text --
 
     def _steps_left(self) -> int:
-        if self.plan is not None and self.ledger is not None and self.ledger.plan is not None:
-            return self.ledger.remaining_steps
-        return super()._steps_left()
+        """A cycle of correlated noise that was begun is spent whole."""
+        if not isinstance(self.plan, DpSgd):
+            return super()._steps_left()
+        if self.ledger is not None and self.ledger.plan is not None:
+            return self.plan.steps_left(self.ledger.remaining(self.plan.event(1)))
+        return self.plan.steps_left(self.plan.event().count - sum(event.count for event in self._events))
 
-    def _reserve(self) -> int | None:
-        """One event for all processes, charged by process 0; the others wait for how that ended."""
+    def _begin_draws(self, steps: int) -> None:
+        self._draws_left, self._block = steps, None
+
+    def _event(self) -> Event:
+        """What is charged at once: a step; with bands, a cycle."""
         assert self._sampling_rate is not None
-        event = Event(sampling_rate=self._sampling_rate, noise_multiplier=self.noise_multiplier)
+        if isinstance(self.plan, DpSgd):
+            return self.plan.event(1)
+        return Event(sampling_rate=self.bands * self._sampling_rate, noise_multiplier=self.noise_multiplier)
 
-        def charge() -> tuple[int, list[Event]] | None:
+    def _reserve(self, ahead: int) -> int | None:
+        """Returns: what to commit when this step is done: of a cycle, with its last step."""
+        if self._block is None:
+            return self._charge(self.steps_started, ahead)
+        if self._block.begins_cycle:
+            cycles = sum(event.count for event in self._events)  # charged before
+            self._block.sequence = self._charge(cycles, -(-ahead // self.bands))
+        else:
+            self.steps_started += 1
+        return self._block.sequence if self._block.ends_cycle else None
+
+    def _draw_units(self, num_units: int) -> np.ndarray:
+        assert self._sampling_rate is not None
+        if self._block is not None:
+            return self._block.units(num_units, self.bands * self._sampling_rate)
+        if self._largest_batch is not None:
+            return truncated_poisson_units(num_units, self._sampling_rate, self._largest_batch, self.random)
+        return super()._draw_units(num_units)
+
+    def _charge(self, number: int, ahead: int) -> int | None:
+        """One event for all processes, charged by process 0; the others wait for how that ended. It is the one after
+        ``number`` others, and the first of ``ahead`` in a row."""
+        event = self._event()
+
+        def charge() -> _Told | None:
             if self.ledger is None:
                 return None
-            return self.ledger.reserve(event, self.steps_started), self.ledger.spent()
+            sequence = self.ledger.reserve(event, number, ahead)
+            return _Told(sequence, self.ledger.position, self.ledger.spent())
 
         self._ledger_told = self.processes.decide(charge)
         self._events = list(accounting.merged([*self._events, event]))
         self.steps_started += 1
-        return None if self._ledger_told is None else self._ledger_told[0]
+        return None if self._ledger_told is None else self._ledger_told.sequence
 
     def _join(self, part: str) -> None:
+        if self.bands > 1 and part != WHOLE:
+            raise UsageError(
+                f"bands = {self.bands} · with an optimizer for each part: a batch may step one and not the other, and their "
+                "noise would be of different steps",
+                next="Use one optimizer for all parts, or bands=1.",
+            )
         super()._join(part)
         if self.processes.together:
             ledger = self.ledger
-            self._ledger_told = self.processes.decide(lambda: ledger and (ledger.sequence, ledger.spent()))
+            self._ledger_told = self.processes.decide(
+                lambda: ledger and _Told(ledger.sequence, ledger.position, ledger.spent())
+            )
         layers = [layer for layer in self._tape.layers if part == WHOLE or self._partition.owner(layer).name == part]
         self._reductions[part] = Reduction(layers, self.processes)
 
     def _public_settings(self) -> dict[str, Any]:
-        bounds = {part.name: (part.bound, part.noise_std) for part in self._partition.parts}
+        bounds = {part.name: (part.bound, part.std) for part in self._partition.parts}
         return {
             **super()._public_settings(),
             "max_grad_norm": self.max_grad_norm,
             "noise_multiplier": self.noise_multiplier,
             "clipping": self._adaptive or self.clipping,
+            "bands": self.bands,
+            "noise_source": self._source.name,
             "loss_reduction": self.loss_reduction,
             "parts": bounds,
             "trained": list(self._tape.parameters.values()),
@@ -301,7 +397,30 @@ class DifferentialPrivacyEngine(Draws):
 
     def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
         super()._set_rate(expected_batch_size, num_units)
+        assert self._sampling_rate is not None
+        checks.probability(
+            sampling_rate=self.bands * self._sampling_rate,
+            next=f"Each of the {self.bands} groups must hold a batch: take fewer bands, or smaller batches.",
+        )
+        self._check_truncation(num_units)
         self._share_noise()
+
+    def _check_truncation(self, num_units: int) -> None:
+        if self._largest_batch is None:
+            return
+        if self.processes.together:
+            raise UsageError(
+                f"largest_batch = {self._largest_batch} · in {self.processes.size} processes, each of which knows its own "
+                "units only",
+                next="Train in one process, or leave out largest_batch.",
+            )
+        assert self.plan is not None
+        if num_units != self.plan.population:
+            raise UsageError(
+                f"population = {self.plan.population} · truncated sampling is accounted for exactly so many units, and the data "
+                f"set has {num_units}",
+                next="Give the plan the true number, which is public then.",
+            )
 
     def _share_noise(self) -> None:
         """Adaptive clipping: what of sigma is left for the gradient. Raises PrivacyRefused before anything is charged."""
@@ -311,6 +430,11 @@ class DifferentialPrivacyEngine(Draws):
             )
 
     def _begin(self) -> None:
+        if self.bands > 1:
+            if self._block is None:  # the first step of engine.batches, or the first after an error in a step
+                self._noise = self._block = Block(self.bands, self._draws_left, self._source, self.random)
+            self._block.begin_step()
+        self._draws_left -= 1
         self._forget_sums()
         self._watch = Watch(self.model)
 
@@ -368,6 +492,7 @@ class DifferentialPrivacyEngine(Draws):
         for reduction in self._reductions.values():
             reduction.clear()
         self._count = 0.0
+        self._block = None  # some of its noise was taken, some not
         part.stepped.update(self._optimizers)  # no second try with the same batch
         if not self._draws_batches:
             self._part = None
@@ -410,6 +535,12 @@ class DifferentialPrivacyEngine(Draws):
             part.sequence = None
 
     def _check_hand_written(self) -> None:
+        if self.bands > 1 or self._largest_batch is not None:
+            raise UsageError(
+                f"bands = {self.bands}, largest_batch = {self._largest_batch} · are about who is drawn, and a hand-written loop "
+                "draws itself",
+                next="Use engine.batches(dataset, expected_batch_size=, steps=).",
+            )
         if self._expected_batch_size is None or self._sampling_rate is None:
             raise UsageError(
                 f"expected_batch_size = {self._expected_batch_size}, sampling_rate = {self._sampling_rate} · "
@@ -436,7 +567,7 @@ class DifferentialPrivacyEngine(Draws):
             sequence = self._part.sequence
         else:
             self._forget_sums()
-            sequence = self._reserve()
+            sequence = self._reserve(1)  # nobody knows how many more will come
         self._part = PhysicalPart(None, False, not more, sequence)
         return self._part
 
@@ -487,17 +618,18 @@ class DifferentialPrivacyEngine(Draws):
         """.grad = (sum + noise) / expected batch size + what is public. Then the sum is dropped."""
         assert self._expected_batch_size is not None
         size, parameters = self._expected_batch_size, self._parameters_of(name)
-        stds = {parameter: self._partition.part_of[parameter].noise_std for parameter in parameters}
+        stds = {parameter: self._partition.part_of[parameter].noise_std(self._noise) for parameter in parameters}
+        self._variances |= {parameter: self._noise.variance(std) / size**2 for parameter, std in stds.items()}
         public = self._passes.take_public(parameters, self.processes)
-        for parameter, gradient in self._reductions[name].released(stds, size, self.random):
+        for parameter, gradient in self._reductions[name].released(stds, size, self._noise):
             self._gradients.write(parameter, gradient + public[parameter] if parameter in public else gradient)
         here, count = self.processes.total([self._non_finite_here, self._count])
         self.non_finite, self._non_finite_here = self.non_finite + int(here), 0
         if self._adaptive is not None:
             part = self._partition.parts[0]
-            std = widened(self._adaptive.count_std(self.noise_multiplier, size), 0.5, 1)
+            std = self._source.widened(self._adaptive.count_std(self.noise_multiplier, size), 0.5, 1)
             total = torch.tensor([count], dtype=torch.float64)
-            noisy = self.processes.decide(lambda: float(gaussian(1, std, self.random, total)))
+            noisy = self.processes.decide(lambda: float(self._source.draw(1, std, self.random, total)))
             part.max_grad_norm = self._adaptive.next_bound(part.max_grad_norm, noisy, size, self._initial_bound)
 
     def _parameters_of(self, part: str) -> Iterable[nn.Parameter]:
@@ -533,7 +665,7 @@ class DifferentialPrivacyEngine(Draws):
 
 def make_engine(
     model: nn.Module,
-    plan: PrivacyPlan,
+    plan: TrainingPlan,
     ledger: Ledger | None = None,
     random: Random | None = None,
     processes: Processes | None = None,

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sfumato.errors import UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, plan_to_dict
+from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.reports import Guarantee
 
 NOT_PROMISED = (
@@ -57,7 +59,7 @@ def guarantee(
             not_for_release=not_for_release or "trained without privacy",
         )
     _check_events(plan, events_spent)
-    figures = accounting.accountants(events_spent, plan.delta)
+    figures = accounting.accountants(events_spent, plan.delta, plan.adjacency)
     epsilon = figures["pld"]
     assert epsilon is not None  # PLD always applies
     finite = math.isfinite(epsilon)
@@ -70,23 +72,9 @@ def guarantee(
         adjacency=plan.adjacency,
         population=plan.population,
         accountants={name: value if value is None or math.isfinite(value) else None for name, value in figures.items()},
-        curve=accounting.curve(events_spent) if finite else [],
+        curve=accounting.curve(events_spent, adjacency=plan.adjacency) if finite else [],
         boundary=inside,
-        mechanism={
-            "name": "dp_sgd",
-            "sampling": "poisson",
-            "sampling_rate": plan.sampling_rate,
-            "expected_batch_size": plan.expected_batch_size,
-            "noise_multiplier": plan.noise_multiplier,
-            "max_grad_norm": plan.max_grad_norm,
-            "clipping": plan.clipping,
-            **({"parts": plan_to_dict(plan)["parts"]} if plan.parts else {}),
-            "steps_planned": plan.steps,
-            "steps_spent": sum(event.count for event in events_spent),
-            "target_epsilon": plan.target_epsilon,
-            "accountant": "pld",
-            "grid": accounting.GRID,
-        },
+        mechanism=plan.mechanism(events_spent),
         composed_with=list(composed_with),
         not_promised=list(NOT_PROMISED),
         not_for_release=not_for_release or ("" if finite else "trained without noise"),
@@ -102,15 +90,16 @@ def in_words(claim: Guarantee) -> str:
         )
     whose = {
         "record": "one record",
-        "person": f"all records of one person (at most {claim.records_per_unit} in a step)",
+        "person": f"all records of one person (at most {claim.records_per_unit} {_used(claim)})",
         "site": "all records of one site",
     }[claim.unit]
     words = (
         f"Whoever sees everything that this run releases can hardly tell whether {whose} took part: the run is "
-        f"({claim.epsilon:.4g}, {claim.delta:.2g})-differentially private for adding or removing {whose}. "
+        f"({claim.epsilon:.4g}, {claim.delta:.2g})-differentially private for {_NEIGHBOURS[claim.adjacency]} {whose}. "
         f"Any guess about it that was right with odds of 1 to 1 before is right with odds of at most "
         f"{_odds(claim.epsilon)} to 1 after, but for a chance of about {claim.delta:.2g}."
     )
+    words += _MECHANISMS.get(claim.mechanism.get("name", ""), "").format(unit=claim.unit)
     if claim.composed_with:
         words += (
             f" {len(claim.composed_with)} other run(s) used the same data; the protection of all together is weaker."
@@ -120,13 +109,36 @@ def in_words(claim: Guarantee) -> str:
     return words
 
 
+def _used(claim: Guarantee) -> str:
+    return "in a step" if claim.mechanism.get("name") == "dp_sgd" else "are used"
+
+
+_MECHANISMS = {  # what there is to see, beside the weights; "" for training in steps, which shows nothing else
+    "latent_release": " What was taken from the data is every {unit}'s own noisy latents, once; the model was made from those.",
+    "mean_embedding": " What was taken from the data is one noisy mean over all {unit}s; the model was made from that.",
+    "codebook": " What was taken from the data is every {unit}'s own codes, some of them replaced by chance.",
+    "composition": " Several mechanisms used the data, one after another; this is the figure of all of them together.",
+}
+
+_NEIGHBOURS = {
+    "add_or_remove": "adding or removing",
+    "zero_out": "blanking",
+    "replace_one": "exchanging for any other",
+}
+
+
 def _odds(epsilon: float) -> str:
     odds = math.exp(min(epsilon, 700.0))
     return f"{odds:,.2f}" if odds < 10 else f"{odds:,.0f}" if odds < 1e6 else f"{odds:.1e}"
 
 
 def _parts_sentences(plan: PrivacyPlan) -> list[str]:
-    if isinstance(plan, NotPrivate) or not plan.parts:
+    stages = plan.stages if isinstance(plan, Composition) else (plan,)
+    return [sentence for stage in stages if isinstance(stage, DpSgd) for sentence in _parts_of(stage)]
+
+
+def _parts_of(plan: DpSgd) -> list[str]:
+    if not plan.parts:
         return []
     noise = plan.part_noise_multipliers()
     parts = "; ".join(
@@ -149,16 +161,12 @@ def _population_sentence(plan: PrivacyPlan) -> str:
     return f"The number of {plan.unit}s, N = {plan.population}, was given as a public constant."
 
 
-def _check_events(plan: DpSgd, events: Sequence[Event]) -> None:
+def _check_events(plan: PrivatePlan, events: Sequence[Event]) -> None:
     """Every event must be one of the plan: a claim cannot name one mechanism and have spent on another."""
-    expected = plan.event(1)
+    allowed = plan.allowance()
     for event in events:
-        if (event.mechanism, event.sampling_rate, event.noise_multiplier) != (
-            expected.mechanism,
-            expected.sampling_rate,
-            expected.noise_multiplier,
-        ):
+        if replace(event, count=1) not in allowed:
             raise UsageError(
-                f"event = {event.to_dict()} · is not an event of the plan {expected.to_dict()}",
+                f"event = {event.to_dict()} · is not an event of the plan {[one.to_dict() for one in allowed]}",
                 next="Give the plan that the ledger was opened with.",
             )

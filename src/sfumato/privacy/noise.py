@@ -13,7 +13,7 @@ some 2^40 ways at least. What is missing is far below any delta.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sfumato import checks
 from sfumato.randomness import Random
@@ -38,6 +38,54 @@ def widened(std: float, bound: float, dimension: int) -> float:
     return std * (1.0 + 2.0 * spacing(std) * math.sqrt(dimension) / bound) if std > 0 else 0.0
 
 
+class Source(Protocol):
+    """Where independent noise comes from: ``GaussianSource``, or ``discrete.DiscreteSource``."""
+
+    @property
+    def name(self) -> str: ...
+
+    def spacing(self, std: float) -> float:
+        """The step of the grid for noise of this standard deviation; at most std / 2^30."""
+        ...
+
+    def widened(self, std: float, bound: float, dimension: int) -> float:
+        """The standard deviation that makes up for all rounding of a sum of this L2 sensitivity."""
+        ...
+
+    def draw(self, count: int, std: float, random: Random, plus: "Tensor | None" = None) -> "Tensor":
+        """(count,) float64: noise on its grid, or the sum of it and ``plus``, rounded to the grid."""
+        ...
+
+    def whole(self, count: int, std: float, step: float, random: Random) -> "Tensor":
+        """(count,) float64: noise in whole steps, each at most about ``std`` / 2^30."""
+        ...
+
+    def rounded(self, values: "Tensor", step: float) -> "Tensor":
+        """(count,) float64: values in whole steps; two numbers are moved apart by at most 2."""
+        ...
+
+
+class GaussianSource:
+    """Normals rounded to the grid: this module."""
+
+    name = "gaussian"
+
+    def spacing(self, std: float) -> float:
+        return spacing(std)
+
+    def widened(self, std: float, bound: float, dimension: int) -> float:
+        return widened(std, bound, dimension)
+
+    def draw(self, count: int, std: float, random: Random, plus: "Tensor | None" = None) -> "Tensor":
+        return gaussian(count, std, random, plus)
+
+    def whole(self, count: int, std: float, step: float, random: Random) -> "Tensor":
+        return _whole(count, std / step, random)
+
+    def rounded(self, values: "Tensor", step: float) -> "Tensor":
+        return values.double().div(step).round_()
+
+
 def gaussian(count: int, std: float, random: Random, plus: "Tensor | None" = None) -> "Tensor":
     """Draws ``count`` independent normals with mean 0 and standard deviation ``std``, rounded to their grid.
 
@@ -53,16 +101,23 @@ def gaussian(count: int, std: float, random: Random, plus: "Tensor | None" = Non
     if std == 0:
         return torch.zeros(count, dtype=torch.float64) if plus is None else plus.double()
     step = spacing(std)
-    pairs = torch.empty(2, (count + 1) // 2, dtype=torch.float64)  # cosines in row 0, sines in row 1
-    for start in range(0, pairs.shape[1], _CHUNK):
-        _normal_pairs(pairs[:, start : start + _CHUNK], std / step, random)
-    out = pairs.view(-1)[:count]
+    out = _whole(count, std / step, random)
     for start in range(0, count, _CHUNK):
         part = out[start : start + _CHUNK]
         if plus is not None:
             part.add_(plus[start : start + _CHUNK].double().div(step).round_())
         part.mul_(step)
     return out
+
+
+def _whole(count: int, std: float, random: Random) -> "Tensor":
+    """(count,) float64: normals rounded to whole numbers."""
+    import torch
+
+    pairs = torch.empty(2, (count + 1) // 2, dtype=torch.float64)  # cosines in row 0, sines in row 1
+    for start in range(0, pairs.shape[1], _CHUNK):
+        _normal_pairs(pairs[:, start : start + _CHUNK], std, random)
+    return pairs.view(-1)[:count]
 
 
 def _normal_pairs(out: "Tensor", std: float, random: Random) -> None:

@@ -72,7 +72,7 @@ class NotPrivateEngine(Draws):
     def check_independence(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
         """Nothing to check: no unit is protected."""
 
-    def _reserve(self) -> None:
+    def _reserve(self, ahead: int) -> None:
         self.steps_started += 1
 
     def _begin(self) -> None:

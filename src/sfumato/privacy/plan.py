@@ -1,87 +1,125 @@
 """One value that says what is sampled, clipped, noised, and therefore spent.
 
 The sampler, the engine, the noise, the ledger, the report and the verifier read the same plan, so they cannot disagree.
-A plan is complete when it exists: ``DpSgd.calibrated`` finds the noise first, there is no "not yet calibrated".
+A plan is complete when it exists: ``calibrated`` finds the noise first, there is no "not yet calibrated".
+
+DpSgd          clipped gradients, step after step            ``engine``
+LatentRelease  every unit's own noised latents, once         ``releases``, ``latents``
+Codebook       every unit's own codes, by randomised response
+MeanEmbedding  one noisy sum of features over all units
+Estimate       a count, histogram, mean or quantile          ``releases``, ``estimate``
+Composition    several of these on the same data, one claim
+NotPrivate     for comparison
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from sfumato import checks
-from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.errors import UsageError
 from sfumato.privacy import accounting
-from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
-from sfumato.privacy.settings import Clipping, PartSettings, PrivacySettings, check_parts, joint_max_grad_norm
-
-MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
-LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
-LITTLE_SIGNAL = 0.5  # longest sum of gradients / length of the noise; a rule of thumb, not measured
-BYTES_PER_PARAMETER = 32  # float32: weights, gradient, clipped sum, two Adam moments, moving average; float64: noise
+from sfumato.privacy.events import Event, merged
+from sfumato.privacy.private_plan import PrivatePlan as PrivatePlan
+from sfumato.privacy.private_plan import check_units, whole
+from sfumato.privacy.releases import Codebook as Codebook
+from sfumato.privacy.releases import Estimate as Estimate
+from sfumato.privacy.releases import LatentModality as LatentModality
+from sfumato.privacy.releases import LatentRelease as LatentRelease
+from sfumato.privacy.releases import MeanEmbedding as MeanEmbedding
+from sfumato.privacy.settings import Clipping, NoiseSource, PartSettings, check_parts, joint_max_grad_norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DpSgd:
+class DpSgd(PrivatePlan):
     """Poisson-sampled Gaussian mechanism on clipped per-unit gradients, repeated.
 
     Guarantee: ``steps`` steps, each of which samples every unit with ``sampling_rate``, scales each unit's gradient
     (the mean over at most ``records_per_unit`` records) to L2 norm at most ``max_grad_norm``, adds up, adds
     N(0, (noise_multiplier max_grad_norm)^2) to each coordinate, and divides by ``expected_batch_size``, are
-    (epsilon(), delta)-differentially private for adding or removing one unit.
+    (epsilon(), delta)-differentially private under ``adjacency``.
 
     Attributes:
-      population: N, the number of units, a public constant.
       expected_batch_size: B, in units; a public constant, not the size of any batch.
       steps: T, the most steps that may ever be taken.
       noise_multiplier: sigma, standard deviation / clipping bound; 0 is no noise, and epsilon infinite.
-      max_grad_norm: C, the clipping bound over all parameters together.
+      max_grad_norm: C, the clipping bound over all parameters together; or "estimated": an ``Estimate`` of the same
+        ``Composition`` finds it before the first step (``clip_estimate``). It changes nothing that is charged, since the
+        noise is sigma times whatever it is; ``replace(plan, max_grad_norm=...)`` is what an engine can follow.
       clipping: flat, per_layer, automatic or adaptive, as in ``PrivacySettings``; however it is done, one unit moves the
         sum by at most C. With adaptive, C is where the bound begins, and sigma is of gradient and count together.
       parts: each with its own C_m and share of 1/sigma^2, so that its noise is sigma / sqrt(share) times C_m; sigma is of
         all together, and ``max_grad_norm`` is sqrt(sum C_m^2). What is in no part is frozen.
-      records_per_unit: k, at most so many records of a unit are used in a step.
-      target_epsilon: what was asked for, if the noise was calibrated to it.
-      population_from_data: N was counted in the data and is hereby declared public.
+      bands: b > 1: the noise of b consecutive steps is correlated (``correlated``), units are assigned to b groups once by
+        chance and step t samples group t mod b at rate b B / N. A cycle of b steps is then one event at that rate.
+      largest_batch: of a sample of more units a uniformly random subset of this size is taken (truncated Poisson).
+      noise: gaussian, on a grid of powers of two; or discrete, sampled exactly on the integers (``noise``).
 
-    Source: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133.
+    Source: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133; for bands Choquette-Choo et al. 2023, arXiv:2306.08153.
     Differs: Poisson sampling in the algorithm itself; division by the expected batch size.
     """
 
-    population: int
     expected_batch_size: float
     steps: int
     noise_multiplier: float
-    delta: float
-    max_grad_norm: float = 1.0
-    unit: str = "record"
-    records_per_unit: int = 1
-    adjacency: Literal["add_or_remove"] = "add_or_remove"
-    target_epsilon: float | None = None
-    population_from_data: bool = False
+    max_grad_norm: float | Literal["estimated"] = 1.0
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
+    bands: int = 1
+    largest_batch: int | None = None
+    noise: NoiseSource = "gaussian"
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
-        checks.positive(max_grad_norm=self.max_grad_norm)
-        checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=self.clipping)
-        checks.non_negative(noise_multiplier=self.noise_multiplier)
-        checks.one_of(("add_or_remove",), adjacency=self.adjacency)
-        if not 0 < self.delta < 1:
+        self.check_common()
+        _check_batches(self)
+        if self.max_grad_norm != "estimated":
+            checks.positive(max_grad_norm=self.max_grad_norm)
+        elif self.parts:
             raise UsageError(
-                f"delta = {self.delta} · must be between 0 and 1, both excluded", next="Give about 1/(N ln N)."
+                "max_grad_norm = estimated · is one bound, but parts have several", next="Leave out the parts."
             )
+        checks.one_of(("flat", "per_layer", "automatic", "adaptive"), clipping=self.clipping)
+        checks.one_of(("gaussian", "discrete"), noise=self.noise)
+        checks.non_negative(noise_multiplier=self.noise_multiplier)
         if self.parts:
             object.__setattr__(self, "parts", self._checked_parts())
         if self.clipping == "adaptive":
             AdaptiveClip().gradient_noise_multiplier(self.noise_multiplier, self.expected_batch_size)  # or it refuses
+        self._check_sampling()
+        accounting.check_adjacency([self.event(1)], self.adjacency)
+
+    def _check_sampling(self) -> None:
+        whole(1, bands=self.bands)
+        if self.bands > 1:
+            if self.bands * self.expected_batch_size > self.population:
+                raise UsageError(
+                    f"bands = {self.bands} · a group of N/bands = {self.population / self.bands:g} units must hold the expected "
+                    f"batch of {self.expected_batch_size:g}",
+                    next="Take fewer bands or smaller batches.",
+                )
+            if self.bands > self.steps or self.clipping == "adaptive" or self.largest_batch is not None:
+                raise UsageError(
+                    f"bands = {self.bands}, steps = {self.steps}, clipping = {self.clipping}, largest_batch = "
+                    f"{self.largest_batch} · correlated noise needs as many steps as bands, one fixed clip, and Poisson sampling",
+                    next="Set clipping: flat, largest_batch: null, and no more bands than steps.",
+                )
+        if self.largest_batch is not None:
+            whole(1, largest_batch=self.largest_batch)
+            if self.largest_batch < self.expected_batch_size:
+                raise UsageError(
+                    f"largest_batch = {self.largest_batch} · is below the expected batch size, {self.expected_batch_size:g}: most "
+                    "batches would be cut, and the sum divided by more units than are in it",
+                    next="Take about expected_batch_size + 4 sqrt(expected_batch_size).",
+                )
 
     def _checked_parts(self) -> tuple[PartSettings, ...]:
         """The parts, every one with its share."""
         check_parts(self.parts)
         joint = joint_max_grad_norm(self.parts)
-        if self.clipping == "adaptive" or not math.isclose(self.max_grad_norm, joint, rel_tol=1e-9):
+        given = self.max_grad_norm
+        if self.clipping == "adaptive" or given == "estimated" or not math.isclose(given, joint, rel_tol=1e-9):
             raise UsageError(
                 f"clipping = {self.clipping}, max_grad_norm = {self.max_grad_norm} · with these parts it must not be "
                 f"adaptive, and {joint:.6g}",
@@ -99,60 +137,146 @@ class DpSgd:
 
     @property
     def sampling_rate(self) -> float:
-        """q = B / N, the chance of every unit to join a step."""
+        """q = B / N, the chance of every unit to join a step; with bands, of the units of the step's group b times as much."""
         return self.expected_batch_size / self.population
 
     def event(self, count: int | None = None) -> Event:
-        """What ``count`` steps (all of them by default) cost."""
+        """``count`` times what is charged at once (by default, for all steps): a step, or with bands a cycle of so many."""
+        truncated = self.largest_batch is not None
         return Event(
-            mechanism="poisson_gaussian",
-            sampling_rate=self.sampling_rate,
+            mechanism="truncated_poisson_gaussian" if truncated else "poisson_gaussian",
+            sampling_rate=self.bands * self.expected_batch_size / self.population,
             noise_multiplier=self.noise_multiplier,
-            count=self.steps if count is None else count,
+            count=self.events_of(self.steps) if count is None else count,
+            population=self.population if truncated else None,
+            largest_batch=self.largest_batch,
         )
+
+    def events_of(self, steps: int) -> int:
+        """How many events so many steps are, taken without a stop."""
+        return -(-steps // self.bands)
+
+    def steps_left(self, remaining: int) -> int:
+        """Steps that may still be taken with so many events left; a cycle of correlated noise that was begun is spent whole."""
+        return max(0, self.steps - self.bands * (self.event().count - remaining))
+
+    def events(self) -> tuple[Event, ...]:
+        return (self.event(),)
 
     def epsilon(self, steps: int | None = None) -> float:
         """Spent after ``steps`` steps (all of them by default), by PLD."""
-        value = accounting.epsilon([self.event(steps)], self.delta)
+        event = self.event(None if steps is None else self.events_of(steps))
+        value = accounting.epsilon([event], self.delta, adjacency=self.adjacency)
         assert value is not None  # PLD always applies
         return value
 
+    def mechanism(self, spent: Sequence[Event]) -> dict[str, Any]:
+        from sfumato.privacy.plan_json import plan_to_dict
+
+        optional = {name: plan_to_dict(self)[name] for name in ("parts",) if self.parts}
+        for name, nothing in (("bands", 1), ("largest_batch", None), ("noise", "gaussian")):
+            if getattr(self, name) != nothing:
+                optional[name] = getattr(self, name)
+        return {
+            "name": "dp_sgd",
+            "sampling": "poisson" if self.largest_batch is None else "truncated poisson",
+            "sampling_rate": self.sampling_rate,
+            "expected_batch_size": self.expected_batch_size,
+            "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "clipping": self.clipping,
+            **optional,
+            "steps_planned": self.steps,
+            "steps_spent": min(self.steps, self.bands * sum(event.count for event in spent)),
+            "target_epsilon": self.target_epsilon,
+            "accountant": "pld",
+            "grid": accounting.GRID,
+        }
+
     @classmethod
-    def calibrated(
-        cls,
-        *,
-        epsilon: float,
-        population: int,
-        expected_batch_size: float,
-        steps: int,
-        delta: float,
-        max_grad_norm: float = 1.0,
-        unit: str = "record",
-        records_per_unit: int = 1,
-        population_from_data: bool = False,
-        clipping: Clipping = "flat",
-        parts: tuple[PartSettings, ...] = (),
-    ) -> "DpSgd":
-        """The plan with the least noise whose ``epsilon()`` is at most ``epsilon``."""
-        sizes = {"population": population, "expected_batch_size": expected_batch_size, "steps": steps, "delta": delta}
-        rest: dict[str, Any] = {"max_grad_norm": max_grad_norm, "unit": unit, "records_per_unit": records_per_unit}
-        rest |= {"clipping": clipping, "parts": parts}
-        cls(**sizes, **rest, noise_multiplier=0.0)  # every other value is checked before the search
-        noise_multiplier = accounting.calibrate(
-            epsilon=epsilon, delta=delta, sampling_rate=expected_batch_size / population, steps=steps
+    def calibrated(cls, *, epsilon: float, before: Sequence[Event] = (), **values: Any) -> "DpSgd":
+        """The plan with the least noise that spends, together with the events ``before`` it, at most ``epsilon``.
+
+        Args: values: every other field, but for noise_multiplier and target_epsilon.
+        """
+        sought = cls(**values, noise_multiplier=0.0)  # every other value is checked before the search
+        noise = accounting.calibrate_event(
+            sought.event(), before=tuple(before), epsilon=epsilon, delta=sought.delta, adjacency=sought.adjacency
         )
+        return cls(**values, noise_multiplier=noise, target_epsilon=epsilon)
+
+
+Stage = DpSgd | LatentRelease | Codebook | MeanEmbedding | Estimate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composition(PrivatePlan):
+    """Several plans on the same units, one after another, under one claim: their events are composed.
+
+    A later stage may use what an earlier one released; its own parameters were fixed beforehand.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        self.check_common()
+        if len(self.stages) < 2:
+            raise UsageError(f"stages = {len(self.stages)} · must be two or more", next="Take the one plan itself.")
+        for stage in self.stages:
+            for name in ("population", "delta", "unit", "records_per_unit", "adjacency"):
+                if getattr(stage, name) != getattr(self, name):
+                    raise UsageError(
+                        f"stages.{name} = {getattr(stage, name)} · must be that of the whole, {getattr(self, name)}",
+                        next="One composition protects one unit, under one adjacency.",
+                    )
+
+    def events(self) -> tuple[Event, ...]:
+        return merged([event for stage in self.stages for event in stage.events()])
+
+    def mechanism(self, spent: Sequence[Event]) -> dict[str, Any]:
+        return {
+            "name": "composition",
+            "stages": [
+                stage.mechanism(of_stage) for stage, of_stage in zip(self.stages, self.spent_of(spent), strict=True)
+            ],
+            **self.spending(spent),
+        }
+
+    def spent_of(self, spent: Sequence[Event]) -> list[list[Event]]:
+        """The events of each stage; where two stages have equal ones, the earlier takes up to its own number first."""
+        left = {replace(event, count=1): event.count for event in merged(spent)}
+        parts: list[list[Event]] = []
+        for stage in self.stages:
+            of_stage = []
+            for one, most in stage.allowance().items():
+                taken = min(most, left.get(one, 0))
+                if taken:
+                    of_stage.append(replace(one, count=taken))
+                    left[one] -= taken
+            parts.append(of_stage)
+        return parts
+
+    @classmethod
+    def of(cls, *stages: Stage, target_epsilon: float | None = None) -> "Composition":
+        """The composition of stages that agree about whom they protect."""
+        first = stages[0]
         return cls(
-            **sizes,
-            **rest,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=epsilon,
-            population_from_data=population_from_data,
+            population=first.population,
+            delta=first.delta,
+            unit=first.unit,
+            records_per_unit=first.records_per_unit,
+            adjacency=first.adjacency,
+            population_from_data=first.population_from_data,
+            target_epsilon=target_epsilon,
+            stages=stages,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotPrivate:
     """Ordinary training, for comparison. It protects nobody, and everything made from it says so."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     population: int
     expected_batch_size: float
@@ -162,7 +286,8 @@ class NotPrivate:
     population_from_data: bool = False
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_units(self)
+        _check_batches(self)
 
     @property
     def sampling_rate(self) -> float:
@@ -175,322 +300,24 @@ class NotPrivate:
         return math.inf
 
 
-PrivacyPlan = DpSgd | NotPrivate
+PrivacyPlan = Stage | Composition | NotPrivate
+TrainingPlan = DpSgd | NotPrivate  # what a loop of steps can follow
 
-
-def automatic_delta(population: int) -> float:
-    """1 / (N ln N): below 1/N, by a factor that grows with N."""
-    return 1.0 / (population * math.log(population))
-
-
-def make_plan(
-    settings: PrivacySettings,
-    *,
-    steps: int,
-    expected_batch_size: float,
-    population: int,
-    records: int | None = None,
-    parameters: int | None = None,
-    memory_bytes: int | None = None,
-) -> PrivacyPlan:
-    """Turns what was asked for into a plan, or refuses with every reason why it cannot work.
-
-    Args:
-      steps, expected_batch_size: T and B; B in units.
-      population: the number of units counted in the data. It is used, and declared public, if the settings give none.
-      records: the number of records in the data, if known.
-      parameters: how many numbers are trained, if known.
-      memory_bytes: the memory that training may use, if known.
-
-    Raises: PrivacyRefused; its ``refusals`` are dicts with code, message and next.
-    """
-    units = settings.population if settings.population is not None else population
-    refusals = [
-        *_size_refusals(steps, expected_batch_size, units, records),
-        *_memory_refusals(parameters, memory_bytes),
-    ]
-    sizes: dict[str, Any] = {
-        "population": units,
-        "expected_batch_size": float(expected_batch_size),
-        "steps": steps,
-        "unit": settings.unit,
-        "records_per_unit": settings.records_per_unit,
-        "population_from_data": settings.population is None,
-    }
-    plan: PrivacyPlan | None = None
-    if settings.mechanism == "none":
-        if not refusals:
-            plan = NotPrivate(**sizes)
-    else:
-        if units < MIN_UNITS:
-            refusals.append(
-                _refusal(
-                    "too_few_units",
-                    f"population = {units} {settings.unit}s · a guarantee that means anything needs {MIN_UNITS}",
-                    "Add data, or set privacy.mechanism: none and say so.",
-                )
-            )
-        delta = settings.delta if settings.delta != "auto" else automatic_delta(max(units, 3))
-        if units >= 1 and delta >= 1 / units:
-            refusals.append(
-                _refusal(
-                    "delta_too_large",
-                    f"delta = {delta:g} · must be below 1/N = {1 / units:.3g}: otherwise a whole {settings.unit} may "
-                    "be given away",
-                    f"Set privacy.delta: auto, which is {automatic_delta(max(units, 3)):.2g}.",
-                )
-            )
-        possible = not any(reason["code"] in _NO_ARITHMETIC for reason in refusals)
-        private, more = _dp_sgd(settings, sizes, delta, possible)
-        refusals += more
-        plan = private
-    if refusals or plan is None:
-        words = "; ".join(reason["message"] for reason in refusals)
-        raise PrivacyRefused(
-            words, next=refusals[0]["next"], code=refusals[0]["code"] if len(refusals) == 1 else None, refusals=refusals
-        )
-    return plan
-
-
-_NO_ARITHMETIC = {"no_steps", "empty_batch", "batch_larger_than_population"}  # no epsilon can be computed
-
-
-def _dp_sgd(
-    settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
-) -> tuple[DpSgd | None, list[dict[str, str]]]:
-    """The private plan, and what speaks against its epsilon or noise."""
-    refusals: list[dict[str, str]] = []
-    if settings.epsilon is not None and settings.epsilon > LARGEST_EPSILON:
-        refusals.append(
-            _refusal(
-                "epsilon_too_large",
-                f"epsilon = {settings.epsilon:g} · a guarantee of more than {LARGEST_EPSILON:g} protects nobody",
-                "Ask for 10 or less, or set privacy.mechanism: none and say so.",
-            )
-        )
-    noise = settings.noise_multiplier
-    if noise is not None and not accounting.SMALLEST_NOISE_MULTIPLIER <= noise <= accounting.LARGEST_NOISE_MULTIPLIER:
-        refusals.append(
-            _refusal(
-                "noise_multiplier_out_of_range",
-                f"noise_multiplier = {noise:g} · must be between {accounting.SMALLEST_NOISE_MULTIPLIER:g} (below, "
-                f"nothing is hidden) and {accounting.LARGEST_NOISE_MULTIPLIER:g} (above, nothing is learnt)",
-                "Give privacy.epsilon instead: the noise is then found for you.",
-            )
-        )
-    if refusals or not possible:
-        return None, refusals
-    values = {**sizes, "delta": delta, "max_grad_norm": settings.max_grad_norm}
-    values |= {"clipping": settings.clipping, "parts": settings.parts}
-    try:
-        if noise is not None:
-            plan = DpSgd(**values, noise_multiplier=noise, adjacency=settings.adjacency)
-        else:
-            assert settings.epsilon is not None  # the settings hold exactly one of the two
-            plan = DpSgd.calibrated(epsilon=settings.epsilon, **values)
-    except PrivacyRefused as refused:
-        return None, refused.refusals
-    if noise is not None and plan.epsilon() > LARGEST_EPSILON:
-        refusals.append(
-            _refusal(
-                "epsilon_too_large",
-                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {plan.steps} steps, "
-                f"more than {LARGEST_EPSILON:g}",
-                "Raise the noise, lower the steps or the batch size, or give privacy.epsilon instead.",
-            )
-        )
-    return plan, refusals
-
-
-def _size_refusals(steps: int, batch: float, units: int, records: int | None) -> list[dict[str, str]]:
-    refusals = []
-    if steps < 1:
-        refusals.append(_refusal("no_steps", f"steps = {steps} · must be at least 1", "Raise training.steps."))
-    if not batch > 0 or not math.isfinite(batch):
-        refusals.append(
-            _refusal(
-                "empty_batch", f"expected_batch_size = {batch} · must be above 0", "Raise the expected batch size."
-            )
-        )
-    if units < 1:
-        refusals.append(
-            _refusal("too_few_units", f"population = {units} · there is no unit to learn from", "Give data.")
-        )
-    if batch > units:
-        refusals.append(
-            _refusal(
-                "batch_larger_than_population",
-                f"expected_batch_size = {batch:g} · must be at most the population, {units}: the sampling rate would "
-                f"be {batch / units if units > 0 else math.inf:.3g}, above 1",
-                f"Set the expected batch size to {max(units // 10, 1)} or so.",
-            )
-        )
-    if records is not None and units > 0 and records < 1:
-        refusals.append(_refusal("no_records", f"records = {records} · there is nothing to learn from", "Give data."))
-    return refusals
-
-
-def _memory_refusals(parameters: int | None, memory_bytes: int | None) -> list[dict[str, str]]:
-    if parameters is None or memory_bytes is None or parameters * BYTES_PER_PARAMETER <= memory_bytes:
-        return []
-    return [
-        _refusal(
-            "memory",
-            f"parameters = {parameters:,} · need {parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB for weights, sums, "
-            f"noise and optimiser before the first example; {memory_bytes / 2**30:.2f} GiB are there",
-            "Choose a smaller model, or train fewer of its parameters.",
-        )
-    ]
-
-
-def _refusal(code: str, message: str, next: str) -> dict[str, str]:
-    return {"code": code, "message": message, "next": next}
-
-
-def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dict[str, str]]:
-    """What a user should know before starting: dicts with code, message and next. None of it forbids the run."""
-    if isinstance(plan, NotPrivate):
-        return [
-            _refusal(
-                "not_private", "mechanism = none · nothing protects the records", "Do not release what comes of it."
-            )
-        ]
-    warnings = []
-    epsilon = plan.epsilon()
-    if epsilon < 2:
-        warnings.append(
-            _refusal(
-                "epsilon_small",
-                f"epsilon = {epsilon:.3g} · below 2 a generator usually needs hundreds of thousands of units",
-                "Expect coarse output, or raise privacy.epsilon.",
-            )
-        )
-    if epsilon > 10:
-        warnings.append(
-            _refusal(
-                "epsilon_large",
-                f"epsilon = {epsilon:.3g} · above 10 the guarantee is weak: it bounds odds by e^{epsilon:.3g}",
-                "Lower privacy.epsilon, or do not rest the case on the guarantee alone.",
-            )
-        )
-    if plan.noise_multiplier < 0.3:
-        warnings.append(
-            _refusal(
-                "noise_small",
-                f"noise_multiplier = {plan.noise_multiplier:g} · below 0.3 the bound rests on far tails",
-                "Take more noise and more steps, or larger batches.",
-            )
-        )
-    if parameters is not None and plan.noise_multiplier > 0:
-        a_step = plan.expected_batch_size / (plan.noise_multiplier * math.sqrt(parameters))
-        if a_step < LITTLE_SIGNAL:
-            warnings.append(
-                _refusal(
-                    "few_units",
-                    f"population = {plan.population} {plan.unit}s · is few for {parameters:,} parameters at epsilon = "
-                    f"{epsilon:.3g}: in each step the noise is at least {1 / a_step:.3g} times as long as what all units together say",
-                    "Expect coarse pictures that follow their texts badly. More units help most, then fewer parameters.",
-                )
-            )
-    return warnings
-
-
-def plan_to_dict(plan: PrivacyPlan) -> dict[str, Any]:
-    """Plain JSON values; ``kind`` says which plan it is. ``clipping`` and ``parts`` are left out where they say nothing,
-    so that a plan without them is written, and hashed, as it always was."""
-    kind = "dp_sgd" if isinstance(plan, DpSgd) else "none"
-    values = asdict(plan)
-    for name, default in (("clipping", "flat"), ("parts", ())):
-        if values.get(name) == default:
-            del values[name]
-    if "parts" in values:
-        values["parts"] = [{**part, "modules": list(part["modules"])} for part in values["parts"]]
-    return {"kind": kind, **values}
-
-
-def plan_from_dict(values: Any) -> PrivacyPlan:
-    """Reads what ``plan_to_dict`` wrote. Raises UsageError for an unknown kind, key or value."""
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"plan = {type(values).__name__} · must be a mapping", next="It was written by something else."
-        )
-    rest = {key: value for key, value in values.items() if key != "kind"}
-    kinds: dict[Any, Any] = {"dp_sgd": DpSgd, "none": NotPrivate}
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UsageError(f"plan.kind = {kind!r} · must be dp_sgd or none", next="It was written by something else.")
-    _check_types("plan", rest, _TYPES)
-    if "parts" in rest:
-        rest["parts"] = tuple(_part_from_dict(part) for part in rest["parts"])
-    try:
-        return kinds[kind](**rest)
-    except (TypeError, OverflowError) as error:
-        raise UsageError(
-            f"plan = {sorted(rest)} · {error}", next="It was written by another version, or changed."
-        ) from None
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "population": (int,),
-    "expected_batch_size": (int, float),
-    "steps": (int,),
-    "noise_multiplier": (int, float),
-    "delta": (int, float),
-    "max_grad_norm": (int, float),
-    "unit": (str,),
-    "records_per_unit": (int,),
-    "adjacency": (str,),
-    "target_epsilon": (int, float, type(None)),
-    "population_from_data": (bool,),
-    "clipping": (str,),
-    "parts": (list,),
+STAGES: dict[str, type[Any]] = {
+    "dp_sgd": DpSgd,
+    "latent_release": LatentRelease,
+    "codebook": Codebook,
+    "mean_embedding": MeanEmbedding,
+    "estimate": Estimate,
 }
-_PART_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "modules": (list,),
-    "max_grad_norm": (int, float),
-    "share": (int, float),
-}
+KINDS: dict[str, type[Any]] = {**STAGES, "composition": Composition, "none": NotPrivate}
 
 
-def _part_from_dict(values: Any) -> PartSettings:
-    if not isinstance(values, dict) or set(values) != {field.name for field in fields(PartSettings)}:
-        given = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
-        raise UsageError(
-            f"plan.parts = {given} · must have exactly {', '.join(_PART_TYPES)}",
-            next="It was written by another version, or changed.",
-        )
-    _check_types("plan.parts", values, _PART_TYPES)
-    if not all(type(module) is str for module in values["modules"]):
-        raise UsageError("plan.parts.modules · must be text", next="It was written by something else, or changed.")
-    try:
-        return PartSettings(**{**values, "modules": tuple(values["modules"])})
-    except OverflowError as error:
-        raise UsageError(f"plan.parts · {error}", next="It was written by something else, or changed.") from None
-
-
-def _check_types(where: str, values: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
-    for key, value in values.items():
-        if key in types and type(value) not in types[key]:
-            names = " or ".join(kind.__name__ for kind in types[key])
-            raise UsageError(
-                f"{where}.{key} = {value!r} · must be {names}", next="It was written by another version, or changed."
-            )
-
-
-def _check_sizes(plan: Any) -> None:
-    for name in ("population", "steps", "records_per_unit"):
-        value = getattr(plan, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} = {value!r} · must be a whole number >= 1", next="Give a larger number.")
+def _check_batches(plan: Any) -> None:
+    whole(1, steps=plan.steps)
     checks.positive(expected_batch_size=plan.expected_batch_size)
     if plan.expected_batch_size > plan.population:
         raise UsageError(
             f"expected_batch_size = {plan.expected_batch_size:g} · must be at most population = {plan.population}",
             next="Lower the expected batch size.",
-        )
-    checks.one_of(("record", "person", "site"), unit=plan.unit)
-    if plan.unit == "record" and plan.records_per_unit != 1:
-        raise UsageError(
-            f"records_per_unit = {plan.records_per_unit} · must be 1 when unit is record", next="Set unit: person."
         )

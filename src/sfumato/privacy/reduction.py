@@ -1,7 +1,8 @@
 """The sum of clipped gradients over parts and processes, and what is released of it: the sum plus one Gaussian.
 
 Claim, for W processes: ``released`` gives (sum over all units that any of them drew, of clipped gradients, + N(0, std^2)
-in every coordinate) / divisor, where the noise of a coordinate is drawn once, by one process, from its own secret source.
+in every coordinate) / divisor, where the noise of a coordinate is drawn once, by one process, from its own secret source (correlated
+noise: by the same process in every step, which alone keeps what it drew before).
 So what one unit can change, and how much noise covers it, is what it is with one process. The sum over processes is taken
 in float32 (float64 for float64 parameters); noise is made and added in float64, on the grid of ``noise``, after that sum.
 
@@ -12,16 +13,15 @@ A *sharded* parameter (``fully_shard``) is reduce-scattered after every layer of
 process holds; noise goes on that shard, which nobody else has, and ``.grad`` is a DTensor of the parameter's placement.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.privacy.gradients.bookkeeping import Layer
-from sfumato.privacy.noise import gaussian
 from sfumato.privacy.processes import Processes, is_sharded
-from sfumato.randomness import Random
+from sfumato.privacy.step_noise import StepNoise
 
 BUCKET = 2**22  # coordinates of replicated parameters that are reduced at once: 16 MB of float32
 
@@ -74,7 +74,7 @@ class Reduction:
                 self._reduce(parameters)
 
     def released(
-        self, stds: dict[nn.Parameter, float], divisor: float, random: Random
+        self, stds: dict[nn.Parameter, float], divisor: float, noise: StepNoise
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter with (sum + noise) / divisor, in its type and placement. The sums are dropped.
 
@@ -83,22 +83,24 @@ class Reduction:
         sharded = [p for p in self._parameters if is_sharded(p)]
         replicated = [p for p in self._parameters if not is_sharded(p)]
         for parameter in sharded:
-            local = _noisy(self._local(parameter), self._sums.pop(parameter, None), stds[parameter], divisor, random)
+            local, value = self._local(parameter), self._sums.pop(parameter, None)
+            local = _noisy(parameter, local, value, stds[parameter], divisor, noise)
             yield parameter, _as_sharded(local, parameter)
         if not self._processes.together:
             for parameter in replicated:
-                yield parameter, _noisy(parameter, self._sums.pop(parameter, None), stds[parameter], divisor, random)
+                value = self._sums.pop(parameter, None)
+                yield parameter, _noisy(parameter, parameter, value, stds[parameter], divisor, noise)
         else:
-            yield from self._released_together(replicated, stds, divisor, random)
+            yield from self._released_together(replicated, stds, divisor, noise)
         self.clear()
 
     # -- inside --
 
     def _released_together(
-        self, parameters: list[nn.Parameter], stds: dict[nn.Parameter, float], divisor: float, random: Random
+        self, parameters: list[nn.Parameter], stds: dict[nn.Parameter, float], divisor: float, noise: StepNoise
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         out = {p: torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters}
-        for bucket in _buckets(parameters, stds):
+        for number, bucket in enumerate(_buckets(parameters, stds)):
             first, std = bucket[0][0], stds[bucket[0][0]]
             size = sum(stop - start for _, start, stop in bucket)
             width = -(-size // self._processes.size)  # of one process's shard; the last ones may be padding
@@ -108,7 +110,7 @@ class Reduction:
                     piece.copy_(self._sums[parameter].reshape(-1)[start:stop])
             shard = flat.new_empty(width)
             self._processes.reduce_scatter(shard, flat)
-            shard = _noisy(shard.to(first.dtype), shard, std, divisor, random)
+            shard = _noisy(number, shard.to(first.dtype), shard, std, divisor, noise)
             whole = shard.new_empty(len(flat))
             self._processes.all_gather(whole, shard)
             for piece, (parameter, start, stop) in zip(_cut(whole, bucket), bucket, strict=True):
@@ -150,10 +152,10 @@ class Reduction:
         return parameter.to_local()
 
 
-def _noisy(like: Tensor, value: Tensor | None, std: float, divisor: float, random: Random) -> Tensor:
+def _noisy(key: Hashable, like: Tensor, value: Tensor | None, std: float, divisor: float, noise: StepNoise) -> Tensor:
     """(value + noise) / divisor, in float64 until it is rounded to the type of ``like``; its shape and device too."""
     plus = None if value is None else value.reshape(-1).cpu()
-    noisy = gaussian(like.numel(), std, random, plus).div_(divisor)
+    noisy = noise.added(key, like.numel(), std, plus).div_(divisor)
     return noisy.to(like.dtype).view(like.shape).to(like.device)
 
 

@@ -6,9 +6,11 @@ from typing import Literal
 
 from sfumato import checks
 from sfumato.errors import UsageError
+from sfumato.privacy.events import Adjacency
 
 DEFAULT_MAX_GRAD_NORM = 1.0
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+NoiseSource = Literal["gaussian", "discrete"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +64,85 @@ def check_parts(parts: tuple[PartSettings, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LatentModalitySettings:
+    """One modality of released latents; their lengths are about 1 (``models.public_codes``).
+
+    Attributes:
+      name: image or text.
+      max_norm: C_m, to which every latent is clipped; in the shared form, how long it is expected to be.
+      weight: w_m, how much its error counts when the noise is split; in the shared form, what it is multiplied by.
+      noise_std: its noise; for all modalities, in place of epsilon. Not in the shared form.
+    """
+
+    name: Literal["image", "text"]
+    max_norm: float = 1.0
+    weight: float = 1.0
+    noise_std: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive(max_norm=self.max_norm, weight=self.weight)
+        if self.noise_std is not None:
+            checks.positive(noise_std=self.noise_std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSettings:
+    """Attributes:
+    form: independent: a clip and a noise for every modality; shared: one latent of all, w_m z_m side by side, one clip to
+      sqrt(sum (w_m C_m)^2), one noise.
+    modalities: image and text, both: a model is trained on pairs.
+    centre: share of the guarantee (of 1/sigma^2) spent first on a noisy mean of the latents, which every latent is then
+      counted from: what all records have in common needs no length of its own. 0 spends nothing.
+    """
+
+    form: Literal["independent", "shared"] = "independent"
+    modalities: tuple[LatentModalitySettings, ...] = (
+        LatentModalitySettings(name="image"),
+        LatentModalitySettings(name="text"),
+    )
+    centre: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = [modality.name for modality in self.modalities]
+        if sorted(names) != ["image", "text"]:
+            raise UsageError(
+                f"modalities = {names} · must be image and text, once each", next="List both under privacy.latents."
+            )
+        checks.probability(centre=self.centre)
+        given = [modality.noise_std is not None for modality in self.modalities]
+        if any(given) and (not all(given) or self.form == "shared" or self.centre):
+            raise UsageError(
+                "noise_std · must be given for all modalities or for none; not in the shared form, nor with a centre",
+                next="Leave it out: the noise is then split by the formula.",
+            )
+        if self.centre >= 1:
+            raise UsageError("centre = 1 · leaves nothing for the latents", next="Spend a few percent, 0.03.")
+
+    @property
+    def own_noise(self) -> bool:
+        """The user has said the noise of every modality."""
+        return all(modality.noise_std is not None for modality in self.modalities)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanEmbeddingSettings:
+    """Attributes: max_norm: C, to which a unit's feature is clipped; features have length 1 at most (``models.from_mean``)."""
+
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(max_norm=self.max_norm)
+
+
+OF_RELEASES = ("latents", "mean_embedding")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacySettings:
     """Attributes:
-    mechanism: dp_sgd, or none (a non-private run, marked so everywhere).
+    mechanism: dp_sgd; latents: every unit's own noised latents are released once, and trained on; mean_embedding: one noisy
+      mean is released, and a generator fitted to it; none (a non-private run, marked so everywhere).
+    latents, mean_embedding: what only that mechanism has.
     unit: what is protected: one record, or all the records of one person.
     records_per_unit: k, public: at most this many records of a unit make its gradient (their mean).
     population: N, the public number of units; None takes the number in the data and *declares it public*.
@@ -74,23 +152,36 @@ class PrivacySettings:
     clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
+    adjacency: add_or_remove, zero_out or replace_one (privacy/events.py); the last needs about twice the noise. None is
+      add_or_remove, and zero_out for latents, whose rows everybody can count.
+    bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
+    largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
+    noise: gaussian; or discrete, sampled exactly on the integers, slower.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
+    account_epsilon: of all runs on that account together, whatever is planned after earlier results were seen, at this
+      run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
     """
 
-    mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
+    mechanism: Literal["dp_sgd", "latents", "mean_embedding", "none"] = "dp_sgd"
     unit: Literal["record", "person"] = "record"
     records_per_unit: int = 1
     population: int | None = None
-    adjacency: Literal["add_or_remove"] = "add_or_remove"
+    adjacency: Adjacency | None = None
     epsilon: float | None = 8.0
     noise_multiplier: float | None = None
     delta: float | Literal["auto"] = "auto"
     max_grad_norm: float = DEFAULT_MAX_GRAD_NORM
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
+    bands: int = 1
+    largest_batch: int | None = None
+    noise: NoiseSource = "gaussian"
+    latents: LatentSettings | None = None
+    mean_embedding: MeanEmbeddingSettings | None = None
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
+    account_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive(records_per_unit=self.records_per_unit, max_grad_norm=self.max_grad_norm)
@@ -98,10 +189,13 @@ class PrivacySettings:
             checks.positive(epsilon=self.epsilon, next="Ask for an epsilon such as 8, or set privacy.mechanism: none.")
         if self.noise_multiplier is not None:
             checks.positive(noise_multiplier=self.noise_multiplier)
-        if self.mechanism == "dp_sgd" and (self.epsilon is None) == (self.noise_multiplier is None):
+        self._check_mechanism()
+        given = sum(value is not None for value in (self.epsilon, self.noise_multiplier))
+        given += self.latents is not None and self.latents.own_noise
+        if self.mechanism != "none" and given != 1:
             raise UsageError(
                 f"epsilon = {self.epsilon}, noise_multiplier = {self.noise_multiplier} · exactly one must be given",
-                next="Set the other one to null.",
+                next="Set the other one to null (both, where privacy.latents gives every modality its noise_std).",
             )
         if self.delta != "auto":
             checks.probability(delta=self.delta)
@@ -120,8 +214,51 @@ class PrivacySettings:
                     next="Leave out privacy.max_grad_norm.",
                 )
             object.__setattr__(self, "max_grad_norm", joint)
+        if self.account_epsilon is not None:
+            checks.positive(account_epsilon=self.account_epsilon)
+            if self.mechanism == "none":
+                raise UsageError(
+                    f"account_epsilon = {self.account_epsilon} · a run without privacy keeps no limit",
+                    next="Set privacy.account_epsilon: null, or give the run a mechanism.",
+                )
+        checks.positive(bands=self.bands)
+        if self.largest_batch is not None:
+            checks.positive(largest_batch=self.largest_batch)
         if self.unit == "record" and self.records_per_unit != 1:
             raise UsageError(
                 f"records_per_unit = {self.records_per_unit} · must be 1 when unit is record",
                 next="Set privacy.unit: person, or records_per_unit: 1.",
+            )
+
+    def _check_mechanism(self) -> None:
+        """Fills in what depends on the mechanism, and refuses what it does not have."""
+        for name, kind in (("latents", LatentSettings), ("mean_embedding", MeanEmbeddingSettings)):
+            if self.mechanism == name and getattr(self, name) is None:
+                object.__setattr__(self, name, kind())
+            elif self.mechanism != name and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} · says nothing about mechanism {self.mechanism}", next=f"Set privacy.mechanism: {name}."
+                )
+        if self.adjacency is None:
+            object.__setattr__(self, "adjacency", "zero_out" if self.mechanism == "latents" else "add_or_remove")
+        if self.mechanism == "latents" and self.adjacency == "add_or_remove":
+            raise UsageError(
+                "adjacency = add_or_remove · is not defined for latents: whoever sees the rows counts the units",
+                next="Set privacy.adjacency: zero_out, or replace_one.",
+            )
+        if self.mechanism in OF_RELEASES:
+            of_steps = {
+                "clipping": "flat", "parts": (), "bands": 1, "largest_batch": None, "noise": "gaussian",
+                "max_grad_norm": DEFAULT_MAX_GRAD_NORM,
+            }  # fmt: skip
+            for name, nothing in of_steps.items():
+                if getattr(self, name) != nothing:
+                    raise UsageError(
+                        f"{name} = {getattr(self, name)} · says nothing about mechanism {self.mechanism}, which has no gradients",
+                        next=f"Leave out privacy.{name}.",
+                    )
+        if self.latents is not None and self.latents.centre and self.epsilon is None:
+            raise UsageError(
+                f"centre = {self.latents.centre} · is a share of epsilon, which is not given",
+                next="Set privacy.epsilon.",
             )

@@ -1,6 +1,6 @@
 """The epsilon spent so far, live: exact where an interval of steps ends, an upper bound inside it."""
 
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 
 
 class Spending:
@@ -9,7 +9,7 @@ class Spending:
     Guarantee: never below the accountant's value; equal to it at the ends of the ``parts`` intervals and at the last step.
     """
 
-    def __init__(self, plan: PrivacyPlan, parts: int = 16) -> None:
+    def __init__(self, plan: TrainingPlan, parts: int = 16) -> None:
         self._plan = plan
         self._width = max(1, -(-plan.steps // parts))
         self._known: dict[int, float] = {0: 0.0}

@@ -4,12 +4,24 @@ from collections.abc import Callable
 
 from sfumato.errors import UsageError
 from sfumato.recipe import Recipe
-from sfumato.recipes.clinic import clinic
+from sfumato.recipes.clinic import (
+    clinic,
+    clinic_banded,
+    clinic_latents,
+    clinic_mean_embedding,
+    clinic_records,
+    clinic_shared_latents,
+)
 from sfumato.recipes.emoji import emoji
 from sfumato.recipes.mnist import fashion_mnist, mnist
 
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
+    "clinic-records": clinic_records,
+    "clinic-banded": clinic_banded,
+    "clinic-latents": clinic_latents,
+    "clinic-shared-latents": clinic_shared_latents,
+    "clinic-mean-embedding": clinic_mean_embedding,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "emoji": emoji,

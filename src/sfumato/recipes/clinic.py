@@ -1,11 +1,28 @@
-"""The demo: a phantom clinic, case histories to chest films."""
+"""The demo, a phantom clinic from case histories to chest films, and the same clinic under other mechanisms and units."""
+
+from dataclasses import replace
 
 from sfumato.auditing.settings import AuditSettings
 from sfumato.data.settings import DataSettings
 from sfumato.evaluation.settings import EvaluationSettings
 from sfumato.federation.settings import FederationSettings
-from sfumato.models.settings import Cosine, Diffusion, HashedWords, Mlp, ModelSettings, Sampling
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.models.settings import (
+    Cosine,
+    Diffusion,
+    HashedWords,
+    Mlp,
+    ModelSettings,
+    RandomFeatures,
+    Sampling,
+    TermAxis,
+    Terms,
+)
+from sfumato.privacy.settings import (
+    LatentModalitySettings,
+    LatentSettings,
+    MeanEmbeddingSettings,
+    PrivacySettings,
+)
 from sfumato.recipe import Recipe
 from sfumato.training.settings import TrainingSettings
 
@@ -27,4 +44,108 @@ def clinic() -> Recipe:
         federation=FederationSettings(sites=3, rounds=3, local_steps=40),
         evaluation=EvaluationSettings(samples=2_000, twin=True),
         audit=AuditSettings(members=1_500),
+    )
+
+
+def clinic_records() -> Recipe:
+    """The demo with one record as the unit, where nobody is protected who has several; N is counted, about 75,000."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-records",
+        privacy=replace(recipe.privacy, unit="record", records_per_unit=1),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_banded() -> Recipe:
+    """The demo with noise that is correlated over 4 steps (banded matrix factorisation), at the same epsilon and steps."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-banded",
+        privacy=replace(recipe.privacy, bands=4),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+TERMS = (  # what a radiologist would look for in a case history; nobody looked at the records
+    TermAxis(name="side", more=("left",), less=("right",)),
+    TermAxis(name="height", more=("upper",), less=("lower",)),
+    TermAxis(name="middle", more=("middle", "mid"), less=("upper", "lower")),
+    TermAxis(name="view", more=("lateral",), less=("frontal",)),
+    TermAxis(
+        name="heart",
+        more=("enlarged", "increased", "cardiomegaly"),
+        less=("not enlarged", "normal heart", "normal in size", "size is normal"),
+    ),
+    TermAxis(
+        name="effusion", more=("effusion", "pleural fluid"), less=("no effusion", "no pleural", "without effusion")
+    ),
+)
+FINDINGS = (
+    TermAxis(name="nodule", more=("nodule",), less=("consolidation", "cavity")),
+    TermAxis(name="cavity", more=("cavity",), less=("nodule", "consolidation")),
+)
+
+
+EQUAL = (  # w = 1 / d: both modalities have half of the guarantee, which leaves their covariance the least noise
+    LatentModalitySettings(name="image", weight=1 / 64),
+    LatentModalitySettings(name="text", weight=1 / 6),
+)
+
+
+def clinic_latents() -> Recipe:
+    """Every patient's own noised latents of one film and one history, released once, and a model trained on those."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-latents",
+        model=replace(
+            recipe.model,
+            image=Cosine(kept=8, amplitude=1.2, decay=0.9),
+            text=Terms(axes=TERMS),
+            backbone=Mlp(width=128, depth=1),
+        ),
+        privacy=PrivacySettings(
+            mechanism="latents", unit="person", epsilon=8.0, latents=LatentSettings(modalities=EQUAL, centre=0.03)
+        ),
+        training=replace(recipe.training, steps=200, learning_rate=1e-3, weight_decay=0.1),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_shared_latents() -> Recipe:
+    """As clinic-latents, with film and history in one aligned latent: one clip, one noise."""
+    recipe = clinic_latents()
+    shared = LatentSettings(
+        form="shared",
+        modalities=(LatentModalitySettings(name="image"), LatentModalitySettings(name="text")),
+        centre=0.03,
+    )
+    return replace(recipe, name="clinic-shared-latents", privacy=replace(recipe.privacy, latents=shared))
+
+
+def clinic_mean_embedding() -> Recipe:
+    """One noisy mean of films and histories together, and a generator fitted to it."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-mean-embedding",
+        model=replace(
+            recipe.model,
+            image=Cosine(kept=16, amplitude=1.2, decay=1.2),
+            text=Terms(axes=TERMS + FINDINGS),
+            backbone=Mlp(width=256, depth=2),
+            random_features=RandomFeatures(pairs=True, longest=6.0),
+        ),
+        privacy=PrivacySettings(
+            mechanism="mean_embedding",
+            unit="person",
+            records_per_unit=2,
+            epsilon=8.0,
+            mean_embedding=MeanEmbeddingSettings(max_norm=1.0),
+        ),
+        training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=5e-3),
+        evaluation=replace(recipe.evaluation, twin=False),
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import OutsideError, PrivacyRefused, UsageError
-from sfumato.release import boundary, canonical, card, gate, manifest, provenance, verify
+from sfumato.release import boundary, canonical, card, gate, keys, manifest, provenance, verify
 from sfumato.release.keys import PublicKey, SigningKey
 from sfumato.release.manifest import FileEntry
 from sfumato.release.settings import ReleaseSettings
@@ -86,7 +86,8 @@ def _fill(folder: Path, run_dir: Path, key: SigningKey) -> None:
     files: dict[str, FileEntry] = {}
     for name, value in values.items():
         files[name] = _write(folder / name, canonical.encode_readable(value))
-    files["ledger.jsonl"] = _write(folder / "ledger.jsonl", ledger.export_jsonl(run_dir / "ledger.db").encode("utf-8"))
+    events = ledger.export_jsonl(run_dir / "ledger.db", sign=keys.signer(key))
+    files["ledger.jsonl"] = _write(folder / "ledger.jsonl", events.encode("utf-8"))
     files["README.md"] = _write(folder / "README.md", card.render(values).encode("utf-8"))
     for source in sorted((run_dir / "model").rglob("*")):
         if source.is_file():

@@ -53,7 +53,7 @@ def front_matter(privacy: Mapping[str, Any]) -> str:
         "adjacency": privacy.get("adjacency"),
         "population": privacy.get("population"),
         "trust_model": privacy.get("trust_model"),
-        "mechanism": "dp_sgd",
+        "mechanism": mechanism.get("name"),
         "noise_multiplier": mechanism.get("noise_multiplier"),
         "max_grad_norm": mechanism.get("max_grad_norm"),
         "accountant": "pld",

@@ -80,7 +80,7 @@ def _check_model(run_dir: Path, refuse: Any) -> None:
         refuse(
             "taint_incomplete",
             f"taint.json · {'; '.join(wrong[:5])}{more}",
-            "Say of each tensor whether it is dp-sgd, public or constant; what is none of these may not leave.",
+            "Say of each tensor whether it is dp-sgd, released, public or constant; what is none of these may not leave.",
         )
 
 

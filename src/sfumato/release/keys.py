@@ -11,6 +11,7 @@ A key id is the SHA-256 of the 32 raw public bytes, in lower-case hexadecimal.
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,21 @@ def own(folder: Path | None = None) -> SigningKey:
             next="Correct its permissions, or set XDG_CONFIG_HOME to a folder of yours.",
         ) from None
     return key
+
+
+def existing(folder: Path | None = None) -> SigningKey | None:
+    """This user's key, if there is one; none is made."""
+    folder = config_dir() if folder is None else folder
+    return own(folder) if (folder / "signing-key.pem").exists() else None
+
+
+def signer(key: SigningKey) -> Callable[[bytes], dict[str, str]]:
+    """What a ledger signs its head with: bytes -> algorithm, key_id, signature (hexadecimal)."""
+
+    def sign(message: bytes) -> dict[str, str]:
+        return {"algorithm": "ed25519", "key_id": key.public.id, "signature": key.sign(message).hex()}
+
+    return sign
 
 
 def read_public(path: Path) -> PublicKey:

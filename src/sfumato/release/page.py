@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +119,27 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
     logged = [] if public else _logged(run_dir / "metrics.jsonl")
     if logged or guarantee is None:
         return logged
-    mechanism = guarantee.get("mechanism") or {}
-    steps, delta = mechanism.get("steps_spent"), guarantee.get("delta")
+    mechanism, delta = guarantee.get("mechanism") or {}, guarantee.get("delta")
+    steps, bands = mechanism.get("steps_spent"), mechanism.get("bands", 1)
     rate, noise = mechanism.get("sampling_rate"), mechanism.get("noise_multiplier")
     if rate is None and mechanism.get("expected_batch_size") and guarantee.get("population"):
         rate = mechanism["expected_batch_size"] / guarantee["population"]
     if not (isinstance(steps, int) and steps > 0 and delta and rate and noise):
-        return []
+        return []  # released at once, not step by step
     from sfumato.privacy import accounting
 
-    counts = sorted({max(1, round(steps * (index / POINTS) ** 2)) for index in range(1, POINTS + 1)})
-    events = (
-        accounting.Event(sampling_rate=float(rate), noise_multiplier=float(noise), count=count) for count in counts
+    largest = mechanism.get("largest_batch")
+    one = accounting.Event(
+        mechanism="poisson_gaussian" if largest is None else "truncated_poisson_gaussian",
+        sampling_rate=float(bands * rate),
+        noise_multiplier=float(noise),
+        population=None if largest is None else guarantee["population"],
+        largest_batch=largest,
     )
-    points = [(event.count, accounting.epsilon([event], delta)) for event in events]
-    return [[count, epsilon] for count, epsilon in points if epsilon is not None and math.isfinite(epsilon)]
+    points = accounting.trajectory(
+        lambda step: [replace(one, count=-(-step // bands))], steps, delta, guarantee["adjacency"], points=POINTS
+    )
+    return [[step, epsilon] for step, epsilon in points if math.isfinite(epsilon)]
 
 
 def _logged(path: Path) -> list[list[float]]:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from sfumato.errors import OutsideError, UsageError, VerificationFailed
 from sfumato.release import manifest, tensors
 
-Origin = Literal["dp-sgd", "public", "constant"]
-ORIGINS = ("dp-sgd", "public", "constant")
+Origin = Literal["dp-sgd", "released", "public", "constant"]
+ORIGINS = ("dp-sgd", "released", "public", "constant")
 
 DEPENDENCIES = (
     "torch",
@@ -113,6 +113,7 @@ def write_taint(run_dir: Path, origin: Callable[[str, str], Origin]) -> dict[str
 
     Args:
       origin: (file relative to model/, tensor name) -> "dp-sgd" (trained by the private mechanism, averages included),
+        "released" (computed from what the private mechanism released, and from nothing else private),
         "public" (frozen weights from elsewhere) or "constant" (fixed by the code or the recipe).
     """
     run_dir = Path(run_dir)

@@ -16,6 +16,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,13 +26,19 @@ from sfumato.release.keys import PublicKey
 from sfumato.release.manifest import FileEntry
 
 if TYPE_CHECKING:
-    from sfumato.privacy.accounting import Event
+    from sfumato.privacy.accounting import Adjacency, Event
 
 TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
 MAX_EVENTS = 100_000
 MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
 
-MECHANISM_KEYS = ("sampling_rate", "expected_batch_size", "noise_multiplier", "max_grad_norm", "target_epsilon")
+_OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "gaussian"}  # what dp_sgd may have
+_CLAIMS = {  # what a recipe's mechanism may be called in its claim
+    "dp_sgd": ("dp_sgd",),
+    "latents": ("latent_release", "composition"),
+    "mean_embedding": ("mean_embedding",),
+}
+_LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without
 PRIVACY_KEYS = (
     "definition",
     "epsilon",
@@ -139,6 +146,7 @@ class _Bundle:
         self.weights: dict[str, dict[str, tuple[int, ...]] | None] = {}
         self.json: dict[str, dict[str, Any]] = {}
         self.events: Sequence[Event] = ()
+        self.adjacency: Adjacency = "add_or_remove"
         self.recomputed: tuple[float | None, float | None] = (None, None)
 
     def layout(self) -> str:
@@ -233,7 +241,7 @@ class _Bundle:
         if wrong:
             raise _failed("; ".join(wrong[:5]))
         count = sum(len(names) for names in found.values() if names is not None)
-        return f"all {count} tensors are listed as dp-sgd, public or constant"
+        return f"all {count} tensors are listed as dp-sgd, released, public or constant"
 
     def what_leaves(self) -> str:
         wrong = boundary.problems(self.json)
@@ -245,7 +253,7 @@ class _Bundle:
         """The recipe, the plan and the claim speak of one mechanism."""
         privacy, recipe = self.json["privacy.json"], self.json["provenance.json"]["recipe"]
         asked = recipe.get("privacy")
-        if not isinstance(asked, dict) or asked.get("mechanism") != "dp_sgd":
+        if not isinstance(asked, dict) or asked.get("mechanism", "none") == "none":
             raise _failed("provenance.json: the recipe has no private mechanism")
         for key in ("unit", "records_per_unit", "adjacency"):
             if asked.get(key) != privacy.get(key):
@@ -253,9 +261,22 @@ class _Bundle:
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
         mechanism = privacy["mechanism"]
-        for key, of in (("clipping", lambda values: values.get("clipping", "flat")), ("parts", _parts)):
-            if of(asked) != of(mechanism):
-                raise _failed(f"{key}: the recipe says {str(of(asked))[:60]!r}, the claim {str(of(mechanism))[:60]!r}")
+        if mechanism.get("name") not in _CLAIMS.get(str(asked["mechanism"]), ()):
+            raise _failed(
+                f"mechanism: the recipe says {str(asked['mechanism'])[:40]!r}, the claim {str(mechanism.get('name'))[:40]!r}"
+            )
+        for key, nothing in _OF_STEPS.items() if mechanism.get("name") == "dp_sgd" else ():
+            wanted, claimed = asked.get(key, nothing), mechanism.get(key, nothing)
+            if wanted != claimed:
+                raise _failed(f"{key}: the recipe says {str(wanted)[:60]!r}, the claim {str(claimed)[:60]!r}")
+        if _parts(asked) != _parts(mechanism):
+            raise _failed(
+                f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
+            )
+        if _released(asked) != _claimed_release(mechanism):
+            raise _failed(
+                f"what is released: the recipe says {str(_released(asked))[:100]}, the claim {str(_claimed_release(mechanism))[:100]}"
+            )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
@@ -269,44 +290,42 @@ class _Bundle:
     def ledger(self) -> str:
         """The ledger's chain, its plan and its events are those of the claim."""
         from sfumato.privacy import ledger
-        from sfumato.privacy.plan import DpSgd, plan_to_dict
+        from sfumato.privacy.plan import DpSgd, PrivatePlan
 
         privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
         try:
             text = self.text["ledger.jsonl"].decode("utf-8")
-            self.events, plan = ledger.events_of_jsonl(text), ledger.plan_of_jsonl(text)
+            exported = ledger.read_jsonl(text)
+            assert self.signer is not None  # nothing is read before its signature was checked
+            exported.signer({self.signer: self.trusted[self.signer]})  # none in bundles of older versions
+            self.events, plan = exported.events, exported.plan
         except (SfumatoError, ValueError, RecursionError) as error:
             raise _failed(str(error)[:300]) from None
-        if not isinstance(plan, DpSgd):
+        if not isinstance(plan, PrivatePlan):
             raise _failed("ledger.jsonl was kept under no private plan")
         if not self.events or len(self.events) > MAX_EVENTS:
             raise _failed(
                 f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
             )
-        steps = sum(event.count for event in self.events)
-        stated = {
-            **{
-                key: (privacy.get(key), getattr(plan, key))
-                for key in ("delta", "population", "unit", "records_per_unit", "adjacency")
-            },
-            **{key: (mechanism.get(key), getattr(plan, key)) for key in MECHANISM_KEYS},
-            "clipping": (mechanism.get("clipping", "flat"), plan.clipping),  # bundles were written without it
-            "parts": (mechanism.get("parts", []), plan_to_dict(plan).get("parts", [])),
-            "steps_planned": (mechanism.get("steps_planned"), plan.steps),
-            "steps_spent": (mechanism.get("steps_spent"), steps),
-        }
-        for key, (claimed, kept) in stated.items():
-            if claimed != kept or isinstance(claimed, bool):
-                raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {kept}")
-        for event in self.events:
-            if (event.sampling_rate, event.noise_multiplier) != (plan.sampling_rate, plan.noise_multiplier):
+        self.adjacency = plan.adjacency
+        for key in ("delta", "population", "unit", "records_per_unit", "adjacency"):
+            _same(key, privacy.get(key), getattr(plan, key))
+        kept = plan.mechanism(self.events)
+        for key in sorted((set(kept) | set(mechanism)) - {"accountant", "grid"}):  # of how it was computed then
+            _same(key, mechanism.get(key, _LATER.get(key)), kept.get(key))
+        allowed = plan.allowance()
+        spent = {replace(event, count=1): event.count for event in self.events}
+        for event, count in spent.items():
+            if event not in allowed:
                 raise _failed("an event of the ledger is not one of its plan")
-        if steps > plan.steps:
-            raise _failed(f"the ledger charges {steps} steps, its plan allows {plan.steps}")
-        trained = self.json["cost.json"].get("steps")
-        if type(trained) is not int or trained > steps:
-            raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {steps}")
-        return f"{steps} events of {plan.steps} planned, the chain is whole"
+            if count > allowed[event]:
+                raise _failed(f"the ledger charges {count} events, its plan allows {allowed[event]}")
+        total = sum(spent.values())
+        if isinstance(plan, DpSgd):
+            trained = self.json["cost.json"].get("steps")
+            if type(trained) is not int or plan.events_of(trained) > total:
+                raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {total} events")
+        return f"{total} events of {sum(allowed.values())} planned, the chain is whole"
 
     def epsilon(self) -> str:
         from sfumato.privacy import accounting
@@ -315,7 +334,7 @@ class _Bundle:
         if not self.events:
             raise _failed("there are no events to recompute it from")
         try:
-            recomputed = accounting.epsilon(self.events, delta)
+            recomputed = accounting.epsilon(self.events, delta, adjacency=self.adjacency)
         except (SfumatoError, ValueError, OverflowError) as error:
             raise _failed(f"the events cannot be accounted ({str(error)[:200]})") from None
         if recomputed is None or not math.isfinite(recomputed):
@@ -338,7 +357,7 @@ class _Bundle:
         for name, value in accountants.items():
             if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
                 return [f"accountants: {name[:20]!a} is not known, or no number"]
-            expected = None if value is None else accounting.epsilon(self.events, delta, name)
+            expected = None if value is None else accounting.epsilon(self.events, delta, name, self.adjacency)
             if value is not None and (expected is None or value + TOLERANCE < expected):
                 return [f"accountants: {name} says {value}, the events give {expected}"]
         if not isinstance(curve, list) or len(curve) > 32:
@@ -346,7 +365,7 @@ class _Bundle:
         for point in curve:
             if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
                 return ["curve: a point must be [delta, epsilon]"]
-            expected = accounting.epsilon(self.events, point[0])
+            expected = accounting.epsilon(self.events, point[0], adjacency=self.adjacency)
             if expected is None or point[1] + TOLERANCE < expected:
                 return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
         return []
@@ -358,12 +377,47 @@ class _Bundle:
         return "the figures of README.md are those of the reports"
 
 
+def _released(asked: dict[str, Any]) -> Any:
+    """Form, bounds and centre of the release that a recipe asks for."""
+    latents, mean = asked.get("latents"), asked.get("mean_embedding")
+    if asked["mechanism"] == "mean_embedding":
+        return mean.get("max_norm") if isinstance(mean, dict) else None
+    if asked["mechanism"] != "latents" or not isinstance(latents, dict):
+        return None
+    bounds = _bounds(latents) if latents.get("form") == "independent" else None
+    return [latents.get("form"), bool(latents.get("centre")), bounds]
+
+
+def _claimed_release(mechanism: dict[str, Any]) -> Any:
+    """The same of a claim."""
+    if mechanism.get("name") == "mean_embedding":
+        return mechanism.get("max_norm")
+    stages = mechanism.get("stages", [mechanism])
+    last = stages[-1] if isinstance(stages, list) and stages and isinstance(stages[-1], dict) else {}
+    if last.get("name") != "latent_release":
+        return None
+    bounds = _bounds(last) if last.get("form") == "independent" else None
+    return [last.get("form"), len(stages) > 1, bounds]
+
+
+def _bounds(values: dict[str, Any]) -> Any:
+    modalities = values.get("modalities")
+    if not isinstance(modalities, list) or not all(isinstance(m, dict) for m in modalities):
+        return modalities
+    return [[m.get("name"), m.get("max_norm")] for m in modalities]
+
+
 def _parts(values: dict[str, Any]) -> Any:
     """What a recipe and a claim both say of every part; in a recipe the shares may be left to the plan."""
     parts = values.get("parts", [])
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return parts
     return [[part.get(key) for key in ("name", "modules", "max_grad_norm")] for part in parts]
+
+
+def _same(key: str, claimed: Any, kept: Any) -> None:
+    if claimed != kept or isinstance(claimed, bool) != isinstance(kept, bool):
+        raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {str(kept)[:40]}")
 
 
 def _walk(folder: Path) -> dict[str, int]:

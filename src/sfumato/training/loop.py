@@ -19,10 +19,11 @@ from torch import nn
 
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import NotPrivate, TrainingPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
 from sfumato.training import launch, state
+from sfumato.training.dp_adam import DpAdamBC
 from sfumato.training.interrupt import interruptible
 from sfumato.training.meter import Meter, Timer
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
@@ -47,7 +48,7 @@ class Trained:
 def train(
     model: Any,
     table: UnitTable,
-    plan: PrivacyPlan,
+    plan: TrainingPlan,
     settings: TrainingSettings,
     performance: PerformanceSettings,
     *,
@@ -133,7 +134,7 @@ def train(
     return Trained(
         stopped="interrupted" if stop.is_set() else "budget" if engine.stopped == "budget" else "steps",
         step=step,
-        charged=ledger.spent_steps if ledger is not None else step,
+        charged=plan.steps - _steps_left(plan, ledger, step),
         seconds=meter.seconds,
         units_seen=meter.units_seen,
         for_release=engine.for_release,
@@ -148,6 +149,8 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
     match settings.optimizer:
         case "adamw":
             return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        case "dp_adam_bc":
+            return DpAdamBC(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         case "sgd":
             return torch.optim.SGD(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
@@ -162,17 +165,19 @@ def set_learning_rate(
         group["lr"] = settings.learning_rate * warm * share
 
 
-def _steps_left(plan: PrivacyPlan, ledger: Ledger | None, taken: int) -> int:
+def _steps_left(plan: TrainingPlan, ledger: Ledger | None, taken: int) -> int:
     """What a crash wasted comes off the remaining steps."""
     if ledger is None or isinstance(plan, NotPrivate):
         return max(0, plan.steps - taken)
-    return max(0, ledger.remaining_steps)
+    return plan.steps_left(ledger.remaining(plan.event(1)))
 
 
 @contextmanager
 def attached(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
     """However the training ends, the model is an ordinary one afterwards."""
     engine.attach(optimizer)
+    if isinstance(optimizer, DpAdamBC):
+        optimizer.noise_variance = engine.noise_variance
     try:
         yield engine, optimizer
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 from sfumato.privacy.processes import Processes
 from sfumato.privacy.spending import Spending
 
@@ -33,7 +33,7 @@ class Meter:
     Args: charged: steps in the ledger when the attempt begins; seconds: of training in earlier attempts.
     """
 
-    def __init__(self, plan: PrivacyPlan, *, charged: int, seconds: float, units_seen: int) -> None:
+    def __init__(self, plan: TrainingPlan, *, charged: int, seconds: float, units_seen: int) -> None:
         self._plan = plan
         self._spending = Spending(plan)
         self._first = charged

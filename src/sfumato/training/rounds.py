@@ -7,7 +7,7 @@ import torch
 from sfumato.errors import UsageError
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import PrivacyPlan
+from sfumato.privacy.plan import TrainingPlan
 from sfumato.randomness import Random
 from sfumato.records import UnitTable
 from sfumato.training.loop import attached, make_optimizer, set_learning_rate
@@ -33,7 +33,7 @@ class LocalTraining:
         self._random = random
 
     def __call__(
-        self, model: Any, table: UnitTable, plan: PrivacyPlan, ledger: Ledger, *, steps: int, first_step: int
+        self, model: Any, table: UnitTable, plan: TrainingPlan, ledger: Ledger, *, steps: int, first_step: int
     ) -> None:
         if self._performance.threads is not None:
             torch.set_num_threads(self._performance.threads)

@@ -10,7 +10,7 @@ from sfumato import checks
 class TrainingSettings:
     steps: int = 800
     expected_batch_size: int = 2048  # units; the public constant in every formula
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "dp_adam_bc"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 20

@@ -89,8 +89,9 @@ class Board:
 class Line:
     """One line of progress now and then: rate, time left, loss, epsilon spent."""
 
-    def __init__(self, say: Callable[[str], None], *, every_seconds: float = 5.0) -> None:
+    def __init__(self, say: Callable[[str], None], *, every_seconds: float = 5.0, unspent: str = "not private") -> None:
         self._say = say
+        self._unspent = unspent  # what is said where there is no epsilon
         self._every = every_seconds
         self._last = -math.inf
 
@@ -99,7 +100,7 @@ class Line:
         if now - self._last < self._every and values["step"] < values["steps"]:
             return
         self._last = now
-        spent = "not private"
+        spent = self._unspent
         if values["epsilon"] is not None:
             spent = f"epsilon {values['epsilon']:.2f} of {values['epsilon_planned']:.2f}"
         self._say(

@@ -62,11 +62,7 @@ def clipped_sums(
         then ``Clipped.sums`` is empty.
     """
     terms = [term for group in layers for term in group]
-    upwards = 1 + 8 * smallest_unit(terms)
-    squared = [torch.zeros(units.num_units, dtype=torch.float64, device=scale.device) for _ in clips]
-    for group, square in zip(group_of, _squared_norms(layers, units), strict=True):
-        squared[group] += square
-    norms = [square.sqrt() * scale * upwards for square in squared]
+    norms = norms_of(layers, units, scale, group_of, len(clips))
     bad = torch.zeros(units.num_units, dtype=torch.bool, device=scale.device)
     for norm in norms:
         bad |= ~torch.isfinite(norm)
@@ -85,6 +81,17 @@ def clipped_sums(
             give(number, sums)
             sums = {}
     return Clipped(sums, norms, int(bad.sum()))
+
+
+def norms_of(
+    layers: list[list[Term]], units: Units, scale: Tensor, group_of: Sequence[int], groups: int = 1
+) -> list[Tensor]:
+    """(B,) for each group: the norms of the units' gradients, before clipping, rounded up. Internal; as ``clipped_sums``."""
+    upwards = 1 + 8 * smallest_unit([term for group in layers for term in group])
+    squared = [torch.zeros(units.num_units, dtype=torch.float64, device=scale.device) for _ in range(groups)]
+    for group, square in zip(group_of, _squared_norms(layers, units), strict=True):
+        squared[group] += square
+    return [square.sqrt() * scale * upwards for square in squared]
 
 
 def _squared_norms(layers: list[list[Term]], units: Units) -> list[Tensor]:

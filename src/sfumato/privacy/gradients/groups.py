@@ -26,8 +26,8 @@ from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.accounting import joint_noise_multiplier
 from sfumato.privacy.gradients.bookkeeping import Layer
 from sfumato.privacy.gradients.clipping import Clip, clip_to, normalise_to
-from sfumato.privacy.noise import widened
 from sfumato.privacy.plan import DpSgd
+from sfumato.privacy.step_noise import StepNoise
 
 WHOLE = ""  # the name of the only part of a model without parts
 
@@ -89,10 +89,9 @@ class Protected:
         """s_m, on every coordinate of the sum."""
         return self.noise_multiplier * self.max_grad_norm
 
-    @property
-    def noise_std(self) -> float:
+    def noise_std(self, noise: StepNoise) -> float:
         """s_m and what pays for the rounding of the sum."""
-        return widened(self.std, self.max_grad_norm, sum(parameter.numel() for parameter in self.parameters))
+        return noise.widened(self.std, self.max_grad_norm, sum(parameter.numel() for parameter in self.parameters))
 
 
 class Partition:

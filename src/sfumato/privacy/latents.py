@@ -1,0 +1,219 @@
+"""Releases of what was made of records: every unit's own latents or codes, or one noisy sum over all units.
+
+Pure functions of arrays and of a source of chance; the plans that say what they cost are in ``releases``.
+
+What is common to all of them: the encoder is public and frozen, or has a plan of its own; what is not finite counts as
+zero, so no input breaks a bound; what a unit lacks (a record, a modality) is zero and gets its noise like everything
+else, so that presence is not told; N and k are public, and every result has the same shape whatever the records are.
+
+Shapes: N units, k rows per unit, D entries of a latent, K categories.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfumato import checks
+from sfumato.errors import UsageError
+from sfumato.privacy import noise
+from sfumato.privacy.releases import Codebook, LatentRelease, MeanEmbedding
+from sfumato.randomness import Random
+from sfumato.records import Batch, UnitTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNITS_AT_ONCE = 4096
+_BELOW_ONE = 1 - 2.0**-40  # what rounding may add to a norm, and far more
+_COIN = 2**53
+
+
+# -- bounds --
+
+
+def clip(latents: "Tensor", max_norm: float) -> "Tensor":
+    """z min(1, C / |z|), row by row.
+
+    Guarantee: every row has L2 norm at most C in exact arithmetic, for every input; a row with an entry that is not finite
+    is zero. Short rows are unchanged.
+
+    Args: latents: (R, D). Returns: (R, D) float64.
+    """
+    import torch
+
+    checks.positive(max_norm=max_norm)
+    rows = latents.double()
+    rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, torch.zeros_like(rows))
+    if rows.shape[1] == 0:
+        return rows
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = rows / largest  # entries in [-1, 1]: no square overflows
+    length = unit.norm(dim=1, keepdim=True)  # 0 for a zero row, else between 1 and sqrt(D)
+    long = largest > max_norm / length.clamp(min=1e-300) * _BELOW_ONE
+    return torch.where(long, unit * (max_norm * _BELOW_ONE / length.clamp(min=1.0)), rows)
+
+
+# -- every unit's own latents --
+
+
+def release_latents(table: UnitTable, plan: LatentRelease, random: Random) -> "dict[str, Tensor]":
+    """k rows for each of N units, clipped and noised: what a ``LatentRelease`` plan releases, once.
+
+    Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency. Sampled: nothing; every unit gives k rows, a random
+    choice of its records where it has more, zero rows where it has fewer. Clipped: every row's latent of modality m to
+    C_m, row by row. Noised: N(0, sigma_m^2) on every coordinate of every row, on a grid (``noise``) whose rounding the
+    standard deviation pays for. Charged: k Gaussians of noise multiplier (sum_m (C_m / sigma_m)^2)^(-1/2). All rows lie in a
+    uniformly random order, which is drawn from ``random``: neither names of units nor which rows belong together can be
+    seen in it. No amplification is claimed for that. No mask of what is present leaves.
+
+    Args: table: one tensor (R, d_m) for each of the plan's modalities; others are not read.
+    Returns: (N k, d_m) float64 by modality; row i of all modalities comes of one record.
+    Raises: UsageError where the table has more units than N, or other dimensions than the plan.
+    """
+    import torch
+
+    _check_table(table, {m.name: m.dimension for m in plan.modalities}, plan.population)
+    count = plan.population * plan.records_per_unit
+    order = permutation(count, random)
+    released: dict[str, Tensor] = {
+        m.name: torch.empty(count, m.dimension, dtype=torch.float64) for m in plan.modalities
+    }
+    for slots, latents in _rows(table, plan, random):
+        for m in plan.modalities:
+            assert m.noise_std is not None  # the plan has split it
+            std = noise.widened(m.noise_std, m.max_norm, m.dimension)
+            clipped = clip(latents[m.name], m.max_norm)
+            noisy = noise.gaussian(clipped.numel(), std, random, plus=clipped.reshape(-1))
+            released[m.name][torch.from_numpy(order[slots])] = noisy.view_as(clipped)
+    return released
+
+
+def permutation(count: int, random: Random) -> np.ndarray:
+    """(count,) a random order of 0 .. count - 1, uniform but for a chance of count^2 / 2^64 that two keys are equal."""
+    return np.argsort(np.frombuffer(random.bytes(8 * count), dtype="<u8"), kind="stable")
+
+
+def _check_table(table: UnitTable, dimensions: Mapping[str, int], population: int) -> None:
+    for name, dimension in dimensions.items():
+        shape = tuple(table.tensors[name].shape) if name in table.tensors else None
+        if shape is None or len(shape) != 2 or shape[1] != dimension:
+            raise UsageError(
+                f"{name} = {shape} · must be latents of {dimension} entries, as the plan says",
+                next="Encode the records with the model that the plan was made for.",
+            )
+    if table.num_units > population:
+        raise UsageError(
+            f"population = {population} · the data hold more units than that, and every unit has its rows",
+            next="Set privacy.population to a public bound on the number of units, or to null.",
+        )
+
+
+def _rows(
+    table: UnitTable, plan: LatentRelease | Codebook, random: Random
+) -> "Iterator[tuple[slice, dict[str, Tensor]]]":
+    """(slots, values by modality) for all N k slots: unit u has slots u k .. u k + k - 1; what is absent is zero."""
+    import torch
+
+    k = plan.records_per_unit
+    for start in range(0, plan.population, UNITS_AT_ONCE):
+        stop = min(start + UNITS_AT_ONCE, plan.population)
+        batch = table.batch(np.arange(start, min(stop, table.num_units)), records_per_unit=k, rng=random)
+        owner = batch.unit.numpy()
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)  # 0, 1, .. within each unit
+        slot = torch.from_numpy(owner * k + place)
+        values: dict[str, Tensor] = {}
+        for name in batch.tensors:
+            of_batch = batch.tensors[name]
+            present = batch.present[name].view(-1, *[1] * (of_batch.dim() - 1))
+            filled = torch.zeros((stop - start) * k, *of_batch.shape[1:], dtype=of_batch.dtype)
+            filled[slot] = torch.where(present, of_batch, torch.zeros_like(of_batch))
+            values[name] = filled
+        yield slice(start * k, stop * k), values
+
+
+# -- every unit's own codes --
+
+
+def release_codes(table: UnitTable, plan: Codebook, random: Random, *, name: str = "codes") -> np.ndarray:
+    """k rows of codes for each of N units, each told by randomised response: what a ``Codebook`` plan releases, once.
+
+    Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency: each of a unit's k L codes is a K-ary randomised
+    response (``respond``), and all k L are charged. What a unit lacks is code 0, and is answered for like every other
+    code; what is not a code counts as 0 too. Rows are in random order, as in ``release_latents``.
+
+    Args: table: ``name`` is a tensor (R, L) of whole numbers 0 .. K - 1, by a public frozen quantiser.
+    Returns: (N k, L) int64.
+    """
+    _check_table(table, {name: plan.codes}, plan.population)
+    order = permutation(plan.population * plan.records_per_unit, random)
+    released = np.empty((len(order), plan.codes), dtype=np.int64)
+    for slots, values in _rows(table, plan, random):
+        released[order[slots]] = respond(values[name].numpy(), plan.categories, plan.noise, random)
+    return released
+
+
+def respond(codes: np.ndarray, categories: int, noise: float, random: Random) -> np.ndarray:
+    """K-ary randomised response: with probability p a code is replaced by a uniform one of all K.
+
+    Guarantee: for any two inputs, every output's odds differ by at most the factor (1 - p + p/K) / (p/K) = e^eps of
+    p = K / (e^eps + K - 1), exactly: p is rounded up to a multiple of 2^-53, and both draws are exact whole numbers. What
+    lies outside 0 .. K - 1 counts as 0.
+
+    Source: Warner 1965; Kairouz, Bonawitz & Ramage 2016, arXiv:1602.07387.
+    """
+    checks.probability(noise=noise)
+    given = np.asarray(codes)
+    inside = np.where((given >= 0) & (given < categories), given, 0).astype(np.int64)  # NaN compares false
+    replaced = random.integers(inside.size, _COIN) < math.ceil(noise * _COIN)
+    uniform = random.integers(inside.size, categories)
+    return np.where(replaced, uniform, inside.reshape(-1)).reshape(inside.shape)
+
+
+def frequencies(released: np.ndarray, categories: int, noise: float) -> np.ndarray:
+    """(K,) unbiased estimate of the shares of the codes before the response: (share - p/K) / (1 - p). May be below 0."""
+    if noise >= 1:
+        raise UsageError(f"noise = {noise} · with 1 the answers tell nothing", next="Ask for epsilon > 0.")
+    shares = np.bincount(np.asarray(released).reshape(-1), minlength=categories) / max(np.asarray(released).size, 1)
+    return (shares - noise / categories) / (1 - noise)
+
+
+# -- one sum over all units --
+
+
+def release_mean(
+    table: UnitTable, features: "Callable[[Batch], Tensor]", plan: MeanEmbedding, random: Random
+) -> "Tensor":
+    """The noisy sum of the units' features over the public N: what a ``MeanEmbedding`` plan releases, once.
+
+    Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency. Sampled: nothing. Clipped: every unit's vector, the
+    mean over at most k of its records, to L2 norm C. Noised: N(0, (sigma C)^2) on every coordinate of the sum over units, on
+    a grid as in ``noise``. Charged: one Gaussian of noise multiplier sigma. Divided by plan.population, never by a count.
+
+    Args: features: a batch of units -> (R, D), one row per record, zero where it has nothing to say; deterministic, public.
+    Returns: (D,) float64.
+    """
+    import torch
+
+    total = torch.zeros(plan.dimension, dtype=torch.float64)
+    for start in range(0, table.num_units, UNITS_AT_ONCE):
+        units = np.arange(start, min(start + UNITS_AT_ONCE, table.num_units))
+        batch = table.batch(units, records_per_unit=plan.records_per_unit, rng=random)
+        rows = features(batch).double()
+        if rows.shape[1:] != (plan.dimension,):
+            raise UsageError(
+                f"features = {tuple(rows.shape)} · must be rows of {plan.dimension} entries, as the plan says",
+                next="Take the features that the plan was made for.",
+            )
+        total += unit_means(rows, batch, plan.max_norm).sum(dim=0)
+    std = noise.widened(plan.noise_multiplier * plan.max_norm, plan.max_norm, plan.dimension)
+    return noise.gaussian(plan.dimension, std, random, plus=total) / plan.population
+
+
+def unit_means(rows: "Tensor", batch: Batch, max_norm: float) -> "Tensor":
+    """(B, D): each unit's mean of clipped rows, of norm at most ``max_norm``; zero for a unit without rows."""
+    clipped = clip(rows, max_norm)
+    sums = clipped.new_zeros(batch.num_units, clipped.shape[1]).index_add(0, batch.unit, clipped)
+    counts = clipped.new_zeros(batch.num_units).index_add(0, batch.unit, clipped.new_ones(len(clipped)))
+    return clip(sums / counts.clamp(min=1.0)[:, None], max_norm)

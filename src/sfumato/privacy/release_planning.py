@@ -1,0 +1,89 @@
+"""From what was asked of a release to its plan: how one epsilon is divided among a centre, modalities and rows."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sfumato.errors import UsageError
+from sfumato.privacy import accounting
+from sfumato.privacy.events import Event
+from sfumato.privacy.plan import Composition, LatentModality, LatentRelease, MeanEmbedding
+from sfumato.privacy.releases import noise_multiplier_of
+from sfumato.privacy.settings import LatentSettings, PrivacySettings
+
+SHARED = "shared"  # the one modality of the shared form
+
+
+def release_plan(
+    settings: PrivacySettings, whom: Mapping[str, Any], dimensions: Mapping[str, int] | None
+) -> LatentRelease | MeanEmbedding | Composition:
+    """The plan of ``mechanism: latents`` or ``mean_embedding``.
+
+    Args:
+      whom: population, delta, unit, records_per_unit, adjacency, population_from_data.
+      dimensions: of the model's latents by modality, or of its ``mean``.
+
+    Raises: PrivacyRefused where no noise answers.
+    """
+    if dimensions is None:
+        raise UsageError(
+            f"mechanism = {settings.mechanism} · needs a model, whose latents are released", next="Plan with a recipe."
+        )
+    if settings.mean_embedding is not None:
+        values = {**whom, "dimension": dimensions["mean"], "max_norm": settings.mean_embedding.max_norm}
+        if settings.noise_multiplier is not None:
+            return MeanEmbedding(**values, noise_multiplier=settings.noise_multiplier)
+        assert settings.epsilon is not None  # the settings hold exactly one
+        return MeanEmbedding.calibrated(epsilon=settings.epsilon, **values)
+    assert settings.latents is not None
+    return _latents(settings, settings.latents, whom, dimensions)
+
+
+def _latents(
+    settings: PrivacySettings, asked: LatentSettings, whom: Mapping[str, Any], dimensions: Mapping[str, int]
+) -> LatentRelease | Composition:
+    modalities = released_modalities(asked, dimensions)
+    values: dict[str, Any] = {**whom, "modalities": modalities, "form": asked.form}
+    if asked.own_noise:
+        return LatentRelease(**values, noise_multiplier=noise_multiplier_of(modalities))
+    if settings.noise_multiplier is not None:
+        return LatentRelease(**values, noise_multiplier=settings.noise_multiplier)
+    assert settings.epsilon is not None
+    if not asked.centre:
+        return LatentRelease.calibrated(epsilon=settings.epsilon, **values)
+    # Gaussians compose by 1 / sigma^2: the centre takes its share of it, the k rows of a unit the rest.
+    joint = accounting.calibrate_event(
+        Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=1.0),
+        epsilon=settings.epsilon, delta=whom["delta"], adjacency=whom["adjacency"],
+    )  # fmt: skip
+    rows = whom["records_per_unit"]
+    centre = MeanEmbedding(
+        **whom, dimension=sum(m.dimension for m in modalities), max_norm=joint_norm(modalities),
+        noise_multiplier=joint / math.sqrt(asked.centre),
+    )  # fmt: skip
+    latents = LatentRelease(**values, noise_multiplier=joint * math.sqrt(rows / (1 - asked.centre)))
+    return Composition.of(centre, latents, target_epsilon=settings.epsilon)
+
+
+def released_modalities(asked: LatentSettings, dimensions: Mapping[str, int]) -> tuple[LatentModality, ...]:
+    """The modalities of the plan: those asked for, or the one that they make together."""
+    each = tuple(
+        LatentModality(
+            name=m.name, dimension=dimensions[m.name], max_norm=m.max_norm, weight=m.weight, noise_std=m.noise_std
+        )
+        for m in asked.modalities
+    )
+    if asked.form == "independent":
+        return each
+    norm = math.sqrt(sum((m.weight * m.max_norm) ** 2 for m in each))
+    return (LatentModality(name=SHARED, dimension=sum(m.dimension for m in each), max_norm=norm),)
+
+
+def joint_norm(modalities: tuple[LatentModality, ...]) -> float:
+    """Of all modalities' clipped latents side by side, at most."""
+    return math.sqrt(sum(m.max_norm**2 for m in modalities))
+
+
+def worth(plan: LatentRelease) -> dict[str, float]:
+    """By modality: the amplitude of one coordinate of a latent as long as its bound, over its noise: C / (sqrt(d) sigma)."""
+    return {m.name: m.max_norm / (math.sqrt(m.dimension) * (m.noise_std or math.inf)) for m in plan.modalities}

@@ -1,0 +1,263 @@
+"""One stage of a run whose mechanism is a release: what leaves the data once, and what is trained on it afterwards.
+
+The order is that of every mechanism: RESERVE, durable -> touch the data -> write what was released, durable -> COMMIT. What
+was released lies in RUN/released and is never made a second time. If a crash came between, it is spent and lost: the run
+says so and ends. [shell]
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import BudgetExhausted, OutsideError, UsageError
+from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.plan import Composition, LatentRelease, MeanEmbedding, NotPrivate, PrivacyPlan
+from sfumato.privacy.private_plan import PrivatePlan
+from sfumato.privacy.release_planning import SHARED
+from sfumato.privacy.settings import LatentSettings
+from sfumato.randomness import Random, SecretRandom
+from sfumato.recipe import Recipe
+from sfumato.records import Batch, UnitTable
+from sfumato.training.folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "released"
+KIND = {"latents": "from_latents", "mean_embedding": "from_mean"}  # of the model, by mechanism
+
+
+def is_release(plan: PrivacyPlan) -> bool:
+    """Whether what is trained sees releases only, and no record."""
+    stages = plan.stages if isinstance(plan, Composition) else (plan,)
+    return all(isinstance(stage, LatentRelease | MeanEmbedding) for stage in stages)
+
+
+def loop_plan(recipe: Recipe, table: UnitTable) -> NotPrivate:
+    """Of the training on what was released: it spends nothing, so it follows an ordinary plan over the released rows."""
+    batch = min(recipe.training.expected_batch_size, table.num_units)
+    return NotPrivate(population=table.num_units, expected_batch_size=float(batch), steps=recipe.training.steps)
+
+
+def receive(
+    run: RunFolder,
+    book: Ledger,
+    recipe: Recipe,
+    plan: PrivacyPlan,
+    model: Any,
+    table: UnitTable,
+    prompts: Sequence[str],
+    *,
+    random: Random | None = None,
+) -> tuple[UnitTable, bool]:
+    """Releases what the plan says, or reads what was released before, and hands it to the model.
+
+    Guarantee: everything that comes back, and everything computed from it, is a release of the events in ``book``.
+
+    Args: table: the records as the model encodes them, private; prompts: public texts.
+    Returns: the table to train on; whether all chance came from a source that may be released.
+    Raises: BudgetExhausted where the release was charged and is lost.
+    """
+    random = random or SecretRandom()
+    if recipe.privacy.latents is not None:
+        return _receive_latents(run, book, recipe.privacy.latents, plan, model, table, random)
+    if not isinstance(plan, MeanEmbedding):
+        raise UsageError(f"plan = {type(plan).__name__} · is no mean embedding", next="Resume the run's own recipe.")
+    mean, for_release = once(
+        run, book, plan, "mean", lambda: _mean(table, model.features.of_batch, plan, random), random
+    )
+    return model.receive(mean["mean"], prompts), for_release
+
+
+def _receive_latents(
+    run: RunFolder,
+    book: Ledger,
+    asked: LatentSettings,
+    plan: PrivacyPlan,
+    model: Any,
+    table: UnitTable,
+    random: Random,
+) -> tuple[UnitTable, bool]:
+    """One release, or that of the centre first and of the latents, counted from it, after it."""
+    from sfumato.privacy import latents
+
+    stages = plan.stages if isinstance(plan, Composition) else (plan,)
+    last = stages[-1]
+    assert isinstance(last, LatentRelease)
+    names = [m.name for m in asked.modalities]
+    weights = {m.name: m.weight if asked.form == SHARED else 1.0 for m in asked.modalities}
+    widths = [model.dimensions[name] for name in names]
+    scaled = UnitTable(
+        {name: table.tensors[name] * weights[name] for name in names},
+        _owners(table),
+        {name: table.present[name] for name in names},
+    )
+    offsets = dict.fromkeys(names)
+    for_release = True
+    if len(stages) > 1:
+        centre_plan = stages[0]
+        assert isinstance(centre_plan, MeanEmbedding)
+        bounds = {m.name: m.max_norm * weights[m.name] for m in asked.modalities}
+        found, for_release = once(
+            run, book, centre_plan, "centre",
+            lambda: _mean(scaled, lambda batch: _side_by_side(batch, names, bounds), centre_plan, random), random,
+        )  # fmt: skip
+        offsets = dict(zip(names, found["mean"].split(widths), strict=True))
+        scaled = _moved(scaled, offsets)
+    if asked.form == SHARED:
+        scaled = _joined(scaled, names)
+    noisy, fresh = once(run, book, last, "latents", lambda: latents.release_latents(scaled, last, random), random)
+    if asked.form == SHARED:
+        noisy = dict(zip(names, noisy[SHARED].split(widths, dim=1), strict=True))
+    stds = {m.name: m.noise_std for m in last.modalities}
+    released, noise = {}, {}
+    for name in names:
+        offset = offsets[name]
+        released[name] = (noisy[name] if offset is None else noisy[name] + offset) / weights[name]
+        std = stds[SHARED if asked.form == SHARED else name]
+        assert std is not None
+        noise[name] = std / weights[name]
+    return model.receive(released, noise), for_release and fresh
+
+
+def _mean(
+    table: UnitTable, features: "Callable[[Batch], Tensor]", plan: MeanEmbedding, random: Random
+) -> "dict[str, Tensor]":
+    from sfumato.privacy import latents
+
+    return {"mean": latents.release_mean(table, features, plan, random)}
+
+
+def _owners(table: UnitTable) -> list[str]:
+    owners = [""] * table.num_records
+    for unit, name in enumerate(table.unit_names):
+        for row in table.rows_of(unit):
+            owners[row] = name
+    return owners
+
+
+def _side_by_side(batch: Batch, names: Sequence[str], bounds: Mapping[str, float]) -> "Tensor":
+    """(R, sum d_m): every modality clipped to its own bound, zero where it is absent."""
+    import torch
+
+    from sfumato.privacy import latents
+
+    parts = []
+    for name in names:
+        clipped = latents.clip(batch.tensors[name], bounds[name])
+        parts.append(torch.where(batch.present[name][:, None], clipped, torch.zeros_like(clipped)))
+    return torch.cat(parts, dim=1)
+
+
+def _moved(table: UnitTable, offsets: "Mapping[str, Tensor | None]") -> UnitTable:
+    """Latents counted from a released centre. What is absent stays absent: it is zero when it is released."""
+    tensors = {}
+    for name, tensor in table.tensors.items():
+        offset = offsets[name]
+        tensors[name] = tensor if offset is None else tensor.double() - offset
+    return UnitTable(tensors, _owners(table), table.present)
+
+
+def _joined(table: UnitTable, names: Sequence[str]) -> UnitTable:
+    """One aligned latent: the modalities side by side, zero where one is absent; there if any of them is."""
+    import torch
+
+    parts = [torch.where(table.present[n][:, None], table.tensors[n].double(), torch.zeros(())) for n in names]
+    return UnitTable({SHARED: torch.cat(parts, dim=1)}, _owners(table))
+
+
+# -- written once --
+
+
+def once(
+    run: RunFolder,
+    book: Ledger,
+    plan: PrivatePlan,
+    name: str,
+    release: "Callable[[], dict[str, Tensor]]",
+    random: Random,
+) -> "tuple[dict[str, Tensor], bool]":
+    """RUN/released/NAME.safetensors: read where it is there; else charged, made and written, in this order.
+
+    Returns: the released tensors; whether their chance came from a source that may be released.
+    Raises: BudgetExhausted where it was charged before and is not there.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = run.path / FOLDER
+    path, said = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if path.is_file() and said.is_file():
+        return load_file(path), bool(json.loads(said.read_text(encoding="utf-8"))["for_release"])
+    (event,) = plan.events()
+    if not _is_left(book, plan):
+        raise BudgetExhausted(
+            f"{FOLDER}/{name} = charged, and not there · the release was reserved before a crash, so it counts as spent, and "
+            "is not made a second time",
+            next="Begin a new run; both are charged to the account.",
+        )
+    sequence = book.reserve(event, step=0)
+    tensors = release()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.write_json(f"{FOLDER}/{name}.json", {"for_release": random.for_release, "event": event.to_dict()})
+        scratch = folder / f".{name}-{os.getpid()}"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch)
+        _sync(scratch)
+        scratch.replace(path)
+        _sync(folder)
+    except OSError as error:
+        raise OutsideError(
+            f"{path} · could not be written ({error}); the release is charged, and lost",
+            next="Free some disk space and begin a new run.",
+        ) from None
+    book.commit(sequence)
+    return tensors, random.for_release
+
+
+def _is_left(book: Ledger, plan: PrivatePlan) -> bool:
+    """Whether this stage has not been charged yet; of equal events in a composition, the earlier stage has the first."""
+    whole, spent = book.plan, book.spent()
+    if isinstance(whole, Composition):
+        spent = whole.spent_of(spent)[list(whole.stages).index(plan)]  # pyright: ignore[reportArgumentType]
+    return not spent
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- what is said about it --
+
+
+def boundary(recipe: Recipe, model: Any, plan: PrivacyPlan) -> list[str]:
+    """Sentences for the claim."""
+    sentences = list(model.codes.in_words())
+    if recipe.privacy.latents is not None:
+        rows = recipe.privacy.records_per_unit
+        sentences.insert(
+            0,
+            f"Released, once: {rows} noisy latent(s) of a picture and of a text for every {recipe.privacy.unit}, in random "
+            "order, whether there was such a record or not. Every weight was trained on these alone, as inputs, as targets and as "
+            "conditions, at noise levels above their own: that is post-processing.",
+        )
+        if isinstance(plan, Composition):
+            sentences.insert(
+                1,
+                "Released before them, from the same budget: one noisy mean of all latents, from which every latent is counted.",
+            )
+    else:
+        sentences.insert(
+            0,
+            "Released, once: one noisy mean of features of pictures and texts together. The generator was fitted to this mean "
+            "alone, on public texts: that is post-processing.",
+        )
+        sentences.append(
+            "Declared public: the texts, not the pictures, of half of the public units, on which the generator was fitted."
+        )
+    return sentences
