@@ -6,6 +6,7 @@ from scipy.stats import beta, binom, norm
 
 from sfumato.auditing import bounds
 from sfumato.errors import UsageError
+from sfumato.privacy import gaussian
 
 
 def test_clopper_pearson_equals_the_beta_quantiles_at_every_count():
@@ -161,18 +162,10 @@ def test_the_bounds_from_one_run_are_the_published_numbers():
     """m = 1000, r = 100, v = 95, delta = 1e-5, p = .05; and what all right guesses are worth."""
     assert bounds.one_run_epsilon(1000, 100, 95, delta=1e-5) == pytest.approx(2.165, abs=5e-4)
     mu = bounds.one_run_gdp(1000, 100, 95)
-    assert bounds.epsilon_of_gdp(mu, 1e-5) == pytest.approx(3.323, abs=5e-4)
+    assert gaussian.epsilon_of(mu, 1e-5) == pytest.approx(3.323, abs=5e-4)
     for right, cap in ((100, 3.49), (1_000, 5.81), (10_000, 8.11)):
         assert bounds.one_run_epsilon(right, right, right, delta=0) == pytest.approx(cap, abs=5e-3)
     assert bounds.one_run_epsilon(100_000, 10_000, 10_000, delta=1e-5) == pytest.approx(5.82, abs=5e-3)
-
-
-def test_epsilon_of_gdp_is_that_of_the_analytic_gaussian():
-    """privacy.md: sigma / Delta at delta = 1e-5 for these epsilons; mu is its inverse."""
-    for epsilon, sigma in ((0.1, 30.75), (1, 3.7306), (2, 1.9938), (8, 0.6002), (10, 0.4999)):
-        assert bounds.epsilon_of_gdp(1 / sigma, 1e-5) == pytest.approx(epsilon, rel=2e-4)
-    assert bounds.epsilon_of_gdp(0.0, 1e-5) == 0.0
-    assert bounds.epsilon_of_gdp(1.0, 0.5) == 0.0  # total variation of 1-GDP is .38
 
 
 def test_gdp_of_errors_inverts_the_trade_off_curve():

@@ -92,23 +92,6 @@ def gdp_of_errors(false_negatives: np.ndarray | float, false_positives: np.ndarr
     return np.maximum(ndtri(1 - np.asarray(false_positives, float)) - ndtri(np.asarray(false_negatives, float)), 0.0)
 
 
-def epsilon_of_gdp(mu: float, delta: float) -> float:
-    """The epsilon of a mu-GDP mechanism at ``delta``: Dong, Roth & Su 2022, Corollary 1; Balle & Wang 2018, Theorem 8."""
-    from scipy.special import log_ndtr, ndtr
-
-    checks.non_negative(mu=mu)
-    checks.probability(delta=delta)
-
-    def excess(epsilon: float) -> float:
-        return float(ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta)
-
-    if mu == 0 or excess(0.0) <= 0:
-        return 0.0
-    if delta == 0:
-        return np.inf
-    return _root(lambda epsilon: -excess(epsilon), 0.0, mu * mu / 2 + mu * (2 + np.sqrt(2 * np.log(1 / delta))))
-
-
 def one_run_epsilon(canaries: int, guesses: int, right: int, *, delta: float, confidence: float = 0.95) -> float:
     """A lower bound on epsilon from ONE training run, in which each of m canaries took part by its own fair coin.
 
@@ -142,7 +125,7 @@ def one_run_gdp(canaries: int, guesses: int, right: int, *, confidence: float = 
     """The same as ``one_run_epsilon`` under the hypothesis that the training is mu-GDP: a lower bound on mu, and tighter.
 
     It refutes a stated curve, nothing else: an (epsilon, delta) mechanism that is no Gaussian may break it without
-    breaking its promise. ``epsilon_of_gdp(mu, delta)`` says what epsilon is refuted with it.
+    breaking its promise. ``privacy.gaussian.epsilon_of(mu, delta)`` is the epsilon that is refuted with it.
     Source: Mahloujifar, Melis & Chaudhuri 2024, Algorithm 3 with abstention, arXiv:2410.22235.
     """
     from scipy.special import ndtr, ndtri

@@ -7,45 +7,26 @@ be below. Under replace-one a unit moves the sum by 2 C, so that mu is twice wha
 import itertools
 import math
 from dataclasses import replace
-from functools import lru_cache
 
-from sfumato.auditing import bounds
 from sfumato.auditing.conformance.adapter import Adjacency, Claim
 from sfumato.auditing.conformance.bench import Bench, called
 from sfumato.auditing.conformance.outcome import Finding, Undecided
-from sfumato.privacy import accounting
+from sfumato.privacy import accounting, gaussian
 from sfumato.privacy.accounting import Event
 
 FORGIVEN = 0.02  # relative; two honest accountants on different grids differ by less
 
 
 def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float, adjacency: Adjacency) -> tuple[float, str]:
-    """What the events really lose at ``delta``, and by which computation; where only a bound is known, a lower one."""
+    """What the events really lose at ``delta``, and by which computation."""
     if rate >= 1:
         factor = 2.0 if adjacency == "replace_one" else 1.0
-        return bounds.epsilon_of_gdp(factor * math.sqrt(steps) / noise_multiplier, delta), "closed form"
-    if adjacency == "replace_one":
-        value = _replace_one(noise_multiplier, rate, steps, delta)
-        if value is not None:
-            return value, "PLD for replace-one"
+        return gaussian.epsilon_of(factor * math.sqrt(steps) / noise_multiplier, delta), "closed form"
     event = Event(sampling_rate=rate, noise_multiplier=noise_multiplier, count=steps)
-    value = accounting.epsilon([event], delta)
-    rdp = accounting.epsilon([event], delta, "rdp")
-    assert value is not None and rdp is not None  # both apply to every event; PLD above RDP raises in there
-    return value, f"PLD (RDP: {rdp:.4g})" + (", which replace-one is not below" if adjacency == "replace_one" else "")
-
-
-@lru_cache(maxsize=256)
-def _replace_one(noise_multiplier: float, rate: float, steps: int, delta: float) -> float | None:
-    """By dp_accounting's PLD, which doubles the sensitivity itself; None where it has no such thing."""
-    import dp_accounting as dpa
-    from dp_accounting.pld import PLDAccountant
-
-    event = dpa.SelfComposedDpEvent(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(noise_multiplier)), steps)
-    accountant = PLDAccountant(dpa.NeighboringRelation.REPLACE_ONE, value_discretization_interval=accounting.GRID)
-    if not accountant.supports(event):
-        return None
-    return float(accountant.compose(event).get_epsilon(delta))
+    value = accounting.epsilon([event], delta, "pld", adjacency)
+    rdp = accounting.epsilon([event], delta, "rdp", adjacency)
+    assert value is not None  # PLD applies to every such event; where RDP does too, PLD above it raises in there
+    return value, f"PLD for {adjacency}" + (f" (RDP: {rdp:.4g})" if rdp is not None else "")
 
 
 def _run(claim: Claim) -> tuple[float, int, float, float]:
