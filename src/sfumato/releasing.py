@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BudgetExhausted, OutsideError, UsageError
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import Composition, LatentRelease, MeanEmbedding, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import Codebook, Composition, LatentRelease, MeanEmbedding, NotPrivate, PrivacyPlan
 from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.privacy.release_planning import SHARED
 from sfumato.privacy.settings import LatentSettings
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "released"
-KIND = {"latents": "from_latents", "mean_embedding": "from_mean"}  # of the model, by mechanism
+KIND = {
+    "latents": "from_latents",
+    "mean_embedding": "from_mean",
+    "codebook": "from_codes",
+}  # of the model, by mechanism
 
 
 def is_release(plan: PrivacyPlan) -> bool:
     """Whether what is trained sees releases only, and no record."""
     stages = plan.stages if isinstance(plan, Composition) else (plan,)
-    return all(isinstance(stage, LatentRelease | MeanEmbedding) for stage in stages)
+    return all(isinstance(stage, LatentRelease | MeanEmbedding | Codebook) for stage in stages)
 
 
 def loop_plan(recipe: Recipe, table: UnitTable) -> NotPrivate:
@@ -63,11 +67,11 @@ def receive(
     random = random or SecretRandom()
     if recipe.privacy.latents is not None:
         return _receive_latents(run, book, recipe.privacy.latents, plan, model, table, random)
+    if isinstance(plan, Composition) and recipe.privacy.codebook is not None:
+        return _receive_codes(run, book, recipe.privacy.codebook.max_norm, plan, model, table, prompts, random)
     if not isinstance(plan, MeanEmbedding):
         raise UsageError(f"plan = {type(plan).__name__} · is no mean embedding", next="Resume the run's own recipe.")
-    mean, for_release = once(
-        run, book, plan, "mean", lambda: _mean(table, model.features.of_batch, plan, random), random
-    )
+    mean, for_release = once(run, book, plan, "mean", lambda: _mean(table, model.record_features, plan, random), random)
     return model.receive(mean["mean"], prompts), for_release
 
 
@@ -120,6 +124,37 @@ def _receive_latents(
         assert std is not None
         noise[name] = std / weights[name]
     return model.receive(released, noise), for_release and fresh
+
+
+def _receive_codes(
+    run: RunFolder,
+    book: Ledger,
+    bound: float,
+    plan: Composition,
+    model: Any,
+    table: UnitTable,
+    prompts: Sequence[str],
+    random: Random,
+) -> tuple[UnitTable, bool]:
+    """The centre of the pictures first, then one code of every record, counted from it."""
+    import torch
+
+    from sfumato.privacy import latents
+
+    first, last = plan.stages
+    assert isinstance(first, MeanEmbedding) and isinstance(last, Codebook)
+    found, for_release = once(
+        run, book, first, "centre",
+        lambda: _mean(table, lambda batch: _side_by_side(batch, ["image"], {"image": bound}), first, random), random,
+    )  # fmt: skip
+    moved = _moved(table, {"image": found["mean"], "text": None})
+
+    def codes() -> "dict[str, Tensor]":
+        return {"codes": torch.from_numpy(latents.release_codes(moved, last, random, encode=model.code))}
+
+    noisy, fresh = once(run, book, last, "codes", codes, random)
+    received = model.receive_codes(noisy["codes"].numpy(), last.noise, found["mean"], prompts)
+    return received, for_release and fresh
 
 
 def _mean(
@@ -251,12 +286,21 @@ def boundary(recipe: Recipe, model: Any, plan: PrivacyPlan) -> list[str]:
                 1,
                 "Released before them, from the same budget: one noisy mean of all latents, from which every latent is counted.",
             )
+    elif recipe.privacy.codebook is not None:
+        sentences.insert(
+            0,
+            f"Released, once: {recipe.privacy.records_per_unit} code(s) of a picture and a text together for every "
+            f"{recipe.privacy.unit}, each replaced by a uniform one with a known chance (always, where there was no "
+            "such record), in random order; and before them, from the same budget, one noisy mean of the pictures' latents. The "
+            "generator was fitted to these alone, on public texts: that is post-processing.",
+        )
     else:
         sentences.insert(
             0,
             "Released, once: one noisy mean of features of pictures and texts together. The generator was fitted to this mean "
             "alone, on public texts: that is post-processing.",
         )
+    if recipe.privacy.latents is None:
         sentences.append(
             "Declared public: the texts, not the pictures, of half of the public units, on which the generator was fitted."
         )

@@ -7,6 +7,7 @@ coordinate), *told* (nothing about presence in shapes, zeros or masks). Seeds ar
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_presence_is_not_told(plan):
 
 def rows_of(table: UnitTable, plan: LatentRelease) -> dict[str, Tensor]:
     """N k rows, absent ones zero, without anything protected: what wrong variants start from."""
-    (slots,) = [values for _, values in latents._rows(table, plan, TestRandom(0))]
+    (slots,) = [values for _, values, _ in latents._rows(table, plan, TestRandom(0))]
     return slots
 
 
@@ -360,15 +361,41 @@ def test_frequencies_are_unbiased():
 
 def test_codes_have_one_shape_and_nonsense_is_code_zero():
     plan = Codebook.calibrated(epsilon=40.0, categories=4, codes=2, population=120, delta=1e-4)
-    for given_codes in (np.zeros((0, 2)), np.full((100, 2), 99), np.full((100, 2), -1), np.full((100, 2), np.nan)):
-        rows = UnitTable({"codes": torch.from_numpy(given_codes)}, [f"u{i:03d}" for i in range(len(given_codes))])
+    for given_codes in (np.full((120, 2), 99), np.full((120, 2), -1), np.full((120, 2), np.nan), np.zeros((120, 2))):
+        rows = UnitTable({"codes": torch.from_numpy(given_codes)}, [f"u{i:03d}" for i in range(120)])
         released = latents.release_codes(rows, plan, TestRandom(0))
-        assert released.shape == (120, 2) and released.min() >= 0 and released.max() <= 3
+        assert released.shape == (120, 2)
         assert (released == 0).mean() > 0.99  # at this epsilon nearly all are told as they are
     with pytest.raises(UsageError, match="codes = "):
-        latents.release_codes(
-            UnitTable({"codes": torch.zeros(10, 3)}, [str(i) for i in range(10)]), plan, TestRandom(0)
-        )
+        wide = UnitTable({"codes": torch.zeros(10, 3)}, [str(i) for i in range(10)])
+        latents.release_codes(wide, plan, TestRandom(0))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        UnitTable({"codes": torch.zeros(0, 1)}, []),
+        UnitTable(
+            {"codes": torch.full((20_000, 1), 3)},
+            [f"{i:05d}" for i in range(20_000)],
+            {"codes": torch.zeros(20_000) > 0},
+        ),
+    ],
+)
+def test_a_unit_without_a_record_answers_by_chance_alone(rows):
+    """Chi-square against the uniform law, which is what zero_out is accounted with; false-alarm probability 1e-6. The code
+    of a blank, told like a code, would have passed for it and cost more: it fails."""
+    counts = np.bincount(latents.release_codes(rows, CODES, TestRandom(8)).reshape(-1), minlength=5)
+    assert float(((counts - 4_000) ** 2 / 4_000).sum()) < stats.chi2.ppf(1 - 1e-6, 4)
+    wrong = np.bincount(latents.respond(np.zeros(20_000), 5, CODES.noise, TestRandom(8)), minlength=5)
+    assert float(((wrong - 4_000) ** 2 / 4_000).sum()) > stats.chi2.ppf(1 - 1e-6, 4)
+
+
+def test_what_codes_cost_under_zero_out_is_the_loss_against_chance():
+    blank = replace(CODES, adjacency="zero_out")
+    worst = max(math.log(CODES.keep_probability * 5), math.log(1 / CODES.noise))
+    assert blank.epsilon() == pytest.approx(worst, abs=1e-3) and blank.epsilon() < CODES.epsilon()
+    assert CODES.epsilon() == pytest.approx(2.0, abs=1e-3)
 
 
 # -- means --

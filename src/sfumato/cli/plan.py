@@ -63,7 +63,7 @@ def _words(result: dict[str, Any]) -> str:
                 ("unit", result.get("unit")),
                 ("adjacency", result.get("adjacency")),
                 *[
-                    (f"released: {stage['name'].replace('_', ' ')}", stage["noise_multiplier"])
+                    (f"released: {stage['name'].replace('_', ' ')}", stage.get("noise_multiplier", stage.get("noise")))
                     for stage in result.get("releases", [])
                 ],
                 *[

@@ -124,16 +124,24 @@ class FromMean(nn.Module):
         """The latents of every record: private."""
         return self.codes.encode(records)
 
+    def text_latents(self, texts: Sequence[str | None]) -> Tensor:
+        """(R, E) of public texts."""
+        return self.codes.texts(texts)
+
+    def record_features(self, batch: Batch) -> Tensor:
+        """(R, P Q): what is summed over units, of length at most 1."""
+        return self.features.of_batch(batch)
+
     def receive(self, mean: Tensor, prompts: Sequence[str]) -> UnitTable:
         """Takes the released mean, (P Q,), and public texts. Returns: the table of texts to fit the generator on."""
         self.released.copy_(mean.reshape(self.features.shape))
-        texts = self.codes.texts(prompts)
+        texts = self.text_latents(prompts)
         return UnitTable({"text": texts}, [f"{row:09d}" for row in range(len(texts))])
 
     def control_table(self, clean: UnitTable) -> UnitTable:
         """Takes the mean of few records without noise: what an audit must catch."""
         batch = clean.batch(range(clean.num_units), records_per_unit=1)
-        self.released.copy_(self.features.of_batch(batch).mean(0).reshape(self.features.shape))
+        self.released.copy_(self.record_features(batch).mean(0).reshape(self.features.shape))
         return clean
 
     def losses(self, batch: Batch) -> Tensor:
@@ -148,7 +156,7 @@ class FromMean(nn.Module):
 
     def row_losses(self, batch: Batch, draws: int, generator: torch.Generator) -> Tensor:
         """(R,): minus the product of each record's feature with the released mean, which a member's own feature raises."""
-        return -(self.features.of_batch(batch) @ self.released.double().flatten())
+        return -(self.record_features(batch) @ self.released.double().flatten())
 
     @torch.no_grad()
     def generate(self, texts: Sequence[str | None], *, seed: int, sampling: Sampling | None = None) -> np.ndarray:
@@ -156,7 +164,7 @@ class FromMean(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         drawn = [np.zeros((0, *self.picture_shape), np.uint8)]
         for start in range(0, len(texts), ROWS_AT_ONCE):
-            told = self.features.of_texts(self.codes.texts(texts[start : start + ROWS_AT_ONCE]))
+            told = self.features.of_texts(self.text_latents(texts[start : start + ROWS_AT_ONCE]))
             noise = torch.randn(len(told), NOISE, generator=generator)
             drawn.append(self.codes.decode(self.generator(told, noise)))
         return np.concatenate(drawn)

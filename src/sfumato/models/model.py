@@ -287,11 +287,12 @@ def build(settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed:
 
 
 def build_for_release(kind: str, settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed: int = 0) -> Any:
-    """A model that learns from what was released: ``from_latents`` or ``from_mean``."""
+    """A model that learns from what was released: ``from_latents``, ``from_mean`` or ``from_codes``."""
+    from sfumato.models.from_codes import FromCodes
     from sfumato.models.from_latents import FromLatents
     from sfumato.models.from_mean import FromMean
 
-    kinds = {FromLatents.kind: FromLatents, FromMean.kind: FromMean}
+    kinds = {of.kind: of for of in (FromLatents, FromMean, FromCodes)}
     if kind not in kinds:
         raise UsageError(f"kind = {kind!r} · must be one of {', '.join(kinds)}", next="Use the version that wrote it.")
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ where z depends linearly on c, with the same A as E[z | c]. So E[c | c~] is the 
 embedding of a prompt takes its place afterwards. Regressing on c~ itself would shrink A (attenuation).
 
 Sources: Fuller 1987, *Measurement Error Models*, section 1.2 (attenuation, and its correction by known noise); Gavish &
-Donoho 2017, arXiv:1405.7511, eq. 7 (the shrinker). Differs: the matrix is a cross-covariance, whose noise is taken as white.
+Donoho 2017, arXiv:1405.7511 (the shrinker, for squared error). Differs: the matrix is a cross-covariance, whose noise is taken as white.
 
 Shapes: R rows, D entries of z, E of c.
 """

@@ -136,16 +136,20 @@ class RandomFeatures:
       width: of their kernel, in lengths of a latent.
       pairs: products of two entries of the text's latent too: for short ones.
       longest: latents are shortened to this length.
+      signs: of a codebook only: how many random directions of a picture's latent are told, each by its sign.
+      length: of a codebook only: of a picture's latent, assumed; signs tell directions and no length.
     """
 
     frequencies: int = 0
     width: float = 1.0
     pairs: bool = False
     longest: float = 1.0
+    signs: int = 4
+    length: float = 1.0
 
     def __post_init__(self) -> None:
         checks.non_negative(frequencies=self.frequencies)
-        checks.positive(width=self.width, longest=self.longest)
+        checks.positive(width=self.width, longest=self.longest, signs=self.signs, length=self.length)
 
 
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]

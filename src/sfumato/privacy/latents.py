@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNITS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 2**22  # of features in memory, in float64 and several times
 _BELOW_ONE = 1 - 2.0**-40  # what rounding may add to a norm, and far more
 _COIN = 2**53
 
@@ -80,7 +81,7 @@ def release_latents(table: UnitTable, plan: LatentRelease, random: Random) -> "d
     released: dict[str, Tensor] = {
         m.name: torch.empty(count, m.dimension, dtype=torch.float64) for m in plan.modalities
     }
-    for slots, latents in _rows(table, plan, random):
+    for slots, latents, _ in _rows(table, plan, random):
         for m in plan.modalities:
             assert m.noise_std is not None  # the plan has split it
             std = noise.widened(m.noise_std, m.max_norm, m.dimension)
@@ -112,8 +113,9 @@ def _check_table(table: UnitTable, dimensions: Mapping[str, int], population: in
 
 def _rows(
     table: UnitTable, plan: LatentRelease | Codebook, random: Random
-) -> "Iterator[tuple[slice, dict[str, Tensor]]]":
-    """(slots, values by modality) for all N k slots: unit u has slots u k .. u k + k - 1; what is absent is zero."""
+) -> "Iterator[tuple[slice, dict[str, Tensor], np.ndarray]]":
+    """(slots, values by modality, whether there is anything) for all N k slots: unit u has slots u k .. u k + k - 1; what is
+    absent is zero."""
     import torch
 
     k = plan.records_per_unit
@@ -124,38 +126,61 @@ def _rows(
         place = np.arange(len(owner)) - np.searchsorted(owner, owner)  # 0, 1, .. within each unit
         slot = torch.from_numpy(owner * k + place)
         values: dict[str, Tensor] = {}
+        there = torch.zeros((stop - start) * k, dtype=torch.bool)
         for name in batch.tensors:
             of_batch = batch.tensors[name]
             present = batch.present[name].view(-1, *[1] * (of_batch.dim() - 1))
             filled = torch.zeros((stop - start) * k, *of_batch.shape[1:], dtype=of_batch.dtype)
             filled[slot] = torch.where(present, of_batch, torch.zeros_like(of_batch))
             values[name] = filled
-        yield slice(start * k, stop * k), values
+            there[slot] |= batch.present[name]
+        yield slice(start * k, stop * k), values, there.numpy()
 
 
 # -- every unit's own codes --
 
 
-def release_codes(table: UnitTable, plan: Codebook, random: Random, *, name: str = "codes") -> np.ndarray:
+Encode = Callable[["dict[str, Tensor]", np.ndarray], np.ndarray]
+
+
+def given_codes(values: "dict[str, Tensor]", places: np.ndarray) -> np.ndarray:
+    """The tensor ``codes`` of the table itself."""
+    return values["codes"].numpy()
+
+
+def release_codes(table: UnitTable, plan: Codebook, random: Random, *, encode: Encode = given_codes) -> np.ndarray:
     """k rows of codes for each of N units, each told by randomised response: what a ``Codebook`` plan releases, once.
 
     Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency: each of a unit's k L codes is a K-ary randomised
-    response (``respond``), and all k L are charged. What a unit lacks is code 0, and is answered for like every other
-    code; what is not a code counts as 0 too. Rows are in random order, as in ``release_latents``.
+    response (``respond``), and all k L are charged. Where a unit has no record the answer is uniform, chance alone: that is
+    what zero_out compares a unit with, and costs ln(K (1 - p + p/K)) in place of ln((1 - p + p/K) / (p/K)). What is
+    not a code counts as 0. Rows are in random order, as in ``release_latents``.
 
-    Args: table: ``name`` is a tensor (R, L) of whole numbers 0 .. K - 1, by a public frozen quantiser.
+    Args:
+      encode: (values by modality, zero where absent; places (R,) in the released table) -> (R, L) whole numbers, of which
+        0 .. K - 1 are codes; public and frozen. A place is chance, so a code may be made in another way at every place.
+
     Returns: (N k, L) int64.
     """
-    _check_table(table, {name: plan.codes}, plan.population)
+    _check_table(table, {}, plan.population)
     order = permutation(plan.population * plan.records_per_unit, random)
     released = np.empty((len(order), plan.codes), dtype=np.int64)
-    for slots, values in _rows(table, plan, random):
-        released[order[slots]] = respond(values[name].numpy(), plan.categories, plan.noise, random)
+    for slots, values, there in _rows(table, plan, random):
+        codes = encode(values, order[slots])
+        if codes.shape != (len(order[slots]), plan.codes):
+            raise UsageError(
+                f"codes = {codes.shape} · must be {plan.codes} of every row, as the plan says",
+                next="Encode the records with the model that the plan was made for.",
+            )
+        released[order[slots]] = respond(codes, plan.categories, plan.noise, random, there=there[:, None])
     return released
 
 
-def respond(codes: np.ndarray, categories: int, noise: float, random: Random) -> np.ndarray:
-    """K-ary randomised response: with probability p a code is replaced by a uniform one of all K.
+def respond(
+    codes: np.ndarray, categories: int, noise: float, random: Random, *, there: np.ndarray | None = None
+) -> np.ndarray:
+    """K-ary randomised response: with probability p a code is replaced by a uniform one of all K; always, where it is not
+    ``there`` (broadcast to ``codes``).
 
     Guarantee: for any two inputs, every output's odds differ by at most the factor (1 - p + p/K) / (p/K) = e^eps of
     p = K / (e^eps + K - 1), exactly: p is rounded up to a multiple of 2^-53, and both draws are exact whole numbers. What
@@ -167,6 +192,8 @@ def respond(codes: np.ndarray, categories: int, noise: float, random: Random) ->
     given = np.asarray(codes)
     inside = np.where((given >= 0) & (given < categories), given, 0).astype(np.int64)  # NaN compares false
     replaced = random.integers(inside.size, _COIN) < math.ceil(noise * _COIN)
+    if there is not None:
+        replaced |= ~np.broadcast_to(there, inside.shape).reshape(-1)
     uniform = random.integers(inside.size, categories)
     return np.where(replaced, uniform, inside.reshape(-1)).reshape(inside.shape)
 
@@ -197,8 +224,9 @@ def release_mean(
     import torch
 
     total = torch.zeros(plan.dimension, dtype=torch.float64)
-    for start in range(0, table.num_units, UNITS_AT_ONCE):
-        units = np.arange(start, min(start + UNITS_AT_ONCE, table.num_units))
+    at_once = max(1, min(UNITS_AT_ONCE, _NUMBERS_AT_ONCE // (plan.dimension * plan.records_per_unit)))
+    for start in range(0, table.num_units, at_once):
+        units = np.arange(start, min(start + at_once, table.num_units))
         batch = table.batch(units, records_per_unit=plan.records_per_unit, rng=random)
         rows = features(batch).double()
         if rows.shape[1:] != (plan.dimension,):

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sfumato.errors import UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.events import Event
-from sfumato.privacy.plan import Composition, LatentModality, LatentRelease, MeanEmbedding
+from sfumato.privacy.plan import Codebook, Composition, LatentModality, LatentRelease, MeanEmbedding
 from sfumato.privacy.releases import noise_multiplier_of
-from sfumato.privacy.settings import LatentSettings, PrivacySettings
+from sfumato.privacy.settings import CodebookSettings, LatentSettings, PrivacySettings
 
 SHARED = "shared"  # the one modality of the shared form
 
@@ -17,11 +18,11 @@ SHARED = "shared"  # the one modality of the shared form
 def release_plan(
     settings: PrivacySettings, whom: Mapping[str, Any], dimensions: Mapping[str, int] | None
 ) -> LatentRelease | MeanEmbedding | Composition:
-    """The plan of ``mechanism: latents`` or ``mean_embedding``.
+    """The plan of ``mechanism: latents``, ``mean_embedding`` or ``codebook``.
 
     Args:
       whom: population, delta, unit, records_per_unit, adjacency, population_from_data.
-      dimensions: of the model's latents by modality, or of its ``mean``.
+      dimensions: of the model's latents by modality, or of its ``mean``; of a codebook, its ``categories`` and ``image``.
 
     Raises: PrivacyRefused where no noise answers.
     """
@@ -35,6 +36,8 @@ def release_plan(
             return MeanEmbedding(**values, noise_multiplier=settings.noise_multiplier)
         assert settings.epsilon is not None  # the settings hold exactly one
         return MeanEmbedding.calibrated(epsilon=settings.epsilon, **values)
+    if settings.codebook is not None:
+        return _codebook(settings, settings.codebook, whom, dimensions)
     assert settings.latents is not None
     return _latents(settings, settings.latents, whom, dimensions)
 
@@ -63,6 +66,29 @@ def _latents(
     )  # fmt: skip
     latents = LatentRelease(**values, noise_multiplier=joint * math.sqrt(rows / (1 - asked.centre)))
     return Composition.of(centre, latents, target_epsilon=settings.epsilon)
+
+
+def _codebook(
+    settings: PrivacySettings, asked: CodebookSettings, whom: Mapping[str, Any], dimensions: Mapping[str, int]
+) -> Composition:
+    """The centre has its share of epsilon by itself; the response is the strongest that all together still allow."""
+    assert settings.epsilon is not None  # the settings demand it
+    values = {**whom, "dimension": dimensions["image"], "max_norm": asked.max_norm}
+    centre = replace(MeanEmbedding.calibrated(epsilon=settings.epsilon * asked.centre, **values), target_epsilon=None)
+    categories = dimensions["categories"]
+
+    def codes(epsilon: float) -> Codebook:
+        return replace(Codebook.calibrated(epsilon=epsilon, categories=categories, **whom), target_epsilon=None)
+
+    low, high = (
+        0.0,
+        settings.epsilon + math.log(categories) + 1.0,
+    )  # zero_out compares with chance alone, and is cheaper
+    while high - low > 1e-4 * settings.epsilon:
+        middle = (low + high) / 2
+        fits = Composition.of(centre, codes(middle)).epsilon() <= settings.epsilon
+        low, high = (middle, high) if fits else (low, middle)
+    return Composition.of(centre, codes(low), target_epsilon=settings.epsilon)
 
 
 def released_modalities(asked: LatentSettings, dimensions: Mapping[str, int]) -> tuple[LatentModality, ...]:

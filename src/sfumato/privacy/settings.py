@@ -64,6 +64,19 @@ def check_parts(parts: tuple[PartSettings, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClipEstimateSettings:
+    """Attributes: share: of epsilon, spent on C before the first step; quantile: of the norms, that C becomes."""
+
+    share: float = 0.02
+    quantile: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("quantile", self.quantile)):
+            if not 0 < value < 1:
+                raise UsageError(f"{name} = {value} · must be between 0 and 1, both excluded", next="Take the default.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentModalitySettings:
     """One modality of released latents; their lengths are about 1 (``models.public_codes``).
 
@@ -134,26 +147,46 @@ class MeanEmbeddingSettings:
         checks.positive(max_norm=self.max_norm)
 
 
-OF_RELEASES = ("latents", "mean_embedding")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodebookSettings:
+    """Attributes:
+    centre: share of epsilon that is spent first on a noisy mean of the pictures' latents, which codes are counted from.
+    max_norm: of a picture's latent in that mean.
+    """
+
+    centre: float = 0.05
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(max_norm=self.max_norm, centre=self.centre)
+        checks.probability(centre=self.centre)
+        if self.centre >= 1:
+            raise UsageError("centre = 1 · leaves nothing for the codes", next="Spend a few percent, 0.05.")
+
+
+OF_RELEASES = ("latents", "mean_embedding", "codebook")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacySettings:
     """Attributes:
     mechanism: dp_sgd; latents: every unit's own noised latents are released once, and trained on; mean_embedding: one noisy
-      mean is released, and a generator fitted to it; none (a non-private run, marked so everywhere).
-    latents, mean_embedding: what only that mechanism has.
+      mean is released, and a generator fitted to it; codebook: every unit's
+      own code, by randomised response; none (a non-private run, marked so everywhere).
+    latents, mean_embedding, codebook: what only that mechanism has.
     unit: what is protected: one record, or all the records of one person.
     records_per_unit: k, public: at most this many records of a unit make its gradient (their mean).
     population: N, the public number of units; None takes the number in the data and *declares it public*.
     epsilon: the target; or give noise_multiplier instead. Exactly one of the two.
     delta: "auto" is 1/(N ln N).
-    max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out.
+    max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out. auto: a quantile of the norms
+      at the first weights, estimated privately and paid from the same epsilon (privacy/clip_estimate.py).
+    clip_estimate: for auto: which share of epsilon, and which quantile.
     clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
     adjacency: add_or_remove, zero_out or replace_one (privacy/events.py); the last needs about twice the noise. None is
-      add_or_remove, and zero_out for latents, whose rows everybody can count.
+      add_or_remove, and zero_out for latents and codes, whose rows everybody can count.
     bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
     largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
     noise: gaussian; or discrete, sampled exactly on the integers, a little slower.
@@ -162,7 +195,7 @@ class PrivacySettings:
       run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
     """
 
-    mechanism: Literal["dp_sgd", "latents", "mean_embedding", "none"] = "dp_sgd"
+    mechanism: Literal["dp_sgd", "latents", "mean_embedding", "codebook", "none"] = "dp_sgd"
     unit: Literal["record", "person"] = "record"
     records_per_unit: int = 1
     population: int | None = None
@@ -170,7 +203,8 @@ class PrivacySettings:
     epsilon: float | None = 8.0
     noise_multiplier: float | None = None
     delta: float | Literal["auto"] = "auto"
-    max_grad_norm: float = DEFAULT_MAX_GRAD_NORM
+    max_grad_norm: float | Literal["auto"] = DEFAULT_MAX_GRAD_NORM
+    clip_estimate: ClipEstimateSettings | None = None
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
     bands: int = 1
@@ -178,13 +212,23 @@ class PrivacySettings:
     noise: NoiseSource = "gaussian"
     latents: LatentSettings | None = None
     mean_embedding: MeanEmbeddingSettings | None = None
+    codebook: CodebookSettings | None = None
     accountant: Literal["pld"] = "pld"
     on_exhausted: Literal["stop"] = "stop"
     account: str | None = None
     account_epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        checks.positive(records_per_unit=self.records_per_unit, max_grad_norm=self.max_grad_norm)
+        checks.positive(records_per_unit=self.records_per_unit)
+        if self.max_grad_norm == "auto":
+            self._check_auto()
+        else:
+            checks.positive(max_grad_norm=self.max_grad_norm)
+            if self.clip_estimate is not None:
+                raise UsageError(
+                    f"clip_estimate · would estimate C, but max_grad_norm = {self.max_grad_norm} says it",
+                    next="Set privacy.max_grad_norm: auto, or leave out privacy.clip_estimate.",
+                )
         if self.epsilon is not None:
             checks.positive(epsilon=self.epsilon, next="Ask for an epsilon such as 8, or set privacy.mechanism: none.")
         if self.noise_multiplier is not None:
@@ -230,9 +274,19 @@ class PrivacySettings:
                 next="Set privacy.unit: person, or records_per_unit: 1.",
             )
 
+    def _check_auto(self) -> None:
+        if self.mechanism != "dp_sgd" or self.epsilon is None or self.parts:
+            raise UsageError(
+                f"max_grad_norm = auto · takes a share of epsilon = {self.epsilon} for one bound of mechanism = {self.mechanism}, "
+                f"with {len(self.parts)} parts",
+                next="Set privacy.epsilon and mechanism: dp_sgd, and leave out the parts; or give max_grad_norm.",
+            )
+        if self.clip_estimate is None:
+            object.__setattr__(self, "clip_estimate", ClipEstimateSettings())
+
     def _check_mechanism(self) -> None:
         """Fills in what depends on the mechanism, and refuses what it does not have."""
-        for name, kind in (("latents", LatentSettings), ("mean_embedding", MeanEmbeddingSettings)):
+        for name, kind in _KINDS.items():
             if self.mechanism == name and getattr(self, name) is None:
                 object.__setattr__(self, name, kind())
             elif self.mechanism != name and getattr(self, name) is not None:
@@ -240,10 +294,10 @@ class PrivacySettings:
                     f"{name} · says nothing about mechanism {self.mechanism}", next=f"Set privacy.mechanism: {name}."
                 )
         if self.adjacency is None:
-            object.__setattr__(self, "adjacency", "zero_out" if self.mechanism == "latents" else "add_or_remove")
-        if self.mechanism == "latents" and self.adjacency == "add_or_remove":
+            object.__setattr__(self, "adjacency", "zero_out" if self.mechanism in _LOCAL else "add_or_remove")
+        if self.mechanism in _LOCAL and self.adjacency == "add_or_remove":
             raise UsageError(
-                "adjacency = add_or_remove · is not defined for latents: whoever sees the rows counts the units",
+                f"adjacency = add_or_remove · is not defined for {self.mechanism}: whoever sees the rows counts the units",
                 next="Set privacy.adjacency: zero_out, or replace_one.",
             )
         if self.mechanism in OF_RELEASES:
@@ -257,8 +311,13 @@ class PrivacySettings:
                         f"{name} = {getattr(self, name)} · says nothing about mechanism {self.mechanism}, which has no gradients",
                         next=f"Leave out privacy.{name}.",
                     )
-        if self.latents is not None and self.latents.centre and self.epsilon is None:
+        centre = self.latents.centre if self.latents else self.codebook.centre if self.codebook else 0.0
+        if centre and self.epsilon is None:
             raise UsageError(
-                f"centre = {self.latents.centre} · is a share of epsilon, which is not given",
+                f"centre = {centre} · is a share of epsilon, which is not given",
                 next="Set privacy.epsilon.",
             )
+
+
+_KINDS = {"latents": LatentSettings, "mean_embedding": MeanEmbeddingSettings, "codebook": CodebookSettings}
+_LOCAL = ("latents", "codebook")  # every unit has rows of its own

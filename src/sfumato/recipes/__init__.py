@@ -7,6 +7,7 @@ from sfumato.recipe import Recipe
 from sfumato.recipes.clinic import (
     clinic,
     clinic_banded,
+    clinic_codebook,
     clinic_latents,
     clinic_mean_embedding,
     clinic_records,
@@ -21,6 +22,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-banded": clinic_banded,
     "clinic-latents": clinic_latents,
     "clinic-shared-latents": clinic_shared_latents,
+    "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,

@@ -18,6 +18,7 @@ from sfumato.models.settings import (
     Terms,
 )
 from sfumato.privacy.settings import (
+    CodebookSettings,
     LatentModalitySettings,
     LatentSettings,
     MeanEmbeddingSettings,
@@ -148,4 +149,26 @@ def clinic_mean_embedding() -> Recipe:
         ),
         training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=5e-3),
         evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_codebook() -> Recipe:
+    """One code of every patient, of a history and four signs of a film together, by randomised response; per replaced patient."""
+    recipe = clinic_latents()
+    return replace(
+        recipe,
+        name="clinic-codebook",
+        model=replace(
+            recipe.model,
+            backbone=Mlp(width=128, depth=1),
+            random_features=RandomFeatures(longest=6.0, signs=4, length=0.8),
+        ),
+        privacy=PrivacySettings(
+            mechanism="codebook",
+            unit="person",
+            adjacency="replace_one",
+            epsilon=8.0,
+            codebook=CodebookSettings(centre=0.05, max_norm=2.0),
+        ),
+        training=replace(recipe.training, steps=400, expected_batch_size=1_024, learning_rate=5e-3, weight_decay=0.0),
     )
