@@ -189,7 +189,7 @@ class PrivacySettings:
       add_or_remove, and zero_out for latents and codes, whose rows everybody can count.
     bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
     largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
-    noise: gaussian; or discrete, sampled exactly on the integers, slower.
+    noise: gaussian; or discrete, sampled exactly on the integers, a little slower.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
     account_epsilon: of all runs on that account together, whatever is planned after earlier results were seen, at this
       run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
