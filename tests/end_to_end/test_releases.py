@@ -181,6 +181,16 @@ def test_a_release_that_was_charged_and_lost_is_not_made_again(tmp_path, monkeyp
     assert again["reasons"] == []
 
 
+def test_the_release_is_charged_before_the_data_are_touched(tmp_path, monkeypatch):
+    from sfumato.privacy import latents
+
+    monkeypatch.setattr(latents, "release_latents", die)
+    with pytest.raises(RuntimeError, match="power failure"):
+        workflow.train(recipe_file(tmp_path, "latents"), out=tmp_path / "runs")
+    run = (tmp_path / "runs" / "tiny" / "last").resolve()
+    assert (show(run / "ledger.db")["steps"], (run / "released").exists()) == (1, False)
+
+
 def die(*_: Any, **__: Any) -> None:
     raise RuntimeError("power failure")
 
