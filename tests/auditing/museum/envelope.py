@@ -1,6 +1,6 @@
 """Epsilon from the formula of an abstract, q sqrt(T ln(1/delta)) / sigma, which leaves out a constant.
 
-Claimed: see the test, from that formula. In truth PLD says several times as much for the same events.
+Claimed: 0.152 for 500 steps at q = .002, from that formula. In truth 0.233 by PLD, for the same events.
 """
 
 import math

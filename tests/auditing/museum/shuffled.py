@@ -1,6 +1,6 @@
 """Shuffle once an epoch and take batches of one size; account it as Poisson sampling.
 
-Claimed: epsilon = 0.28 for 500 steps at q = .002. In truth nothing is known that is as good: every unit is in exactly one batch of an
+Claimed: epsilon = 0.23 for 500 steps at q = .002. In truth nothing is known that is as good: every unit is in exactly one batch of an
 epoch, so the only proof at hand is that of one Gaussian an epoch, here (one epoch) epsilon = 4.38.
 """
 

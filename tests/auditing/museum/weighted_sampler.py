@@ -1,6 +1,6 @@
 """A sampler that draws the rare classes more often; accounted at the mean rate.
 
-Claimed: at q = .05 and 2,000 steps, sigma = 1, epsilon = 22.4. In truth one unit of ten is drawn at five times the rate, q = .25: 166.
+Claimed: at q = .05 and 500 steps, sigma = 1, epsilon = 7.5. In truth one unit of ten is drawn at five times the rate, q = .25: 50.5.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from tests.auditing.adapters.loop import trainer
 
 RIGHT_ROW, ROWS = 9, {9}
-CLAIMED_EPSILON, TRUE_EPSILON = None, None  # computed in the test from the two rates
+CLAIMED_EPSILON, TRUE_EPSILON = None, None  # of a run; a test recomputes both
 CLAIMED_RATE, TRUE_RATE = 0.05, 0.25
 
 
