@@ -1,4 +1,4 @@
-"""How many bands? The noise of the prefix sums at equal epsilon: sigma (which rises with b, as the rate b B / N does) times error (which falls).
+"""How many bands? The noise of the prefix sums at equal epsilon: sigma (rises with b, as the rate b B / N does) times error (falls).
 
     .venv/bin/python benchmarks/bands.py --population 30000 --batch 2048 --steps 800 --epsilon 8
 

@@ -25,8 +25,8 @@ DOUBLE, SINGLE = "torch.randn, float64", "torch.randn, float32"
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--count", type=int, default=2**22)
-    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--count", type=int, default=2**20)
+    arguments.add_argument("--rounds", type=int, default=31)
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     torch.set_num_threads(1)

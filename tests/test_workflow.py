@@ -569,3 +569,17 @@ def test_sites_with_too_few_units_have_no_plan(tmp_path):
     with pytest.raises(PrivacyRefused) as caught:
         workflow.federate(recipe_file(tmp_path, **FEDERATED), out=tmp_path / "runs", sites=3)
     assert {refusal["code"] for refusal in caught.value.refusals} == {"too_few_units"}
+
+
+def test_a_run_that_a_limit_of_its_account_has_no_room_for_is_refused_before_it_trains(tmp_path, own_home):
+    privacy = {"noise_multiplier": 1.0, "account_epsilon": 1.0}
+    with pytest.raises(PrivacyRefused, match="of this plan there is room for") as refused:
+        workflow.train(recipe_file(tmp_path, privacy=privacy), out=tmp_path / "runs")
+    assert (refused.value.code, refused.value.exit_code) == ("account_limit", 3)
+    left = [path.name for path in (tmp_path / "runs" / "tiny" / "v1").iterdir()]
+    assert "plan.json" in left and not {"ledger.db", "metrics.jsonl", "resolved.yaml"} & set(left)
+    with pytest.raises(UsageError, match="keeps no limit"):
+        workflow.train(
+            recipe_file(tmp_path, privacy={"mechanism": "none", "noise_multiplier": None, "account_epsilon": 1.0}),
+            out=tmp_path / "runs",
+        )

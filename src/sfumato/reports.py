@@ -26,6 +26,7 @@ class Guarantee:
     boundary: list[str] = field(default_factory=list)  # sentences: what is inside, what is declared public
     trust_model: str = "central"
     mechanism: dict[str, Any] = field(default_factory=dict)  # the plan's parameters
+    estimates: list[dict[str, Any]] = field(default_factory=list)  # private estimates, each charged, with its interval
     composed_with: list[dict[str, Any]] = field(default_factory=list)  # earlier releases on the same account
     not_promised: list[str] = field(default_factory=list)
     not_for_release: str = ""  # why this run must not be released; "" when nothing forbids it

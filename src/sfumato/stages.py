@@ -16,6 +16,7 @@ from sfumato import recipe as recipes_file
 from sfumato import releasing
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.privacy import ledger, planning
+from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
@@ -28,6 +29,7 @@ from sfumato.training.folder import RunFolder
 
 Progress = Callable[[str], None]
 GRID = 18  # pictures in a sample grid
+ESTIMATES = "estimates.json"  # in a run's folder: what was estimated and paid for
 
 
 def quiet(line: str) -> None:
@@ -96,10 +98,13 @@ def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
 
 
 def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = None) -> None:
-    if isinstance(plan, DpSgd):
+    both = estimated(plan)
+    first = "" if both is None else f"an estimate of C for epsilon {both[0].epsilon():.3g}, then "
+    steps = plan if both is None else both[1]
+    if isinstance(steps, DpSgd) and isinstance(plan, PrivatePlan):
         progress(
-            f"plan: {plan.steps} steps over {plan.population} {plan.unit}s, sampling rate {plan.sampling_rate:.4g}, "
-            f"noise multiplier {plan.noise_multiplier:.4g}{_parts_in_words(plan)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
+            f"plan: {first}{steps.steps} steps over {plan.population} {plan.unit}s, sampling rate {steps.sampling_rate:.4g}, "
+            f"noise multiplier {steps.noise_multiplier:.4g}{_parts_in_words(steps)}, epsilon {plan.epsilon():.3f} at delta {plan.delta:.2g}"
         )
     elif isinstance(plan, PrivatePlan):
         progress(
@@ -204,7 +209,9 @@ def train(
         if released:
             table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
             progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
-        steps = releasing.loop_plan(recipe, table) if released else plan
+        steps, estimates = releasing.loop_plan(recipe, table) if released else plan, []
+        if estimated(plan) is not None:
+            steps, estimates = _with_its_bound(run, recipe, plan, model, table, book, progress)
         assert isinstance(steps, DpSgd | NotPrivate)
         watchers: list[watch.Watcher] = [
             watch.Line(progress, unspent="post-processing" if released else "not private"),
@@ -220,8 +227,9 @@ def train(
             recipe.training,
             recipe.performance,
             checkpoints=run.checkpoints,
-            ledger=book if isinstance(plan, DpSgd) else None,
+            ledger=book if isinstance(steps, DpSgd) else None,
             watchers=watchers,
+            before=spent_before(plan),
         )
         if trained.stopped == "interrupted":
             return trained.stopped
@@ -233,9 +241,31 @@ def train(
             boundary=boundary(recipe, released=releasing.boundary(recipe, model, plan) if released else ()),
             not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
+            estimates=estimates,
         )
         run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
     return trained.stopped
+
+
+def _with_its_bound(
+    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, model: Any, table: Any, book: Ledger, progress: Progress
+) -> tuple[DpSgd, list[dict[str, Any]]]:
+    """The steps with the C that the plan leaves to an estimate, and what was estimated."""
+    from sfumato.training.bound import found_bound
+
+    both = estimated(plan)
+    assert both is not None  # or it is not asked
+    found = found_bound(
+        model,
+        table,
+        both[0],
+        book,
+        kept=lambda: run.read_json(ESTIMATES) if (run.path / ESTIMATES).is_file() else None,
+        keep=lambda value: run.write_json(ESTIMATES, value),
+        max_physical_batch_size=recipe.performance.max_physical_batch_size,
+    )
+    progress(f"max_grad_norm: {found['value']:.4g}, estimated ({found['low']:.4g} to {found['high']:.4g})")
+    return with_bound(both[1], found["value"]), [found]
 
 
 def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
@@ -348,8 +378,10 @@ def evaluate(
     from sfumato.models import model as models
 
     twin = None
-    if recipe.evaluation.twin and isinstance(plan, DpSgd):
-        twin = _twin(run, recipe, plan, table, prepared, progress)
+    both = estimated(plan)
+    steps = plan if both is None else both[1]
+    if recipe.evaluation.twin and isinstance(steps, DpSgd):
+        twin = _twin(run, recipe, steps, table, prepared, progress)
     progress("evaluation: generating and reading pictures")
     trained = models.load(run.model)
     quality = report.evaluate(

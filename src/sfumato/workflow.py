@@ -13,6 +13,7 @@ from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
+from sfumato.privacy.clip_estimate import estimated
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
@@ -113,13 +114,15 @@ def plan(
 
 
 def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    steps = isinstance(found, DpSgd | NotPrivate)
+    both = estimated(found)
+    trains = found if both is None else both[1]
+    steps = isinstance(trains, DpSgd | NotPrivate)
     common = {
         "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
         "population": found.population,
-        "expected_batch_size": found.expected_batch_size if steps else sizes["expected_batch_size"],
-        "steps": found.steps if steps else sizes["steps"],
-        "sampling_rate": found.sampling_rate if steps else 1.0,
+        "expected_batch_size": trains.expected_batch_size if steps else sizes["expected_batch_size"],
+        "steps": trains.steps if steps else sizes["steps"],
+        "sampling_rate": trains.sampling_rate if steps else 1.0,
         "unit": found.unit,
         "records_per_unit": found.records_per_unit,
     }
@@ -135,7 +138,7 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
     accountants = accounting.accountants(found.events(), found.delta, found.adjacency)
     spent = {
         **common,
-        "noise_multiplier": getattr(found, "noise_multiplier", None),
+        "noise_multiplier": getattr(trains, "noise_multiplier", None),
         "epsilon": accountants[accountant],
         "delta": found.delta,
         "adjacency": found.adjacency,
@@ -143,19 +146,20 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
         "accountant": accountant,
         "gdp": accounting.gdp(found.events(), found.delta, found.adjacency),
     }
-    if not isinstance(found, DpSgd):
+    if not isinstance(trains, DpSgd):
         mechanism = found.mechanism(())
         return {**spent, "releases": mechanism.get("stages", [mechanism])}
     return {
         **spent,
-        "max_grad_norm": found.max_grad_norm,
-        "clipping": found.clipping,
-        "bands": found.bands,
-        "largest_batch": found.largest_batch,
-        "noise": found.noise,
+        **({} if both is None else {"clip_estimate": both[0].mechanism(())}),
+        "max_grad_norm": trains.max_grad_norm,
+        "clipping": trains.clipping,
+        "bands": trains.bands,
+        "largest_batch": trains.largest_batch,
+        "noise": trains.noise,
         "parts": [
-            {**part, "noise_multiplier": found.part_noise_multipliers()[part["name"]]}
-            for part in plan_to_dict(found).get("parts", [])
+            {**part, "noise_multiplier": trains.part_noise_multipliers()[part["name"]]}
+            for part in plan_to_dict(trains).get("parts", [])
         ],
     }
 

@@ -156,6 +156,50 @@ def test_evaluate_audit_report_and_runs(workflow, sfu):
     assert ("report", (Path("r"),), {"public": True}) in workflow.asked
 
 
+LOOP = str(Path(__file__).parent.parent / "auditing" / "adapters" / "loop.py")
+
+
+def test_audit_of_a_trainer_gives_24_rows_and_writes_a_report(sfu, tmp_path):
+    ran = sfu("audit", "trainer", f"{LOOP}:trainer", "--seed", "1", "--out", str(tmp_path / "report"), "--json")
+    assert ran.code == 0
+    assert ran.json["verdict"] == "INCONCLUSIVE"  # not every call is given
+    assert [row["row"] for row in ran.json["conformance"]] == list(range(1, 25))
+    assert {row["verdict"] for row in ran.json["conformance"]} == {"CONSISTENT", "INCONCLUSIVE"}
+    assert all(row["check"] and row["because"] for row in ran.json["conformance"])
+    assert ran.json["attacks"] == []
+    assert "row 24 of 24" in ran.err
+    assert (
+        (tmp_path / "report" / "conformance.md").read_text().startswith("# Conformance of a plain loop: INCONCLUSIVE")
+    )
+    written = json.loads((tmp_path / "report" / "conformance.json").read_text())
+    assert written["conformance"] == ran.json["conformance"]
+
+
+def test_audit_of_a_wrong_trainer_is_exit_4(sfu, tmp_path):
+    museum = Path(LOOP).parent.parent / "museum"
+    ran = sfu("audit", "trainer", f"{museum / 'clip_of_the_mean.py'}:wrong", "--seed", "1")
+    assert ran.code == 4
+    assert "the claim is false: row 1, 4, 17." in ran.out
+    assert "the aggregate is clipped, not the example" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trainer",), "needs MODULE:FUNCTION"),
+        (("trainer", "nothing"), "must be MODULE:FUNCTION"),
+        (("runs/x/last", "m:f"), "is for `audit trainer` only"),
+        (("runs/x/last", "--seed", "1"), "is for `audit trainer` only"),
+        (("runs/x/last", "--out", "d"), "is for `audit trainer` only"),
+    ],
+)
+def test_audit_that_is_neither_is_wrong_use(arguments, said, workflow, sfu):
+    ran = sfu("audit", *arguments, "--json")
+    assert ran.code == 2
+    assert said in ran.json["error"]["message"]
+    assert workflow.asked == []
+
+
 def test_a_refused_release_is_exit_3_with_reasons(workflow, sfu):
     workflow.answers["release"] = {"bundle": None, "approved": False, "reasons": [REASON]}
     ran = sfu("release", "runs/x/last", "--policy", "p.yaml", "--json")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +138,13 @@ def test_records_are_split_by_their_site_and_nobody_is_lost_or_torn_apart():
         units = [{r.unit for r in part} for part in split.values()]
         assert sum(map(len, units)) == len(set().union(*units)) == 40
     assert {r.metadata["site"] for r in simulate.split_by_site(make_records("ABC"), 3)["B"]} == {"B"}
+
+
+def test_one_unit_more_moves_no_other_unit_to_another_site():
+    """What makes the sites' data disjoint for neighbouring data sets, whatever unit is left out."""
+    records = [replace(r, metadata={}) for r in make_records("ABC")]
+    whole = {r.unit: name for name, part in simulate.split_by_site(records, 3).items() for r in part}
+    for left_out in sorted(whole):
+        others = [r for r in records if r.unit != left_out]
+        split = {r.unit: name for name, part in simulate.split_by_site(others, 3).items() for r in part}
+        assert split == {unit: name for unit, name in whole.items() if unit != left_out}

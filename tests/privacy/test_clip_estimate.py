@@ -17,9 +17,8 @@ from sfumato.privacy.gradients.reference import per_unit_gradients
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.norms import GradientNorms, estimated_bound
-from sfumato.privacy.plan import Composition, DpSgd, Estimate, NotPrivate
+from sfumato.privacy.plan import Composition, DpSgd, Estimate
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
-from sfumato.privacy.questions import UnitCount
 from sfumato.randomness import TestRandom
 from sfumato.records import Batch, UnitTable
 
@@ -51,6 +50,12 @@ def plan() -> Composition:
     return clip_estimate.with_estimated_bound(epsilon=4.0, share=0.05, quantile=0.5, **STEPS)
 
 
+def both_of(plan: Composition) -> tuple[Estimate, DpSgd]:
+    both = clip_estimate.estimated(plan)
+    assert both is not None
+    return both
+
+
 def test_the_norms_are_those_of_gradients_taken_one_by_one():
     model, table = net(), people(count=30)
     units = np.array([3, 4, 9, 17, 29])
@@ -77,8 +82,8 @@ def test_one_plan_spends_epsilon_on_both_and_what_is_left_on_the_steps():
     assert 1.0 < steps.noise_multiplier / alone.noise_multiplier < 1.01  # what 5 % of epsilon costs, measured
     assert steps.max_grad_norm == "estimated"
     assert plan_from_dict(plan_to_dict(whole)) == whole
-    assert clip_estimate.stages_of(whole) == (estimate, steps)
-    assert clip_estimate.stages_of(alone) == (None, alone)
+    assert clip_estimate.estimated(whole) == (estimate, steps)
+    assert clip_estimate.estimated(alone) is None
     assert clip_estimate.spent_before(whole) == estimate.events() and clip_estimate.spent_before(alone) == ()
 
 
@@ -95,8 +100,7 @@ def test_the_bound_changes_no_event_and_not_the_plan():
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_the_bound_follows_the_gradients_and_not_the_recipe(scale):
     model, table = net(), people(scale)
-    estimate, _ = clip_estimate.stages_of(plan())
-    assert estimate is not None
+    estimate, _ = both_of(plan())
     norms = GradientNorms(model, losses_of(model), table, records_per_unit=2, random=TestRandom(1))
     found = estimated_bound(estimate, norms, ledger=None, random=TestRandom(2))
     true = float(np.median(norms.column(np.arange(400)).values))
@@ -107,8 +111,7 @@ def test_the_bound_follows_the_gradients_and_not_the_recipe(scale):
 def test_from_plan_to_claim(tmp_path):
     """The whole way: ledger, estimate, steps, claim."""
     model, table, whole = net(), people(), plan()
-    estimate, steps = clip_estimate.stages_of(whole)
-    assert estimate is not None and isinstance(steps, DpSgd)
+    estimate, steps = both_of(whole)
     with Ledger.open(tmp_path / "ledger.db", run="auto", plan=whole) as ledger:
         norms = GradientNorms(model, losses_of(model), table, records_per_unit=2, random=TestRandom(1))
         bound = estimated_bound(estimate, norms, ledger=ledger, random=TestRandom(2))
@@ -133,8 +136,7 @@ def test_from_plan_to_claim(tmp_path):
 
 def test_the_wrong_way_of_free_knowledge_is_convicted():
     """C as the median without noise: one unit more moves it, so the steps' noise sigma C tells of the unit itself."""
-    estimate, _ = clip_estimate.stages_of(plan())
-    assert estimate is not None
+    estimate, _ = both_of(plan())
     quiet = replace(estimate, noise_multiplier=0.0, sampling_rate=1.0)
     cells = []
     for ours in ([1.0] * 50 + [5.0] * 50, [1.0] * 50 + [5.0] * 51):
@@ -171,15 +173,9 @@ def test_a_plan_whose_bound_is_not_found_yet_trains_nobody():
         lambda: clip_estimate.with_estimated_bound(epsilon=4.0, share=0.0, quantile=0.5, **STEPS),
         lambda: clip_estimate.with_estimated_bound(epsilon=4.0, share=1.0, quantile=0.5, **STEPS),
         lambda: clip_estimate.with_estimated_bound(epsilon=4.0, share=0.1, quantile=1.0, **STEPS),
-        lambda: clip_estimate.stages_of(Estimate(name="n", question=UnitCount(), noise_multiplier=1.0, **WHOM)),
         lambda: DpSgd(noise_multiplier=1.0, max_grad_norm="guessed", **STEPS),  # pyright: ignore
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(make):
     with pytest.raises((UsageError, TypeError)):
         make()
-
-
-def test_a_run_without_privacy_needs_no_estimate():
-    values = NotPrivate(population=10, expected_batch_size=2, steps=3)
-    assert clip_estimate.stages_of(values) == (None, values)

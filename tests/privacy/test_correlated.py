@@ -116,6 +116,7 @@ def test_the_workload_of_momentum_is_what_the_optimizer_of_torch_does():
         (np.array([[math.nan]]), 4, "finite"),
         (np.ones((3, 1)), 4, "rows ="),
         (np.full((1, 5), 0.1), 4, "rows ="),
+        (np.array([[0.1, 0.9]]), 20, r"C\^-1"),
         (np.concatenate([[0.001], np.full(199, 0.05)])[None], 400, "float64"),
     ],
 )

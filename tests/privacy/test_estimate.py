@@ -107,6 +107,19 @@ def test_a_sampled_quantile_is_charged_as_one_sampled_gaussian_of_all_its_counts
     assert whole.noise_std == pytest.approx(2.0 * math.sqrt(8) * (0.5 if adjacency == "replace_one" else 0.9))
 
 
+def test_half_the_diameter_is_too_little_noise_for_a_sampled_exchange_and_the_radius_is_enough():
+    """One count of a quantile 0.9, rate 0.1: a unit at -0.9 becomes one at 0.1, or is not drawn. Integrals of the densities."""
+    plan = plan_of(Quantile(quantile=0.9, low=1.0, high=2.0, halvings=1), adjacency="replace_one", sampling_rate=0.1)
+    x, step = np.linspace(-30, 30, 600_001, retstep=True)
+
+    def delta(std: float) -> float:
+        one, other = (0.9 * norm.pdf(x, 0, std) + 0.1 * norm.pdf(x, mean, std) for mean in (-0.9, 0.1))
+        factor = math.exp(plan.epsilon())
+        return max(float(np.maximum(a - factor * b, 0).sum() * step) for a, b in ((one, other), (other, one)))
+
+    assert delta(plan.noise_std) <= plan.delta < delta(plan.noise_multiplier * 0.5)
+
+
 def test_a_sum_in_floating_point_moves_further_than_its_bound_and_ours_does_not():
     """A unit adds 1. The wrong one adds up in doubles: sometimes the sum moves by more than 1."""
     random = np.random.default_rng(0)
@@ -120,6 +133,15 @@ def test_a_sum_in_floating_point_moves_further_than_its_bound_and_ours_does_not(
         assert noisy_sum(shuffled, 1.0, 0.0, TestRandom(0)) == noisy_sum(rows, 1.0, 0.0, TestRandom(0))
     assert max(wrong) > 1.0
     assert set(ours) == {1.0}
+
+
+def test_a_contribution_between_two_points_of_the_grid_is_rounded_towards_zero():
+    """Noise of 2^31 has a grid of 2: rounding 1.9 to the nearest would move the sum by more than 1.9."""
+    std = 2.0**31
+    assert spacing(std) == 2.0
+    for value, moved in ((1.9, 0.0), (-1.9, 0.0), (3.9, 2.0), (-2.0, -2.0)):
+        one, none = (noisy_sum(np.array([[x]]), 4.0, std, TestRandom(3)) for x in (value, 0.0))
+        assert one - none == moved
 
 
 # -- the wrong ones --

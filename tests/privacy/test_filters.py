@@ -67,10 +67,16 @@ def test_the_order_is_fixed_by_the_budget_alone_and_wastes_little():
     """A fixed order costs: here of 8, 7.4 or more is reached; the rest is the price of planning afterwards."""
     gate = RenyiFilter.of(8.0, DELTA)
     assert gate.order in ORDERS and gate.bound == 8.0 - converted(gate.order, DELTA)
-    for event in (gaussians(10.0), Event(sampling_rate=0.02, noise_multiplier=1.2)):
+    for event in (
+        gaussians(10.0),
+        Event(sampling_rate=0.02, noise_multiplier=1.2),
+        Event(sampling_rate=0.1, noise_multiplier=0.8),
+    ):
+        gate = RenyiFilter.of(8.0, DELTA, like=[replace(event, count=100)])
         filled = replace(event, count=gate.room([], event))
         reached = accounting.epsilon([filled], DELTA, "rdp")
-        assert reached is not None and 7.4 < reached <= 8.0
+        assert reached is not None and 7.7 < reached <= 8.0
+        assert filled.count >= RenyiFilter.of(8.0, DELTA).room([], event)
 
 
 def test_the_gaussian_filter_is_exact():
@@ -123,7 +129,7 @@ def run(folder: Path, name: str, steps: int, *, plan: DpSgd = PLAN, limit: tuple
 
 def most() -> int:
     """How many such steps the limit has room for."""
-    return RenyiFilter.of(*LIMIT).room([], EVENT)
+    return RenyiFilter.of(*LIMIT, like=[PLAN.event()]).room([], EVENT)
 
 
 def test_a_run_that_the_limit_has_no_room_for_is_not_begun_and_told_what_is_left(tmp_path):

@@ -28,7 +28,7 @@ from sfumato.privacy.ledger import (
     verify_chain,
 )
 from sfumato.privacy.ledger.chain import canonical, link, reserve_body
-from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan import Composition, DpSgd, MeanEmbedding, NotPrivate
 
 PLAN = DpSgd(population=1000, expected_batch_size=100.0, steps=200, noise_multiplier=2.0, delta=1e-4)
 EVENT = PLAN.event(1)
@@ -169,6 +169,35 @@ def test_a_closed_ledger_takes_nothing(path):
     ledger.close()
     with pytest.raises(LedgerError, match="is closed"):
         ledger.reserve(EVENT, 0)
+
+
+def test_a_plan_of_several_kinds_has_room_for_each_of_them(path, tmp_path):
+    whom = {"population": 1000, "delta": 1e-4}
+    mean = MeanEmbedding(dimension=10, noise_multiplier=20.0, **whom)
+    steps = DpSgd(expected_batch_size=100.0, steps=5, noise_multiplier=2.0, **whom)
+    plan, account = Composition.of(mean, steps), tmp_path / "account.db"
+    (release,), step = mean.events(), steps.event(1)
+    with Ledger.open(path, run="r", plan=plan, account=account) as ledger:
+        assert (ledger.remaining(release), ledger.remaining(step)) == (1, 5)
+        assert ledger.remaining(Event(sampling_rate=0.5, noise_multiplier=1.0)) == 0
+        with pytest.raises(UsageError, match="2 kinds of events"):
+            _ = ledger.remaining_steps
+        ledger.commit(ledger.reserve(release, 0))
+        for number in range(4):
+            ledger.commit(ledger.reserve(step, number, 5 - number))
+        with pytest.raises(BudgetExhausted, match="1 spent"):
+            ledger.reserve(release, 1)
+        with pytest.raises(LedgerError, match="must be the plan's"):
+            ledger.reserve(Event(sampling_rate=0.5, noise_multiplier=1.0), 0)
+        assert sum(in_account(account).values()) >= 5
+    with Ledger.open(path, run="r", plan=plan, account=account) as ledger:
+        ledger.reserve(step, 4)
+        with pytest.raises(BudgetExhausted, match="5 spent"):
+            ledger.reserve(step, 5)
+    shown = show(path)
+    assert shown["epsilon"] == pytest.approx(plan.epsilon()) and shown["steps"] == 6
+    assert events_of_jsonl(export_jsonl(path)) == list(plan.events())
+    assert in_account(account) == {"r": 6}
 
 
 # ---- identity ----

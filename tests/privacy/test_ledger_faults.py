@@ -9,16 +9,18 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sfumato.errors import LedgerError, SfumatoError
+from sfumato.errors import LedgerError, OutsideError, SfumatoError
 from sfumato.privacy.ledger import Ledger, account, events_of_jsonl, export_jsonl, run, show, storage, verify_chain
 from sfumato.privacy.ledger.blocks import MOST
 from sfumato.privacy.ledger.chain import beginning
@@ -226,6 +228,55 @@ def test_a_death_while_the_files_are_made_leaves_whole_ones_or_none(tmp_path, bo
     assert spent(place.ledger) == spent(place.account) == 5
 
 
+# ---- a full disk, several threads ----
+
+
+@pytest.mark.parametrize("limit", [40_000, 120_000])
+def test_when_no_file_may_grow_nothing_is_computed_that_is_not_charged(tmp_path, limit):
+    """The operating system refuses the write itself, as on a full disk, in the middle of a run of blocks."""
+    place = Place(tmp_path)
+    place.train(5, lambda _: None)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            monkey = pytest.MonkeyPatch()
+            monkey.setattr(run.Pace, "at_once", lambda self, left, ahead: min(4, left, ahead))
+            place.train(10_000, lambda _: None)
+        except OutsideError as error:
+            code = 5 if error.code == "disk_full" or "disk I/O" in str(error) else 7
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    check(place)
+    assert 5 < place.computed() < 10_005
+    wasted = spent(place.ledger) - place.computed()
+    assert wasted <= 4
+    left = place.train(10, lambda _: None)
+    assert left == PLAN.steps - place.computed() - wasted
+
+
+def test_threads_that_share_a_ledger_are_charged_for_what_they_got(tmp_path):
+    path, numbers, guard = tmp_path / "ledger.db", iter(range(10**6)), threading.Lock()
+    with Ledger.open(path, run="r", plan=PLAN) as ledger:
+
+        def work() -> None:
+            for _ in range(100):
+                with guard:
+                    step = next(numbers)
+                ledger.commit(ledger.reserve(EVENT, step, 1000))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ledger.spent_steps >= 400
+    assert spent(path) == 400
+
+
 # ---- torn files ----
 
 
@@ -283,12 +334,13 @@ def torn(content: bytes, trial: int, chance: random.Random) -> bytes:
     return content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :]  # a page that never came
 
 
-def test_an_older_ledger_beside_a_newer_account_is_noticed_even_after_a_death(tmp_path):
+@pytest.mark.parametrize("steps", [3, 200])  # within the account's block, and beyond
+def test_an_older_ledger_beside_a_newer_account_is_noticed_even_after_a_death(tmp_path, steps):
     place = Place(tmp_path)
     place.train(3, lambda _: None)
     old = tmp_path / "old.db"
     shutil.copy(place.ledger, old)
-    assert killed_at(place, "before close", 1, steps=200)
+    assert killed_at(place, "before close", 1, steps=steps)
     for file in place.ledger.parent.glob("ledger.db-*"):
         file.unlink()
     os.replace(old, place.ledger)

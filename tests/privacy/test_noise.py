@@ -87,24 +87,42 @@ def test_the_grid_is_fine_and_rounding_is_paid_for(std):
 
 def test_the_noise_equals_a_slow_box_muller_of_the_same_bytes():
     """Oracle: the formula, one number after the other, from the same key stream."""
-    words = np.frombuffer(TestRandom(9).bytes(24 * 3), dtype="<u8").reshape(3, 3)
-    first, second, third = ([int(word) & (2**52 - 1) for word in row] for row in words)
+
+    class Small(TestRandom):
+        """The second pair's uniform number is below 2^-20, and gets the bits that follow."""
+
+        calls = 0
+
+        def bytes(self, count: int) -> bytearray:
+            drawn, self.calls = super().bytes(count), self.calls + 1
+            if self.calls == 1:
+                drawn[8 + 3 : 8 + 8] = b"\xff" * 5
+            return drawn
+
+    random = Small(9)
+    words = np.frombuffer(random.bytes(16 * 3), dtype="<u8").reshape(2, 3)
+    first, angles = ([int(word) & (2**52 - 1) for word in row] for row in words)
+    further = int.from_bytes(random.bytes(8), "little") & (2**52 - 1)
     expected = np.zeros((2, 3))
     for j in range(3):
-        uniform = Fraction(first[j], 2**52) + (1 - Fraction(second[j], 2**52)) / 2**52
+        uniform = 1 - Fraction(first[j], 2**52)
+        if j == 1:
+            assert uniform < Fraction(1, 2**20)
+            uniform -= Fraction(further, 2**104)
         radius = math.sqrt(-2 * math.log(float(uniform)))
-        expected[0, j] = radius * math.cos(2 * math.pi * third[j] / 2**52)
-        expected[1, j] = radius * math.sin(2 * math.pi * third[j] / 2**52)
-    np.testing.assert_allclose(gaussian(5, 1.0, TestRandom(9)).numpy(), expected.flatten()[:5], rtol=0, atol=2.0**-30)
+        expected[0, j] = radius * math.cos(2 * math.pi * angles[j] / 2**52)
+        expected[1, j] = radius * math.sin(2 * math.pi * angles[j] / 2**52)
+    np.testing.assert_allclose(gaussian(5, 1.0, Small(9)).numpy(), expected.flatten()[:5], rtol=0, atol=2.0**-30)
 
 
-def test_the_tail_is_fine_where_the_first_bits_are_all_zero():
+def test_the_tail_is_fine_where_the_first_bits_are_all_one():
     """The radius then comes from the next 52 bits, so that far numbers are not a few fixed ones."""
 
     class FewBits:
         def bytes(self, count):
-            third = count // 3
-            return bytearray(third) + TestRandom(3).bytes(third) + bytearray(third)
+            if count == 8 * 1000:  # the further bits
+                return TestRandom(3).bytes(count)
+            return bytearray(b"\xff" * (count // 2)) + bytearray(count // 2)
 
     drawn = gaussian(2000, 1.0, FewBits())[:1000]  # type: ignore[arg-type]
     assert float(drawn.min()) > 8.4

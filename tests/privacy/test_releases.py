@@ -168,7 +168,8 @@ def test_bands_charge_one_event_a_cycle_at_the_rate_of_a_group():
 @pytest.mark.parametrize(
     "change",
     [
-        {"bands": 0}, {"bands": 51}, {"bands": 60}, {"bands": 4, "clipping": "adaptive"}, {"noise": "laplace"},
+        {"bands": 0}, {"bands": 51}, {"bands": 60}, {"bands": 4, "clipping": "adaptive"}, {"bands": 4, "adjacency": "replace_one"},
+        {"noise": "laplace"},
         {"bands": 4, "largest_batch": 300, "adjacency": "zero_out"}, {"largest_batch": 300},
         {"largest_batch": 100, "adjacency": "zero_out"}, {"adjacency": "none"},
     ],

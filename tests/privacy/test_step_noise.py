@@ -253,6 +253,9 @@ def test_what_the_proof_does_not_cover_is_refused():
         DifferentialPrivacyEngine(model, max_grad_norm=1.0, noise_multiplier=1.0, bands=2, clipping="adaptive")
     with pytest.raises(UsageError, match="bands = 0"):
         DifferentialPrivacyEngine(model, max_grad_norm=1.0, noise_multiplier=1.0, bands=0)
+    with pytest.raises(UsageError, match="adjacency = replace_one"):
+        make_engine(model, plan(adjacency="replace_one"))
+    make_engine(model, plan(adjacency="zero_out")).detach()
     engine = DifferentialPrivacyEngine(
         model, max_grad_norm=1.0, noise_multiplier=1.0, bands=2, expected_batch_size=12, sampling_rate=0.05
     )

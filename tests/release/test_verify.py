@@ -510,6 +510,31 @@ def test_fewer_events_than_were_spent_are_refused(released: Path, signer: Path, 
         assert "ledger" in failed(verify.verify(released, key_file=public_key))
 
 
+def test_the_head_of_the_ledger_is_signed_by_the_signer_and_older_bundles_without_it_are_accepted(
+    released: Path, signer: Path, public_key: Path
+) -> None:
+    first, rest = (released / "ledger.jsonl").read_text().split("\n", 1)
+    header = json.loads(first)
+    assert header["signature"]["key_id"] == verify.verify(released, key_file=public_key)["signer"]
+    stranger = keys.signer(keys.SigningKey.generate())(b"another ledger")
+    for signature, says in (
+        (None, ""),
+        ({**header["signature"], "signature": "00" * 64}, "not one of this ledger by this key"),
+        (stranger, "is not a key that you trust"),
+        ("x", "must be the header"),
+    ):
+        changed = {name: value for name, value in header.items() if name != "signature"}
+        changed |= {} if signature is None else {"signature": signature}
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        (released / "ledger.jsonl").write_text(text + "\n" + rest)
+        resign(released, signer)
+        result = verify.verify(released, key_file=public_key)
+        if signature is None:
+            assert result["valid"]
+        else:
+            assert says in failed(result)["ledger"]
+
+
 # ---- whatever bytes come: a verdict, never a traceback ----
 
 json_values = st.recursive(

@@ -161,11 +161,38 @@ def test_pictures_are_of_the_average_and_the_weights_go_on_untouched(runs):
     assert (seen[11] - seen[10]).abs().max() < 1.0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_both_optimizers_train(optimizer, runs):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "dp_adam_bc"])
+def test_all_optimizers_train(optimizer, runs):
     before = []
     runs.attempt(PLAN, optimizer=optimizer, spoil=lambda model: before.append(oracles.vector(model)))
     assert not oracles.vector(runs.model).equal(before[0])
+
+
+# ---- correlated and discrete noise ----
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+def test_an_undisturbed_run_with_correlated_noise_spends_its_cycles(noise, runs):
+    """Eight steps of three bands: three cycles."""
+    plan, watch = replace(PLAN, bands=3, noise=noise), Watch()
+    trained = runs.attempt(plan, watchers=[watch], optimizer="dp_adam_bc")
+    assert (trained.stopped, trained.step, trained.charged) == ("steps", 8, 8)
+    shown = show(runs.ledger_path)
+    assert (shown["steps"], shown["uncommitted"]) == (3, 0)
+    assert shown["epsilon"] == pytest.approx(plan.epsilon(), abs=1e-9)
+    assert watch.lines[-1]["epsilon"] == pytest.approx(plan.epsilon(), abs=1e-9)
+
+
+def test_a_crash_within_a_cycle_loses_the_whole_cycle_and_no_more(runs):
+    """Interrupted after four steps of three bands: two cycles are spent, the two steps that are left make the third."""
+    plan = replace(PLAN, bands=3)
+    first = runs.attempt(plan, watchers=[Watch({4: interrupt})])
+    assert (first.stopped, first.step, first.charged) == ("interrupted", 4, 6)
+    checkpoint = runs.checkpoints / "last" / "state.json"
+    assert "noise" not in checkpoint.read_text().replace("noise_multiplier", "")
+    second = runs.attempt(plan)
+    assert (second.stopped, second.step, second.charged) == ("steps", 6, 8)
+    assert show(runs.ledger_path)["epsilon"] == pytest.approx(plan.epsilon(), abs=1e-9)
 
 
 # ---- batches of nobody ----

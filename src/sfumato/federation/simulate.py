@@ -4,6 +4,7 @@ Sites hold different people, so a person's epsilon is their own site's (parallel
 of them is what can be said of everybody.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,9 @@ def site_plan(
 
 def split_by_site(records: Sequence[Record], sites: int) -> dict[str, list[Record]]:
     """The records of each site: by ``metadata["site"]`` where it is known (more of them than sites are put together), else
-    by unit in turn. All records of a unit go to one site, that of its first record: otherwise its epsilons would add up."""
+    by a hash of the unit's name: one unit more must not move others to other sites, or the sites' epsilons were no longer
+    those of disjoint data. All records of a unit go to one site, that of its first record: otherwise its epsilons would add
+    up. The names of the sites are public."""
     checks.positive(sites=sites)
     named = sorted({str(record.metadata["site"]) for record in records if record.metadata.get("site")})
     by_name = len(named) >= sites and all(record.metadata.get("site") for record in records)
@@ -187,12 +190,16 @@ def split_by_site(records: Sequence[Record], sites: int) -> dict[str, list[Recor
     home: dict[str, str] = {}
     for record in records:
         if record.unit not in home:
-            index = names.index(str(record.metadata["site"])) if by_name else len(home)
+            index = names.index(str(record.metadata["site"])) if by_name else _number(record.unit)
             home[record.unit] = groups[index % sites]
     split: dict[str, list[Record]] = {group: [] for group in groups}
     for record in records:
         split[home[record.unit]].append(record)
     return split
+
+
+def _number(unit: str) -> int:
+    return int.from_bytes(hashlib.sha256(unit.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _site_result(site: Site, taken: int, refused: list[Refusal], local_steps: int) -> SiteResult:

@@ -16,7 +16,7 @@ Gaussians only.
 | randomized_response        | no            | yes      | yes         | PLD, RDP                                    |
 
 Under replace_one the PLD accountant of dp_accounting doubles the sensitivity itself, its RDP accountant does not
-(docs/pitfalls.md): here both are given sigma / C, and the doubling is in ``_rdp_event`` and nowhere else.
+(docs/pitfalls.md): here both are given sigma / C, and the doubling is in ``_event_for_rdp`` and nowhere else.
 """
 
 import contextlib
@@ -351,7 +351,7 @@ def _gaussian_mu(events: Sequence[Event], adjacency: Adjacency) -> float:
     return _sensitivity(adjacency) * math.sqrt(math.fsum(event.count / event.noise_multiplier**2 for event in events))
 
 
-def _rdp_event(event: Event, adjacency: Adjacency) -> Any:
+def _event_for_rdp(event: Event, adjacency: Adjacency) -> Any:
     """The same as a dp_accounting.DpEvent for its RDP accountant, which has to be told of the sensitivity."""
     import dp_accounting as dpa
 
@@ -455,7 +455,7 @@ def rdp_event(events: Sequence[Event], adjacency: Adjacency) -> Any:
     """Events as one dp_accounting.DpEvent for ``rdp_accountant``: it knows the sensitivity already."""
     import dp_accounting as dpa
 
-    return dpa.ComposedDpEvent([_rdp_event(event, adjacency) for event in events])
+    return dpa.ComposedDpEvent([_event_for_rdp(event, adjacency) for event in events])
 
 
 def _zcdp_epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add_or_remove") -> float:

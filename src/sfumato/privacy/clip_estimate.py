@@ -15,7 +15,7 @@ from typing import Any
 
 from sfumato.errors import UsageError
 from sfumato.privacy.events import Event
-from sfumato.privacy.plan import Composition, DpSgd, Estimate, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan import Composition, DpSgd, Estimate, PrivacyPlan
 from sfumato.privacy.questions import Quantile
 
 NAME = "norms of the gradients of units, at the first weights"
@@ -42,15 +42,13 @@ def with_estimated_bound(*, epsilon: float, share: float, quantile: float, **val
     return Composition.of(estimate, steps, target_epsilon=epsilon)
 
 
-def stages_of(plan: PrivacyPlan) -> tuple[Estimate | None, TrainingPlan]:
-    """What finds C (None where the plan says C itself), and what trains."""
+def estimated(plan: PrivacyPlan) -> tuple[Estimate, DpSgd] | None:
+    """What finds C and what then trains with it; None for every other plan."""
     if isinstance(plan, Composition) and len(plan.stages) == 2:
         first, last = plan.stages
         if isinstance(first, Estimate) and isinstance(last, DpSgd) and last.max_grad_norm == "estimated":
             return first, last
-    if isinstance(plan, DpSgd | NotPrivate):
-        return None, plan
-    raise UsageError(f"plan = {type(plan).__name__} · does not train step by step", next="Give a plan of a training.")
+    return None
 
 
 def with_bound(steps: DpSgd, bound: float) -> DpSgd:
@@ -60,5 +58,5 @@ def with_bound(steps: DpSgd, bound: float) -> DpSgd:
 
 def spent_before(plan: PrivacyPlan) -> tuple[Event, ...]:
     """What is charged before the first step."""
-    estimate, _ = stages_of(plan)
-    return estimate.events() if estimate is not None else ()
+    both = estimated(plan)
+    return both[0].events() if both is not None else ()

@@ -8,10 +8,11 @@ to make that small.
 
 The claim. Units are assigned to b groups, each by its own die, before the first step of a block; step t draws from group
 t mod b alone, every unit with probability b B / N (``sampling.CyclicPoisson``). ``Stream`` adds noise of standard deviation
-std / C_tt, with std >= ``widened(sigma bound, bound, d)``. A block of T steps is then, for adding or removing one unit, no worse
-than ceil(T / b) times the Poisson-sampled Gaussian mechanism with rate b B / N and noise multiplier sigma. A stop ends the
-block: what goes on is a new one, with new groups and fresh noise, composed with it, and a cycle of b steps that was cut
-off has cost as much as a whole one. The past noise stays in the memory of the process; it is never written down.
+std / C_tt, with std >= ``widened(sigma bound, bound, d)``. A block of T steps is then, for adding, removing or zeroing out
+one unit, no worse than ceil(T / b) times the Poisson-sampled Gaussian mechanism with rate b B / N and noise multiplier
+sigma. A stop ends the block: what goes on is a new one, with new groups and fresh noise, composed with it, and a cycle of b
+steps that was cut off has cost as much as a whole one. The past noise stays in the memory of the process; it is never
+written down.
 
 Proof, the arithmetic included. Everything is counted in one step h of the grid. The released numbers are y_t = G'_t + z_t, with G'_t
 the rounded sum, w_t the source's noise (whole numbers), and z_t = w_t - R_t(z), where R_t(z) rounds
@@ -19,8 +20,9 @@ sum_{k=1}^{b-1} (C_{t,t-k} / C_tt) z_{t-k}, as float64 computes it: whole number
 all coins but its own. It takes part at steps s, s + b, ... at most, one coin each. Say that it joins at s: G'_s moves by
 delta, |delta| <= bound + 2 sqrt(d). Given all earlier output, and thereby z, the output of step t = s .. s + b - 1 is
 a_t + w_t with a_t known, and delta moves a_t by v_t = R_t(z) - R_t(z - delta at s) (by delta for t = s), which differs from
-(C_ts / C_tt) delta by at most 1 for the roundings and 1 for float64, in each coordinate: |z| < 2^38 always (12 standard deviations, or
-e^-2000 of the discrete source), and float64 errs by less than b sum |C_{t,t-k} / C_tt| 2^-53 2^38 <= 1/2 (checked below), twice.
+(C_ts / C_tt) delta by at most 1 for the roundings and 1 for float64, in each coordinate: |z| < 2^38 (20 of its standard
+deviations, checked below: the exception, below 10^-80 for each number, is far below any delta), and float64 errs by less
+than b sum |C_{t,t-k} / C_tt| 2^-53 2^38 <= 1/2 (checked below), twice.
 v_t depends on earlier output only, and after s + b - 1 nothing of delta is left. So in units of the noise, std / C_tt:
 sum_t |v_t C_tt / std|^2 <= mu^2 with mu = (|C_s| (bound + 2 sqrt(d)) + 2 sqrt(b d)) / std <= 1 / sigma.
 
@@ -34,7 +36,8 @@ sum_t |v_t C_tt / std|^2 <= mu^2 with mu = (|C_s| (bound + 2 sqrt(d)) + 2 sqrt(b
 Under the unit's coin the end is drawn from (1 - q) N(0, 1) + q N(mu, 1), against N(0, 1): one Poisson-sampled Gaussian. Steps s,
 s + b, ... have disjoint windows, and each lemma holds given all before: they compose, ceil(T / b) of them. (Rounded normals
 moved by whole numbers are rounded moved normals; the discrete source is within a factor 1 +- 10^-515 of such: ``discrete``.)
-The group is independent of the data, so the bound for each group is one for the mixture.
+The group is independent of the data, so the bound for each group is one for the mixture. For replacing a unit by another the
+lemma would need two ends at once: not claimed, and refused by the engine.
 
 Sources: Choquette-Choo et al. 2023, arXiv:2306.08153, Theorem 4 (the event) and section 4 (banded C); McKenna 2024,
 arXiv:2405.15913 (banded Toeplitz C at scale, optimised on the exact error); Denisov et al. 2022, arXiv:2202.08312, Theorem 2.1
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
 
 LARGEST_GENERAL = 1024  # steps: beyond, a general C is too slow to find
 _CHUNK = 1 << 15  # coordinates at once, so that the work stays in the processor's cache
+_LARGEST_SPREAD = 6.0  # 20 x 6 x 2^31 steps of the grid are below 2^38
 _SEARCH = {"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-9, "maxcor": 30}
 _FLOAT_BOUND = 2.0**14  # of b sum |C_{t,t-k} / C_tt|
 
@@ -92,7 +96,14 @@ class Strategy:
         if self.bands * float((np.abs(rows).sum(axis=1) / rows[:, 0]).max()) > _FLOAT_BOUND:
             raise UsageError(
                 f"bands = {self.bands} · more than float64 adds up with an error below the grid",
-                next="Take at most 512 bands.",
+                next="Take at most 256 bands.",
+            )
+        spread = math.sqrt(float(variances(self).max())) * float(rows[:, 0].max())
+        if not spread <= _LARGEST_SPREAD:
+            raise UsageError(
+                f"C^-1 · makes noise that is {spread:.3g} times as large as independent noise; numbers of 64 bits admit "
+                f"{_LARGEST_SPREAD}",
+                next="Take a C whose inverse does not grow.",
             )
 
     @property

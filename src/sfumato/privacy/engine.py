@@ -137,6 +137,11 @@ class DifferentialPrivacyEngine(Draws):
                 f"bands = {bands}, clipping = adaptive · correlated noise needs one bound for all steps",
                 next="Use 'flat'.",
             )
+        if bands > 1 and plan is not None and plan.adjacency == "replace_one":
+            raise UsageError(
+                f"bands = {bands}, adjacency = replace_one · correlated noise is proved for add_or_remove and zero_out",
+                next="Choose one of these, or bands = 1.",
+            )
         self.bands = int(bands)
         self._source = source_named(noise_source)
         self._noise: StepNoise = Independent(self._source, self.random)

@@ -8,8 +8,9 @@ is refused if with it the budget would be passed, whatever came before.
 before the sum of their (a, rho)-RDP passes B, all of them together are (a, B)-RDP. Interactive runs side by side are
 covered too, at a fixed order (Haney et al. 2023, arXiv:2309.05901). With B = epsilon - c(a, delta), where c is what the
 conversion of Canonne, Kamath & Steinke (2020, arXiv:2004.00010, Proposition 12) adds, they are (epsilon, delta)-DP.
-The order is computed from (epsilon, delta) alone. To take the best order *afterwards*, as an accountant does, is not
-covered: the events could have been chosen to make different orders the best on different outputs.
+The order is computed from (epsilon, delta) and from the first plan, before anything is spent. To take the best order
+*afterwards*, as an accountant does, is not covered: the events could have been chosen to make different orders the best on
+different outputs.
 
 **Gaussian filter** (Smith & Thakurta 2022, arXiv:2210.17520; Koskela et al. 2022, arXiv:2209.15596): for unsampled
 Gaussians only; if sum 1/sigma^2 is kept at most mu^2, all together are mu-GDP, and (epsilon, delta)-DP by the analytic
@@ -29,7 +30,16 @@ from sfumato.errors import PrivacyRefused
 from sfumato.privacy import accounting, gaussian
 from sfumato.privacy.accounting import Adjacency, Event
 
-ORDERS = (*range(2, 65), *range(72, 129, 8), *range(160, 257, 32), 320, 384, 448, 512, 640, 768, 896, 1024)
+ORDERS = (
+    1.25,
+    1.5,
+    1.75,
+    2.0,
+    2.5,
+    3.0,
+    3.5,
+    *map(float, (*range(4, 65), *range(72, 129, 8), 160, 192, 256, 384, 512, 1024)),
+)
 _ROUNDING = 1 + 1e-12  # of sums in float64
 _ROOM = 1 + 5e-13  # so that what there is room for is admitted
 
@@ -43,14 +53,24 @@ class RenyiFilter:
 
     epsilon: float
     delta: float
-    order: int
+    order: float
     bound: float
     adjacency: Adjacency = "add_or_remove"
 
     @classmethod
-    def of(cls, epsilon: float, delta: float, adjacency: Adjacency = "add_or_remove") -> "RenyiFilter":
-        """The filter for a budget. Raises PrivacyRefused where no order leaves anything of it."""
-        order, bound = _order(epsilon, delta)
+    def of(
+        cls, epsilon: float, delta: float, adjacency: Adjacency = "add_or_remove", like: Sequence[Event] = ()
+    ) -> "RenyiFilter":
+        """The filter for a budget, of the order that leaves most room for events ``like`` these (else for Gaussians).
+
+        Raises: PrivacyRefused where no order leaves anything of it.
+        """
+        return cls.at(epsilon, delta, _order(epsilon, delta, adjacency, accounting.merged(like)), adjacency)
+
+    @classmethod
+    def at(cls, epsilon: float, delta: float, order: float, adjacency: Adjacency = "add_or_remove") -> "RenyiFilter":
+        """The filter of a given order."""
+        bound = epsilon - converted(order, delta)
         return cls(epsilon=epsilon, delta=delta, order=order, bound=bound, adjacency=adjacency)
 
     def spent(self, events: Sequence[Event]) -> float:
@@ -113,20 +133,27 @@ class GaussianFilter:
 
 
 @lru_cache(maxsize=256)
-def _order(epsilon: float, delta: float) -> tuple[int, float]:
-    """The order at which the most of a Gaussian fits, of which the divergence grows in proportion to the order."""
+def _order(epsilon: float, delta: float, adjacency: Adjacency, like: tuple[Event, ...]) -> float:
+    """The order at which the most of such events fits. The divergence of a Gaussian grows in proportion to the order, that
+    of a sampled one slower at first, and then much faster."""
     checks.positive(epsilon=epsilon)
     checks.probability(delta=delta)
     checks.positive(delta=delta)
-    bounds = {order: epsilon - converted(order, delta) for order in ORDERS}
-    order = max(ORDERS, key=lambda order: bounds[order] / order)
-    if bounds[order] <= 0:
+
+    def room(order: float) -> float:
+        left = epsilon - converted(order, delta)
+        values = [(event.count, accounting.renyi(replace(event, count=1), order, adjacency)) for event in like]
+        one = math.fsum(math.inf if value is None else count * value for count, value in values) if like else order
+        return left / one if left > 0 else -math.inf
+
+    order = max(ORDERS, key=room)
+    if not room(order) > -math.inf:
         raise PrivacyRefused(
             f"epsilon = {epsilon:g} at delta = {delta:.3g} · is too little for a limit by Rényi divergence",
             next="Declare a larger limit.",
             code="limit_too_small",
         )
-    return order, bounds[order]
+    return order
 
 
 def converted(order: float, delta: float) -> float:

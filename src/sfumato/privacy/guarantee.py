@@ -8,7 +8,7 @@ from typing import Any
 from sfumato.errors import UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
-from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, PrivacyPlan
+from sfumato.privacy.plan import Composition, DpSgd, Estimate, NotPrivate, PrivacyPlan
 from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.reports import Guarantee
 
@@ -30,14 +30,16 @@ def guarantee(
     boundary: list[str],
     not_for_release: str = "",
     composed_with: Sequence[dict[str, Any]] = (),
+    estimates: Sequence[dict[str, Any]] = (),
 ) -> Guarantee:
     """The claim after ``events_spent``: the plan says of what kind it is, the events alone say how large.
 
     Args:
       boundary: sentences on which data and steps are inside, and what is declared public.
+      estimates: what the plan's estimates have answered (``estimate.figures``); they are released with the claim.
       composed_with: earlier releases on the same account, each with its own figures (they are not added up here).
     """
-    inside = [*boundary, *_parts_sentences(plan), _population_sentence(plan)]
+    inside = [*boundary, *_parts_sentences(plan), *_estimate_sentences(plan), _population_sentence(plan)]
     if isinstance(plan, NotPrivate):
         if events_spent:
             raise UsageError(
@@ -75,6 +77,7 @@ def guarantee(
         curve=accounting.curve(events_spent, adjacency=plan.adjacency) if finite else [],
         boundary=inside,
         mechanism=plan.mechanism(events_spent),
+        estimates=list(estimates),
         composed_with=list(composed_with),
         not_promised=list(NOT_PROMISED),
         not_for_release=not_for_release or ("" if finite else "trained without noise"),
@@ -135,6 +138,15 @@ def _odds(epsilon: float) -> str:
 def _parts_sentences(plan: PrivacyPlan) -> list[str]:
     stages = plan.stages if isinstance(plan, Composition) else (plan,)
     return [sentence for stage in stages if isinstance(stage, DpSgd) for sentence in _parts_of(stage)]
+
+
+def _estimate_sentences(plan: PrivacyPlan) -> list[str]:
+    stages = plan.stages if isinstance(plan, Composition) else (plan,)
+    return [
+        f"Inside, and charged: a private estimate ({stage.question.kind}) of {stage.name}; its answer may be seen."
+        for stage in stages
+        if isinstance(stage, Estimate)
+    ]
 
 
 def _parts_of(plan: DpSgd) -> list[str]:

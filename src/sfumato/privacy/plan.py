@@ -99,6 +99,12 @@ class DpSgd(PrivatePlan):
                     f"batch of {self.expected_batch_size:g}",
                     next="Take fewer bands or smaller batches.",
                 )
+            if self.adjacency == "replace_one":
+                raise UsageError(
+                    f"bands = {self.bands}, adjacency = replace_one · a unit and its substitute sit in different groups: nothing is "
+                    "proved for that",
+                    next="Set privacy.adjacency: zero_out or add_or_remove.",
+                )
             if self.bands > self.steps or self.clipping == "adaptive" or self.largest_batch is not None:
                 raise UsageError(
                     f"bands = {self.bands}, steps = {self.steps}, clipping = {self.clipping}, largest_batch = "

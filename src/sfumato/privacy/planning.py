@@ -6,6 +6,7 @@ from typing import Any
 
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting
+from sfumato.privacy.clip_estimate import with_estimated_bound
 from sfumato.privacy.plan import Composition, DpSgd, LatentRelease, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.release_planning import release_plan, worth
 from sfumato.privacy.settings import OF_RELEASES, PrivacySettings
@@ -22,7 +23,13 @@ def automatic_delta(population: int) -> float:
 
 
 def training_plan(settings: PrivacySettings, **sizes: Any) -> TrainingPlan:
-    """``make_plan`` for what trains on the records themselves, in steps. Raises UsageError for a release."""
+    """``make_plan`` for what trains on the records themselves, in steps and no more. Raises UsageError for a release, and
+    for an estimate before the steps."""
+    if settings.max_grad_norm == "auto":
+        raise UsageError(
+            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
+            next="Give privacy.max_grad_norm a number.",
+        )
     if settings.mechanism in OF_RELEASES:
         raise UsageError(
             f"mechanism = {settings.mechanism} · is no training in steps on the records",
@@ -162,18 +169,24 @@ def _target_refusals(settings: PrivacySettings) -> list[dict[str, str]]:
 
 def _dp_sgd(
     settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
-) -> tuple[DpSgd | None, list[dict[str, str]]]:
+) -> tuple[DpSgd | Composition | None, list[dict[str, str]]]:
     """The private plan, and what speaks against its epsilon or noise."""
     refusals = _target_refusals(settings)
     if refusals or not possible:
         return None, refusals
     noise = settings.noise_multiplier
-    values = {**sizes, "delta": delta, "max_grad_norm": settings.max_grad_norm}
+    values: dict[str, Any] = {**sizes, "delta": delta}
+    if settings.max_grad_norm != "auto":
+        values["max_grad_norm"] = settings.max_grad_norm
     values |= {"clipping": settings.clipping, "parts": settings.parts, "adjacency": settings.adjacency}
     values |= {"bands": settings.bands, "largest_batch": settings.largest_batch, "noise": settings.noise}
     try:
         if noise is not None:
-            plan = DpSgd(**values, noise_multiplier=noise)
+            plan: DpSgd | Composition = DpSgd(**values, noise_multiplier=noise)
+        elif settings.clip_estimate is not None:
+            assert settings.epsilon is not None  # the settings see to it
+            of = settings.clip_estimate
+            plan = with_estimated_bound(epsilon=settings.epsilon, share=of.share, quantile=of.quantile, **values)
         else:
             assert settings.epsilon is not None  # the settings hold exactly one of the two
             plan = DpSgd.calibrated(epsilon=settings.epsilon, **values)
@@ -183,7 +196,7 @@ def _dp_sgd(
         refusals.append(
             _refusal(
                 "epsilon_too_large",
-                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {plan.steps} steps, "
+                f"noise_multiplier = {noise:g} · spends epsilon = {plan.epsilon():.4g} over {sizes['steps']} steps, "
                 f"more than {LARGEST_EPSILON:g}",
                 "Raise the noise, lower the steps or the batch size, or give privacy.epsilon instead.",
             )

@@ -64,6 +64,19 @@ def check_parts(parts: tuple[PartSettings, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClipEstimateSettings:
+    """Attributes: share: of epsilon, spent on C before the first step; quantile: of the norms, that C becomes."""
+
+    share: float = 0.02
+    quantile: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("quantile", self.quantile)):
+            if not 0 < value < 1:
+                raise UsageError(f"{name} = {value} · must be between 0 and 1, both excluded", next="Take the default.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentModalitySettings:
     """One modality of released latents; their lengths are about 1 (``models.public_codes``).
 
@@ -166,7 +179,9 @@ class PrivacySettings:
     population: N, the public number of units; None takes the number in the data and *declares it public*.
     epsilon: the target; or give noise_multiplier instead. Exactly one of the two.
     delta: "auto" is 1/(N ln N).
-    max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out.
+    max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out. auto: a quantile of the norms
+      at the first weights, estimated privately and paid from the same epsilon (privacy/clip_estimate.py).
+    clip_estimate: for auto: which share of epsilon, and which quantile.
     clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
@@ -174,7 +189,7 @@ class PrivacySettings:
       add_or_remove, and zero_out for latents and codes, whose rows everybody can count.
     bands: b > 1 correlates the noise of b consecutive steps (banded matrix factorisation) and samples b groups in turn.
     largest_batch: of a larger sample a random subset of so many units is taken; not under add_or_remove.
-    noise: gaussian; or discrete, sampled exactly on the integers, slower.
+    noise: gaussian; or discrete, sampled exactly on the integers, a little slower.
     account: the ledger shared by all runs on one data set; None is .sfumato/account.db beside the data.
     account_epsilon: of all runs on that account together, whatever is planned after earlier results were seen, at this
       run's delta (privacy/filters.py). It is kept in the account, binds every later run, and cannot be raised there.
@@ -188,7 +203,8 @@ class PrivacySettings:
     epsilon: float | None = 8.0
     noise_multiplier: float | None = None
     delta: float | Literal["auto"] = "auto"
-    max_grad_norm: float = DEFAULT_MAX_GRAD_NORM
+    max_grad_norm: float | Literal["auto"] = DEFAULT_MAX_GRAD_NORM
+    clip_estimate: ClipEstimateSettings | None = None
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
     bands: int = 1
@@ -203,7 +219,16 @@ class PrivacySettings:
     account_epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        checks.positive(records_per_unit=self.records_per_unit, max_grad_norm=self.max_grad_norm)
+        checks.positive(records_per_unit=self.records_per_unit)
+        if self.max_grad_norm == "auto":
+            self._check_auto()
+        else:
+            checks.positive(max_grad_norm=self.max_grad_norm)
+            if self.clip_estimate is not None:
+                raise UsageError(
+                    f"clip_estimate · would estimate C, but max_grad_norm = {self.max_grad_norm} says it",
+                    next="Set privacy.max_grad_norm: auto, or leave out privacy.clip_estimate.",
+                )
         if self.epsilon is not None:
             checks.positive(epsilon=self.epsilon, next="Ask for an epsilon such as 8, or set privacy.mechanism: none.")
         if self.noise_multiplier is not None:
@@ -248,6 +273,16 @@ class PrivacySettings:
                 f"records_per_unit = {self.records_per_unit} · must be 1 when unit is record",
                 next="Set privacy.unit: person, or records_per_unit: 1.",
             )
+
+    def _check_auto(self) -> None:
+        if self.mechanism != "dp_sgd" or self.epsilon is None or self.parts:
+            raise UsageError(
+                f"max_grad_norm = auto · takes a share of epsilon = {self.epsilon} for one bound of mechanism = {self.mechanism}, "
+                f"with {len(self.parts)} parts",
+                next="Set privacy.epsilon and mechanism: dp_sgd, and leave out the parts; or give max_grad_norm.",
+            )
+        if self.clip_estimate is None:
+            object.__setattr__(self, "clip_estimate", ClipEstimateSettings())
 
     def _check_mechanism(self) -> None:
         """Fills in what depends on the mechanism, and refuses what it does not have."""

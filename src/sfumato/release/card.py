@@ -44,6 +44,7 @@ def claim(privacy: Mapping[str, Any]) -> str:
 def front_matter(privacy: Mapping[str, Any]) -> str:
     """The YAML block that catalogues read. Its form is fixed by the bundle's format version."""
     mechanism = privacy.get("mechanism") or {}
+    last = (mechanism.get("stages") or [mechanism])[-1]
     entries = {
         "definition": privacy.get("definition"),
         "epsilon": privacy.get("epsilon"),
@@ -54,8 +55,8 @@ def front_matter(privacy: Mapping[str, Any]) -> str:
         "population": privacy.get("population"),
         "trust_model": privacy.get("trust_model"),
         "mechanism": mechanism.get("name"),
-        "noise_multiplier": mechanism.get("noise_multiplier"),
-        "max_grad_norm": mechanism.get("max_grad_norm"),
+        "noise_multiplier": last.get("noise_multiplier"),
+        "max_grad_norm": last.get("max_grad_norm"),
         "accountant": "pld",
     }
     lines = ["---", "library_name: sfumato", "tags: [differential-privacy, synthetic-data]", "privacy:"]

@@ -119,7 +119,8 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
     logged = [] if public else _logged(run_dir / "metrics.jsonl")
     if logged or guarantee is None:
         return logged
-    mechanism, delta = guarantee.get("mechanism") or {}, guarantee.get("delta")
+    *earlier, mechanism = _stages(guarantee)
+    delta = guarantee.get("delta")
     steps, bands = mechanism.get("steps_spent"), mechanism.get("bands", 1)
     rate, noise = mechanism.get("sampling_rate"), mechanism.get("noise_multiplier")
     if rate is None and mechanism.get("expected_batch_size") and guarantee.get("population"):
@@ -136,10 +137,30 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
         population=None if largest is None else guarantee["population"],
         largest_batch=largest,
     )
+    if any(stage.get("name") != "estimate" for stage in earlier):
+        return []
+    before = [
+        accounting.Event(
+            mechanism="gaussian" if stage["sampling_rate"] == 1 else "poisson_gaussian",
+            sampling_rate=float(stage["sampling_rate"]),
+            noise_multiplier=float(stage["noise_multiplier"]),
+        )
+        for stage in earlier
+    ]
     points = accounting.trajectory(
-        lambda step: [replace(one, count=-(-step // bands))], steps, delta, guarantee["adjacency"], points=POINTS
+        lambda step: [*before, replace(one, count=-(-step // bands))],
+        steps,
+        delta,
+        guarantee["adjacency"],
+        points=POINTS,
     )
     return [[step, epsilon] for step, epsilon in points if math.isfinite(epsilon)]
+
+
+def _stages(guarantee: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mechanisms of a claim, in their order; the last is what trains, where anything trains in steps."""
+    mechanism = guarantee.get("mechanism") or {}
+    return list(mechanism.get("stages") or [mechanism])
 
 
 def _logged(path: Path) -> list[list[float]]:
@@ -229,7 +250,7 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
         drawn["trajectory"] = charts.trajectory(
             values["trajectory"],
             budget=target if isinstance(target, (int, float)) else None,
-            planned_steps=mechanism.get("steps_planned"),
+            planned_steps=_stages(guarantee)[-1].get("steps_planned"),
         )
     curve = [point for point in guarantee.get("curve") or [] if point[1] is not None and math.isfinite(point[1])]
     if len(curve) > 1 and values["private"]:

@@ -53,6 +53,7 @@ PRIVACY_KEYS = (
     "boundary",
     "trust_model",
     "mechanism",
+    "estimates",
     "composed_with",
     "not_promised",
     "not_for_release",
@@ -261,7 +262,7 @@ class _Bundle:
                 raise _failed(
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
-        mechanism = privacy["mechanism"]
+        mechanism = _training_of(privacy["mechanism"], asked)
         if mechanism.get("name") not in _CLAIMS.get(str(asked["mechanism"]), ()):
             raise _failed(
                 f"mechanism: the recipe says {str(asked['mechanism'])[:40]!r}, the claim {str(mechanism.get('name'))[:40]!r}"
@@ -322,10 +323,11 @@ class _Bundle:
             if count > allowed[event]:
                 raise _failed(f"the ledger charges {count} events, its plan allows {allowed[event]}")
         total = sum(spent.values())
-        if isinstance(plan, DpSgd):
-            trained = self.json["cost.json"].get("steps")
-            if type(trained) is not int or plan.events_of(trained) > total:
-                raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {total} events")
+        for steps in (stage for stage in _stages(plan) if isinstance(stage, DpSgd)):
+            trained, charged = self.json["cost.json"].get("steps"), spent.get(steps.event(1), 0)
+            if type(trained) is not int or steps.events_of(trained) > charged:
+                raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {charged} events")
+        _check_estimates(privacy.get("estimates", []), plan)
         return f"{total} events of {sum(allowed.values())} planned, the chain is whole"
 
     def epsilon(self) -> str:
@@ -376,6 +378,41 @@ class _Bundle:
         if wrong:
             raise _failed("README.md: " + "; ".join(wrong[:5]))
         return "the figures of README.md are those of the reports"
+
+
+def _training_of(mechanism: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The steps of a claim: all of it, or what comes after the estimate of C that the recipe asked for."""
+    stages = mechanism.get("stages")
+    if asked.get("max_grad_norm") != "auto":
+        return mechanism
+    if mechanism.get("name") == "composition" and isinstance(stages, list) and len(stages) == 2:
+        first, last = stages
+        if isinstance(first, dict) and first.get("name") == "estimate" and isinstance(last, dict):
+            if last.get("max_grad_norm") == "estimated":
+                return last
+    raise _failed("max_grad_norm: the recipe says 'auto', the claim has no estimate of it before its steps")
+
+
+def _stages(plan: Any) -> Sequence[Any]:
+    return getattr(plan, "stages", (plan,))
+
+
+def _check_estimates(found: Any, plan: Any) -> None:
+    """What is said to be estimated was estimated: by a stage of the plan, with its noise; and where C is, it is said."""
+    from sfumato.privacy.plan import DpSgd, Estimate
+
+    noise = {stage.name: stage.noise_std for stage in _stages(plan) if isinstance(stage, Estimate)}
+    keys = {"of", "name", "value", "std", "low", "high", "confidence", "covered_by"}
+    if not isinstance(found, list) or not all(isinstance(one, dict) and set(one) == keys for one in found):
+        raise _failed(f"estimates: each must have {', '.join(sorted(keys))}")
+    for one in found:
+        if not all(_number(one[key]) for key in ("value", "std", "low", "high", "confidence")):
+            raise _failed("estimates: value, std, low, high and confidence must be numbers")
+        if one["covered_by"] != "charged" or one["of"] not in noise or one["std"] != noise[one["of"]]:
+            raise _failed(f"estimates: {str(one['of'])[:60]!r} is not an estimate of the plan, with its noise")
+    waiting = [stage for stage in _stages(plan) if isinstance(stage, DpSgd) and stage.max_grad_norm == "estimated"]
+    if waiting and len(found) != 1:
+        raise _failed(f"estimates: {len(found)} are said, the plan estimates one max_grad_norm")
 
 
 def _released(asked: dict[str, Any]) -> Any:

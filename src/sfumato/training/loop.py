@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sfumato.privacy.engine import make_engine
+from sfumato.privacy.events import Event
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import NotPrivate, TrainingPlan
 from sfumato.randomness import Random
@@ -56,6 +57,7 @@ def train(
     ledger: Ledger | None = None,
     watchers: Sequence[Watcher] = (),
     random: Random | None = None,
+    before: Sequence[Event] = (),
 ) -> Trained:
     """Trains ``model`` on ``table`` as ``plan`` says, from its last checkpoint if there is one.
 
@@ -84,7 +86,9 @@ def train(
         step = first_step = progress.step  # taken by the weights
         steps_left = processes.decide(lambda: _steps_left(plan, ledger, step))
         wasted = plan.steps - steps_left - step  # charged by attempts that died, lost to the weights
-        meter = Meter(plan, charged=step + wasted, seconds=progress.seconds, units_seen=progress.units_seen)
+        meter = Meter(
+            plan, charged=step + wasted, seconds=progress.seconds, units_seen=progress.units_seen, before=before
+        )
         pictures, saves = time.monotonic(), Timer(settings.checkpoint_every_seconds)
 
         def save() -> None:

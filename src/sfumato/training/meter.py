@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from sfumato.privacy.events import Event
 from sfumato.privacy.plan import TrainingPlan
 from sfumato.privacy.processes import Processes
 from sfumato.privacy.spending import Spending
@@ -30,12 +32,15 @@ class RunningMean:
 class Meter:
     """The figures of one attempt at a run. They are computed from private records: internal, never released.
 
-    Args: charged: steps in the ledger when the attempt begins; seconds: of training in earlier attempts.
+    Args: charged: steps in the ledger when the attempt begins; seconds: of training in earlier attempts; before: what
+    the plan's earlier stages have spent.
     """
 
-    def __init__(self, plan: TrainingPlan, *, charged: int, seconds: float, units_seen: int) -> None:
+    def __init__(
+        self, plan: TrainingPlan, *, charged: int, seconds: float, units_seen: int, before: Sequence[Event] = ()
+    ) -> None:
         self._plan = plan
-        self._spending = Spending(plan)
+        self._spending = Spending(plan, before=before)
         self._first = charged
         self._seconds_before = seconds
         self._began = time.monotonic()

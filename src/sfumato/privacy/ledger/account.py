@@ -35,7 +35,10 @@ from sfumato.privacy.private_plan import PrivatePlan
 
 ACCOUNT_FORMAT = "sfumato-account/1"
 BLOCK = 64  # events that a run takes from its account at once, or eight of the ledger's blocks
-_LIMITS = "CREATE TABLE IF NOT EXISTS limits (epsilon REAL NOT NULL, delta REAL NOT NULL, after INTEGER NOT NULL)"
+_LIMITS = (
+    "CREATE TABLE IF NOT EXISTS limits (epsilon REAL NOT NULL, delta REAL NOT NULL, rank REAL NOT NULL, "
+    "after INTEGER NOT NULL)"
+)
 
 
 class Account:
@@ -77,7 +80,7 @@ class Account:
                 "SELECT sequence, head, closed, block FROM runs WHERE ledger = ?", (name,)
             ).fetchone()
             if limit is not None:
-                self._declare(limit)
+                self._declare(limit, history)
             if row is None:
                 if history.attempt:
                     raise self._older(f"does not know the run {history.header['run']!r}")
@@ -158,11 +161,15 @@ class Account:
 
     # -- inside --
 
-    def _declare(self, limit: tuple[float, float]) -> None:
+    def _declare(self, limit: tuple[float, float], history: History) -> None:
+        """The order of the filter is fixed now, for events like those of this plan."""
         self._connection.execute(_LIMITS)
         if limit not in [known[:2] for known in limits(self._connection)]:
             (after,) = self._connection.execute("SELECT coalesce(sum(count), 0) FROM spent").fetchone()
-            self._connection.execute("INSERT INTO limits VALUES (?, ?, ?)", (*limit, after))
+            adjacency = history.plan.adjacency if isinstance(history.plan, PrivatePlan) else "add_or_remove"
+            like = [replace(event, count=count) for event, count in (history.allowed or {}).items()]
+            order = RenyiFilter.of(*limit, adjacency, like).order
+            self._connection.execute("INSERT INTO limits VALUES (?, ?, ?, ?)", (*limit, order, after))
 
     def _check_room(self, history: History) -> None:
         """Whether all of a new run's plan fits within every limit: a run that cannot end is not begun. One that was begun
@@ -182,8 +189,8 @@ class Account:
         self._adjacency = adjacency_of(runs)
         rest = [replace(event, count=count) for event, count in (history.allowed or {}).items()]
         everything = self._everything()
-        for epsilon, delta, _ in found:
-            gate = RenyiFilter.of(epsilon, delta, self._adjacency)
+        for epsilon, delta, order, _ in found:
+            gate = RenyiFilter.at(epsilon, delta, order, self._adjacency)
             if gate.admits([*everything, *rest]):
                 continue
             room = " and ".join(f"{gate.room(everything, event)} of {event.count} steps" for event in rest)
@@ -204,8 +211,8 @@ class Account:
             for ledger, event, count in self._rows()
         ]
         others.append(replace(one, count=spent))
-        for epsilon, delta, _ in found:
-            gate = RenyiFilter.of(epsilon, delta, self._adjacency)
+        for epsilon, delta, order, _ in found:
+            gate = RenyiFilter.at(epsilon, delta, order, self._adjacency)
             wanted = min(wanted, gate.room(others, one))
             if wanted < least:
                 raise BudgetExhausted(
@@ -253,11 +260,11 @@ def account_identity(connection: sqlite3.Connection, path: Path) -> str:
     )
 
 
-def limits(connection: sqlite3.Connection) -> list[tuple[float, float, int]]:
-    """(epsilon, delta, events that were spent before it was declared) of every limit."""
+def limits(connection: sqlite3.Connection) -> list[tuple[float, float, float, int]]:
+    """(epsilon, delta, order of the filter, events that were spent before it was declared) of every limit."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'limits'").fetchone():
         return []
-    return connection.execute("SELECT epsilon, delta, after FROM limits ORDER BY rowid").fetchall()
+    return connection.execute("SELECT epsilon, delta, rank, after FROM limits ORDER BY rowid").fetchall()
 
 
 def account_runs(connection: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -322,10 +329,9 @@ def show_account(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
     if figure is None and not reason:
         reason = f"RDP has no bound for its events under {adjacency}"
     held = []
-    for epsilon, delta, after in limits(connection):
-        gate = RenyiFilter.of(epsilon, delta, adjacency)
-        share = gate.share(events)
-        held.append({"epsilon": epsilon, "delta": delta, "order": gate.order, "spent": share, "declared_after": after})
+    for epsilon, delta, order, after in limits(connection):
+        share = RenyiFilter.at(epsilon, delta, order, adjacency).share(events)
+        held.append({"epsilon": epsilon, "delta": delta, "order": order, "spent": share, "declared_after": after})
     return {
         "kind": "account",
         "path": str(path),
