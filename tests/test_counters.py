@@ -146,8 +146,10 @@ def test_forks_and_forks_of_forks_never_get_the_same_counter():
     random.bytes(100)
     read, write = os.pipe()
     inherited = len(Watched.seen)
+    children = []
     for _ in range(3):
-        if os.fork() == 0:
+        children.append(os.fork())
+        if children[-1] == 0:
             random.bytes(100)
             if os.fork() == 0:
                 random.bytes(100)
@@ -157,11 +159,8 @@ def test_forks_and_forks_of_forks_never_get_the_same_counter():
     os.close(write)
     with os.fdopen(read) as pipe:
         lines = [json.loads(line) for line in pipe.read().splitlines()]
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
+    for child in children:  # not just any child: other tests' helpers live on
+        os.waitpid(child, 0)
     everything = {tuple(entry) for line in lines for entry in line} | set(Watched.seen)
     assert len(lines) == 6
     assert overlaps([(str(key), int(start), int(stop)) for key, start, stop in everything]) == 0
