@@ -25,7 +25,7 @@ def audit(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="With a trainer: repeat a pass; left out, chance is fresh.")] = None,
 ) -> Answer:
-    """Attacks a run's model, or holds a private trainer against its claim.
+    """Attacks a run's model, or tests anyone's private trainer.
 
     A run: with the records it was trained on, held against what its guarantee claims. The result is internal: it stays in the
     run. A trainer, anyone's, through a small adapter (docs/conformance.md): 24 ways to be wrong, a verdict for each. Exit

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.privacy import reduction
+from sfumato.privacy import step_noise
 from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.randomness import TestRandom
 
@@ -44,7 +44,9 @@ def test_a_huge_gradient_is_clipped_to_no_more_than_the_bound(name, kind, monkey
         x = x.to(torch.bfloat16) if x.is_floating_point() else x
     noised = []
     monkeypatch.setattr(
-        reduction, "gaussian", lambda count, std, random, plus=None: noised.append(plus) or plus.double().clone()
+        step_noise.Independent,
+        "added",
+        lambda self, key, count, std, plus: noised.append(plus) or plus.double().clone(),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     engine = DifferentialPrivacyEngine(
