@@ -65,13 +65,16 @@ def clinic_records() -> Recipe:
 def clinic_banded() -> Recipe:
     """The demo with noise that is correlated over 4 steps (banded matrix factorisation), at the same epsilon and steps.
 
-    Measured: epsilon 7.999, mean kappa .621 (independent noise: .733), 259 s of processor time.
+    The noise of one step is 5 times as large as with independent noise, and mostly taken back by the next ones; AdamW divides by
+    it, so its learning rate is 5 times as large too. Measured: 2 min 51 s in all, epsilon 7.999, mean kappa .743 (independent
+    noise: .733).
     """
     recipe = clinic()
     return replace(
         recipe,
         name="clinic-banded",
         privacy=replace(recipe.privacy, bands=4),
+        training=replace(recipe.training, learning_rate=5e-2),
         evaluation=replace(recipe.evaluation, twin=False),
     )
 
