@@ -12,12 +12,13 @@ from tests.test_workflow import STEPS, Interrupt, recipe_file
 from sfumato import workflow
 from sfumato.errors import LedgerError, UsageError, VerificationFailed
 from sfumato.privacy.clip_estimate import with_estimated_bound
-from sfumato.privacy.ledger import show
-from sfumato.privacy.plan import Composition
+from sfumato.privacy.ledger import Ledger, show
+from sfumato.privacy.plan import Composition, Estimate
 from sfumato.privacy.plan_json import plan_from_dict
 from sfumato.privacy.settings import ClipEstimateSettings, PrivacySettings
 from sfumato.release import verify
 from sfumato.release.verify import _check_estimates
+from sfumato.training.bound import found_bound
 
 AUTO: dict[str, Any] = {
     "epsilon": 6.0, "noise_multiplier": None, "max_grad_norm": "auto", "clip_estimate": {"share": 0.1, "quantile": 0.5},
@@ -98,6 +99,20 @@ def test_an_answer_that_was_paid_for_and_lost_is_not_asked_again(tmp_path, monke
     with pytest.raises(LedgerError, match="was charged, but its answer is not in the run") as refused:
         train(file, resume=True)
     assert refused.value.code == "estimate_lost"
+
+
+def test_an_answer_that_the_ledger_does_not_know_is_not_taken(tmp_path):
+    """The run's folder has one; its ledger was set back to before it was charged."""
+    plan = with_estimated_bound(
+        epsilon=2.0, share=0.1, quantile=0.5, population=1_000, delta=1e-4, expected_batch_size=50.0, steps=10
+    )
+    estimate = plan.stages[0]
+    assert isinstance(estimate, Estimate)
+    with Ledger.open(tmp_path / "ledger.db", run="r", plan=plan) as ledger:
+        with pytest.raises(LedgerError, match="its event is not in the ledger"):
+            found_bound(None, None, estimate, ledger, kept=lambda: {"value": 1.0}, keep=print)  # pyright: ignore
+        ledger.reserve(estimate.events()[0], 0)
+        assert found_bound(None, None, estimate, ledger, kept=lambda: {"value": 1.0}, keep=print) == {"value": 1.0}  # pyright: ignore
 
 
 def test_the_plan_says_what_the_estimate_costs(tmp_path):

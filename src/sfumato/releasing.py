@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import BudgetExhausted, OutsideError, UsageError
+from sfumato.errors import BudgetExhausted, LedgerError, OutsideError, UsageError
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import Codebook, Composition, LatentRelease, MeanEmbedding, NotPrivate, PrivacyPlan
 from sfumato.privacy.private_plan import PrivatePlan
@@ -65,6 +65,11 @@ def receive(
     Raises: BudgetExhausted where the release was charged and is lost.
     """
     random = random or SecretRandom()
+    if table.num_units > plan.population:  # before anything is charged
+        raise UsageError(
+            f"population = {plan.population} · the data hold {table.num_units} units, and every unit has its rows",
+            next="Set privacy.population to a public bound on the number of units, or to null.",
+        )
     if recipe.privacy.latents is not None:
         return _receive_latents(run, book, recipe.privacy.latents, plan, model, table, random)
     if isinstance(plan, Composition) and recipe.privacy.codebook is not None:
@@ -217,15 +222,23 @@ def once(
     """RUN/released/NAME.safetensors: read where it is there; else charged, made and written, in this order.
 
     Returns: the released tensors; whether their chance came from a source that may be released.
-    Raises: BudgetExhausted where it was charged before and is not there.
+    Raises: BudgetExhausted where it was charged before and is not there; LedgerError where it is there and not charged.
     """
     from safetensors.torch import load_file, save_file
 
     folder = run.path / FOLDER
     path, said = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if path.is_file() and said.is_file():
-        return load_file(path), bool(json.loads(said.read_text(encoding="utf-8"))["for_release"])
     (event,) = plan.events()
+    if path.is_file() and said.is_file():
+        before = json.loads(said.read_text(encoding="utf-8"))
+        book.require_at_least(**before["position"])
+        if _is_left(book, plan) or before["event"] != event.to_dict():
+            raise LedgerError(
+                f"{FOLDER}/{name} · is there, but its event is not in the ledger {book.path}: the ledger is of before it",
+                next="Restore the ledger that belongs to this run; if there is none, count the whole plan as spent.",
+                code="ledger_older_than_release",
+            )
+        return load_file(path), bool(before["for_release"])
     if not _is_left(book, plan):
         raise BudgetExhausted(
             f"{FOLDER}/{name} = charged, and not there · the release was reserved before a crash, so it counts as spent, and "
@@ -233,10 +246,14 @@ def once(
             next="Begin a new run; both are charged to the account.",
         )
     sequence = book.reserve(event, step=0)
+    position = book.position
     tensors = release()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run.write_json(f"{FOLDER}/{name}.json", {"for_release": random.for_release, "event": event.to_dict()})
+        run.write_json(
+            f"{FOLDER}/{name}.json",
+            {"for_release": random.for_release, "event": event.to_dict(), "position": position},
+        )
         scratch = folder / f".{name}-{os.getpid()}"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch)
         _sync(scratch)

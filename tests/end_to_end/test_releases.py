@@ -1,6 +1,7 @@
 """Runs whose mechanism is a release, from recipe to verified bundle, at toy size; what a crash does; what a stranger sees."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sfumato import releasing, workflow
-from sfumato.errors import BudgetExhausted, UsageError
+from sfumato.errors import BudgetExhausted, LedgerError, UsageError
 from sfumato.privacy.ledger import show
 from sfumato.privacy.plan_json import plan_from_dict
 from sfumato.release import bundle, keys, verify
@@ -211,6 +212,44 @@ def test_a_run_that_dies_after_its_release_is_resumed_without_a_second_one(tmp_p
     assert Path(answer["run"]) == run and answer["reasons"] == []
     assert {path.name: path.read_bytes() for path in (run / "released").iterdir()} == before
     assert show(run / "ledger.db")["events"] == spent
+
+
+def test_a_release_is_not_taken_where_the_ledger_was_set_back_before_it(tmp_path, monkeypatch):
+    """A copy of the ledger from before the release, put back: the files are there, and their event is not."""
+    from sfumato.training import loop
+
+    recipe, receive = recipe_file(tmp_path, "latents"), releasing.receive
+    kept = tmp_path / "kept"
+
+    def copying(run: Any, *rest: Any) -> Any:
+        kept.mkdir()
+        for path in run.path.glob("ledger.db*"):
+            shutil.copy(path, kept)
+        return receive(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(releasing, "receive", copying)
+        patch.setattr(loop, "train", die)
+        with pytest.raises(RuntimeError, match="power failure"):
+            workflow.train(recipe, out=tmp_path / "runs")
+    run = (tmp_path / "runs" / "tiny" / "last").resolve()
+    assert show(run / "ledger.db")["steps"] == 1 and (run / "released" / "latents.safetensors").is_file()
+    for path in run.glob("ledger.db*"):
+        path.unlink()
+    for path in kept.iterdir():
+        shutil.copy(path, run)
+    assert show(run / "ledger.db")["steps"] == 0
+    with pytest.raises(LedgerError):
+        workflow.train(recipe, out=tmp_path / "runs", resume=True)
+    assert not (run / "reports" / "privacy.json").exists()
+
+
+def test_more_units_than_the_plan_has_are_refused_before_anything_is_charged(tmp_path):
+    recipe = recipe_file(tmp_path, "latents", privacy={"population": 120})
+    with pytest.raises(UsageError, match="population = 120 · the data hold 150 units"):
+        workflow.train(recipe, out=tmp_path / "runs")
+    run = (tmp_path / "runs" / "tiny" / "last").resolve()
+    assert show(run / "ledger.db")["steps"] == 0
 
 
 def test_a_release_from_a_test_source_is_not_for_release(tmp_path, monkeypatch):

@@ -121,6 +121,21 @@ def test_a_composition_costs_its_events_together_and_allows_each_its_number():
     assert sorted(BOTH.allowance().values()) == [1, 1, 50]
 
 
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: type(plan).__name__)
+def test_a_claim_without_what_was_released_once_is_refused(plan):
+    """Steps may be fewer than planned; a release, an estimate, a sum was made, or the run would not have finished."""
+    steps = [replace(STEPS.event(), count=7)]
+    spent = steps if isinstance(plan, DpSgd | Composition) else []
+    missing = [stage for stage in (plan.stages if isinstance(plan, Composition) else (plan,)) if stage is not STEPS]
+    assert len(plan.not_charged(spent)) == len(missing)
+    assert plan.not_charged(plan.events()) == []
+    if missing:
+        with pytest.raises(UsageError, match="lacks what this plan releases"):
+            guarantee(plan, spent, boundary=[])
+    else:
+        assert guarantee(plan, spent, boundary=[]).epsilon
+
+
 def test_the_last_stage_is_calibrated_to_what_the_first_left():
     whole = DpSgd.calibrated(epsilon=3.0, before=MEAN.events(), expected_batch_size=200.0, steps=50, **WHOM)
     together = Composition.of(MEAN, whole, target_epsilon=3.0)

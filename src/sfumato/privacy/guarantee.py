@@ -61,6 +61,12 @@ def guarantee(
             not_for_release=not_for_release or "trained without privacy",
         )
     _check_events(plan, events_spent)
+    missing = plan.not_charged(events_spent)
+    if missing:
+        raise UsageError(
+            f"events_spent · lacks what this plan releases in every run: {', '.join(missing)}",
+            next="Give the events of the ledger that was kept while it ran; an older copy hides spending.",
+        )
     figures = accounting.accountants(events_spent, plan.delta, plan.adjacency)
     epsilon = figures["pld"]
     assert epsilon is not None  # PLD always applies

@@ -162,6 +162,10 @@ class DpSgd(PrivatePlan):
         """How many events so many steps are, taken without a stop."""
         return -(-steps // self.bands)
 
+    def not_charged(self, spent: Sequence[Event]) -> list[str]:
+        """Nothing: steps may be fewer than planned."""
+        return []
+
     def steps_left(self, remaining: int) -> int:
         """Steps that may still be taken with so many events left; a cycle of correlated noise that was begun is spent whole."""
         return max(0, self.steps - self.bands * (self.event().count - remaining))
@@ -247,6 +251,10 @@ class Composition(PrivatePlan):
             ],
             **self.spending(spent),
         }
+
+    def not_charged(self, spent: Sequence[Event]) -> list[str]:
+        parts = zip(self.stages, self.spent_of(spent), strict=True)
+        return [what for stage, of_stage in parts for what in stage.not_charged(of_stage)]
 
     def spent_of(self, spent: Sequence[Event]) -> list[list[Event]]:
         """The events of each stage; where two stages have equal ones, the earlier takes up to its own number first."""

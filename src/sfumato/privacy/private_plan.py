@@ -46,6 +46,15 @@ class PrivatePlan:
         """How often each event, taken once, may happen at most."""
         return {replace(event, count=1): event.count for event in merged(self.events())}
 
+    def not_charged(self, spent: Sequence[Event]) -> list[str]:
+        """What is released once and must have been, in every finished run, but is not among the events spent."""
+        charged = {replace(event, count=1): event.count for event in merged(spent)}
+        return [
+            f"{event.mechanism} {most - charged.get(event, 0)} times"
+            for event, most in self.allowance().items()
+            if charged.get(event, 0) < most
+        ]
+
     def epsilon(self) -> float:
         """Of the whole plan, by PLD."""
         value = accounting.epsilon(self.events(), self.delta, adjacency=self.adjacency)

@@ -322,6 +322,9 @@ class _Bundle:
                 raise _failed("an event of the ledger is not one of its plan")
             if count > allowed[event]:
                 raise _failed(f"the ledger charges {count} events, its plan allows {allowed[event]}")
+        missing = plan.not_charged(self.events)
+        if missing:
+            raise _failed(f"released, but not in the ledger: {', '.join(missing[:5])}")
         total = sum(spent.values())
         for steps in (stage for stage in _stages(plan) if isinstance(stage, DpSgd)):
             trained, charged = self.json["cost.json"].get("steps"), spent.get(steps.event(1), 0)

@@ -30,13 +30,22 @@ def found_bound(
     Args:
       kept: what an earlier attempt has kept, or None; keep: keeps it, durably.
 
-    Raises: LedgerError where an earlier attempt was charged and died before it could keep the answer.
+    Raises: LedgerError where an earlier attempt was charged and died before it could keep the answer, and where there is an
+      answer that the ledger does not know of.
     """
     before = kept()
-    if before is not None:
-        return before
     (event,) = estimate.events()
-    if ledger.remaining(event) < 1:
+    left = ledger.remaining(event)
+    if before is not None:
+        if left >= 1:
+            raise LedgerError(
+                f"estimate = {estimate.name} · its answer is in the run, but its event is not in the ledger {ledger.path}: the "
+                "ledger is of before it",
+                next="Restore the ledger that belongs to this run; if there is none, count the whole plan as spent.",
+                code="ledger_older_than_estimate",
+            )
+        return before
+    if left < 1:
         raise LedgerError(
             f"estimate = {estimate.name} · was charged, but its answer is not in the run: it stopped in between",
             next="Start a new run without --resume. What was charged stays in the account.",
