@@ -420,6 +420,25 @@ def test_one_unit_moves_the_sum_by_its_bound_at_most():
     assert float((blank - other).norm()) == pytest.approx(MEAN.max_norm)
 
 
+def test_a_unit_moves_the_sum_by_the_same_number_in_any_company():
+    """Doubles do not: 0.1 added to 1e4 is not what it is alone. Bit for bit, over a population that divides exactly."""
+    plan = replace(MEAN, population=2**14, noise_multiplier=0.0, unit="record", records_per_unit=1)
+    rows = torch.randn(9_000, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-7, 1, 9_000)[:, None]
+    names = [f"{i:05}" for i in range(9_000)]
+
+    def total(kept: slice) -> Tensor:
+        return latents.release_mean(UnitTable({"image": rows[kept]}, names[kept]), raw, plan, TestRandom(0))
+
+    whole = total(slice(None))
+    for i in (0, 4_500, 8_999):
+        rest = (
+            total(slice(0, i)) + total(slice(i + 1, None))
+            if 0 < i < 8_999
+            else total(slice(1, None) if i == 0 else slice(0, i))
+        )
+        assert torch.equal(whole - rest, total(slice(i, i + 1)))
+
+
 def test_the_mean_is_over_the_public_population_and_has_the_promised_noise():
     """No record at all leaves the noise alone, of standard deviation sigma C / N; 3,000 releases, chi-square, 1e-6."""
     empty = UnitTable({"image": torch.zeros(0, 6)}, [])

@@ -215,15 +215,18 @@ def release_mean(
     """The noisy sum of the units' features over the public N: what a ``MeanEmbedding`` plan releases, once.
 
     Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency. Sampled: nothing. Clipped: every unit's vector, the
-    mean over at most k of its records, to L2 norm C. Noised: N(0, (sigma C)^2) on every coordinate of the sum over units, on
-    a grid as in ``noise``. Charged: one Gaussian of noise multiplier sigma. Divided by plan.population, never by a count.
+    mean over at most k of its records, to L2 norm C, and rounded to the noise's grid: the sum over units is one of whole
+    numbers, which a unit moves by its own number in whatever company. Noised: N(0, (sigma C)^2) on every coordinate of that
+    sum, on a grid as in ``noise``. Charged: one Gaussian of noise multiplier sigma. Divided by plan.population, never by a count.
 
     Args: features: a batch of units -> (R, D), one row per record, zero where it has nothing to say; deterministic, public.
     Returns: (D,) float64.
     """
     import torch
 
-    total = torch.zeros(plan.dimension, dtype=torch.float64)
+    std = noise.widened(plan.noise_multiplier * plan.max_norm, plan.max_norm, plan.dimension)
+    step = noise.spacing(std) if std > 0 else plan.max_norm * 2.0**-30
+    total = torch.zeros(plan.dimension, dtype=torch.float64)  # in whole steps, exact below 2^53
     at_once = max(1, min(UNITS_AT_ONCE, _NUMBERS_AT_ONCE // (plan.dimension * plan.records_per_unit)))
     for start in range(0, table.num_units, at_once):
         units = np.arange(start, min(start + at_once, table.num_units))
@@ -234,9 +237,8 @@ def release_mean(
                 f"features = {tuple(rows.shape)} · must be rows of {plan.dimension} entries, as the plan says",
                 next="Take the features that the plan was made for.",
             )
-        total += unit_means(rows, batch, plan.max_norm).sum(dim=0)
-    std = noise.widened(plan.noise_multiplier * plan.max_norm, plan.max_norm, plan.dimension)
-    return noise.gaussian(plan.dimension, std, random, plus=total) / plan.population
+        total += unit_means(rows, batch, plan.max_norm).div_(step).round_().sum(dim=0)
+    return noise.gaussian(plan.dimension, std, random, plus=total * step) / plan.population
 
 
 def unit_means(rows: "Tensor", batch: Batch, max_norm: float) -> "Tensor":
