@@ -4,8 +4,9 @@ from torch import nn
 
 from sfumato.errors import LedgerError, PrivacyRefused, UsageError
 from sfumato.federation import local
-from sfumato.federation.policy import SitePolicy
+from sfumato.federation.policy import SitePolicy, require_permission
 from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.plan import DpSgd
 
 
 def one_round(site, build, train_steps, steps=2, state=None):
@@ -76,6 +77,21 @@ def test_a_site_limit_stops_exactly_where_the_next_round_would_pass_it(make_site
     one_round(site, build, train_steps)
     with pytest.raises(PrivacyRefused, match="the site allows"):
         one_round(site, build, train_steps)
+
+
+def test_a_site_limit_with_bands_counts_the_events_that_are_charged(tmp_path):
+    """20 cycles of 4 steps are spent; one step more is a 21st, and its epsilon is that of 84 steps, not of 24."""
+    plan = DpSgd(population=1000, expected_batch_size=10.0, steps=100, noise_multiplier=1.0, delta=1e-4, bands=4)
+    with Ledger.open(tmp_path / "ledger.db", run="r", plan=plan) as ledger:
+        for cycle in range(20):
+            ledger.commit(ledger.reserve(plan.event(1), cycle))
+        for limit in (plan.epsilon(24), plan.epsilon(80)):
+            with pytest.raises(PrivacyRefused, match=f"epsilon = {plan.epsilon(84):.4g} after this round"):
+                require_permission(SitePolicy(max_epsilon=limit), plan=plan, ledger=ledger, steps=1)
+        require_permission(SitePolicy(max_epsilon=plan.epsilon(84)), plan=plan, ledger=ledger, steps=4)
+        require_permission(SitePolicy(), plan=plan, ledger=ledger, steps=20)
+        with pytest.raises(PrivacyRefused, match="steps = 21 · are 6 events, and the ledger has 5 of 25 left"):
+            require_permission(SitePolicy(), plan=plan, ledger=ledger, steps=21)
 
 
 def test_a_site_may_allow_a_round_without_a_guarantee(make_site, build, train_steps):

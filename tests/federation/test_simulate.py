@@ -8,6 +8,7 @@ from sfumato.errors import UsageError
 from sfumato.federation import simulate
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.settings import FederationSettings
+from sfumato.privacy.plan import DpSgd
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.records import Record
 
@@ -115,6 +116,17 @@ def test_a_sites_plan_covers_all_rounds_and_its_own_population_only():
     )
     assert (plan.steps, plan.population, plan.records_per_unit) == (15, 2000, 4)
     assert 7.9 < plan.epsilon() <= 8
+
+
+@pytest.mark.parametrize(("bands", "local_steps"), [(4, 6), (8, 4)])
+def test_a_round_that_would_end_within_a_cycle_of_correlated_noise_is_not_planned(bands, local_steps):
+    settings, sizes = PrivacySettings(epsilon=8.0, bands=bands), {"expected_batch_size": 20, "population": 2000}
+    with pytest.raises(
+        UsageError, match=f"local_steps = {local_steps} · must be a multiple of privacy.bands = {bands}"
+    ):
+        simulate.site_plan(settings, FederationSettings(rounds=4, local_steps=local_steps), **sizes)
+    plan = simulate.site_plan(settings, FederationSettings(rounds=4, local_steps=8), **sizes)
+    assert isinstance(plan, DpSgd) and plan.event().count == 4 * plan.events_of(8)
 
 
 def make_records(sites, units=40):

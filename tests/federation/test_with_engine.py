@@ -1,5 +1,7 @@
 """The federation with the real private engine: what the pieces promise, together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,22 @@ def test_three_private_rounds_learn_and_spend_what_the_plans_say(sites):
     for site, given in zip(result.sites, sites, strict=True):
         assert (site.rounds, site.steps) == (3, 15)
         assert site.epsilon == pytest.approx(given.plan.epsilon(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("bands", "events"), [(4, 6), (3, 9)])
+def test_rounds_with_correlated_noise_charge_whole_cycles_and_are_used(sites, bands, events):
+    """Three rounds of 8 steps, each a block of its own: 2 or 3 events a round. 3 does not divide 8, and the plan has room for it."""
+    first_steps = []
+
+    def noting(*arguments, first_step, **rest):
+        first_steps.append(first_step)
+        private_steps(*arguments, first_step=first_step, **rest)
+
+    site = replace(sites[0], plan=replace(sites[0].plan, steps=events * bands, bands=bands))
+    assert isinstance(site.plan, DpSgd)
+    result = simulate([site], build=Line, train_steps=noting, rounds=4, local_steps=8, run="r")
+    assert first_steps == [0, events * bands // 3, events * bands * 2 // 3]
+    shown = result.sites[0]
+    assert (shown.rounds, shown.steps, [no.code for no in shown.refused]) == (3, events * bands, ["budget_exhausted"])
+    assert shown.epsilon == pytest.approx(site.plan.epsilon(), rel=1e-9)
+    assert (result.state["line.weight"][0] - TRUTH).norm() < 0.6

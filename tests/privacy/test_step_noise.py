@@ -1,6 +1,8 @@
 """The engine with correlated and with discrete noise: what it samples, adds, charges, and what happens when it is stopped."""
 
 import math
+import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from tests.oracles import table_of, vector
 from tests.processes import together
 from torch import Tensor, nn
 
-from sfumato.errors import BudgetExhausted, PrivacyRefused, SfumatoError, UsageError
+from sfumato.errors import BudgetExhausted, LedgerError, PrivacyRefused, SfumatoError, UsageError
 from sfumato.privacy import engine as engine_module
 from sfumato.privacy.accounting import epsilon
-from sfumato.privacy.correlated import toeplitz, variances
+from sfumato.privacy.correlated import Stream, toeplitz, variances
 from sfumato.privacy.discrete import source_named
 from sfumato.privacy.engine import DifferentialPrivacyEngine, make_engine
 from sfumato.privacy.events import Event
@@ -233,6 +235,70 @@ def test_noise_of_another_step_is_never_given():
         block.added("a", 5, 2.0, None)
     with pytest.raises(SfumatoError, match="noise of step 0"):
         block.added("b", 5, 1.0, None)
+
+
+def refused_in_a_fork(act: Callable[[], object]) -> bool:
+    """Whether ``act`` is refused with LedgerError in a forked child; False where the child goes on as if nothing had happened."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            act()
+        except LedgerError as error:
+            code = 0 if error.code == "ledger_forked" and error.next else 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1)
+    return code == 0
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A forked child has no thread but the one that forked: torch must not wait for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_forked_child_takes_no_step_of_a_cycle_that_its_parent_was_charged_for(tmp_path):
+    """A fork between two steps of one event, and one between a batch and its step; the parent goes on."""
+    model = model_of()
+    with Ledger.open(tmp_path / "ledger.db", run="r", plan=plan()) as ledger:
+        engine, optimizer = engine_of(model, ledger=ledger)
+        batches = engine.batches(table())
+
+        def step() -> None:
+            losses(model, next(batches)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        assert refused_in_a_fork(step)
+        losses(model, next(batches)).mean().backward()
+        assert refused_in_a_fork(optimizer.step)
+        optimizer.step()
+        optimizer.zero_grad()
+        step()
+        assert ledger.spent_steps == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_blocks_and_streams_are_of_the_process_that_began_them():
+    block = Block(3, 6, source_named("gaussian"), SecretRandom())
+    block.begin_step()
+    block.units(9, 0.5)
+    assert refused_in_a_fork(block.begin_step)
+    assert refused_in_a_fork(lambda: block.units(9, 0.5))
+    assert refused_in_a_fork(lambda: block.added("a", 5, 1.0, None))
+    stream = Stream(toeplitz(3, 6), 5, 1.0, source_named("gaussian"))
+    stream.next(SecretRandom())
+    assert refused_in_a_fork(lambda: stream.next(SecretRandom()))
+    stream.next(SecretRandom())
+    block.added("a", 5, 1.0, None)
+    block.begin_step()
 
 
 def test_physical_parts_are_one_step_of_the_block():

@@ -38,7 +38,8 @@ class Site:
 
     Attributes:
       table: its records; they are read by this site's training only.
-      plan: covers ALL rounds: ``plan.steps = rounds x local_steps``. ``plan.population`` is public, and is its weight.
+      plan: covers ALL rounds: ``plan.steps = rounds x local_steps``. With bands > 1, they should divide local_steps: every
+        round begins its own cycle, which is charged whole. ``plan.population`` is public, and is its weight.
       ledger: its own file; it outlives the rounds, and the run.
       account: of its own data set, shared with its other runs.
       account_limit: (epsilon, delta) of all runs on that account together.
@@ -101,11 +102,12 @@ def train_round(
         load_trained(model, global_state)
         fixed = {name: tensor.clone() for name, tensor in _not_trained(model).items()}
         before = ledger.spent_steps
-        train_steps(model, site.table, site.plan, ledger, steps=steps, first_step=before)
+        train_steps(model, site.table, site.plan, ledger, steps=steps, first_step=steps_of(site.plan, before))
         charged = ledger.spent_steps - before
-        if isinstance(site.plan, DpSgd) and charged != steps:
+        if isinstance(site.plan, DpSgd) and charged != site.plan.events_of(steps):
             raise LedgerError(
-                f"site {site.name}: {charged} events charged · the round has {steps} steps",
+                f"site {site.name}: {charged} events charged · the round has {steps} steps, which are "
+                f"{site.plan.events_of(steps)} events",
                 next="Nothing was sent. Train with an engine that reserves every step.",
                 code="ledger_steps",
             )
@@ -119,6 +121,11 @@ def train_round(
     trained = trained_state(model)
     delta = {name: trained[name] - tensor for name, tensor in global_state.items()}
     return LocalUpdate(site=site.name, delta=delta, steps=steps, weight=site.weight)
+
+
+def steps_of(plan: TrainingPlan, events: int) -> int:
+    """How many steps so many charged events stand for; with bands, a cycle that was begun counts whole."""
+    return min(plan.steps, plan.bands * events) if isinstance(plan, DpSgd) else events
 
 
 def trained_state(model: "nn.Module") -> dict[str, "Tensor"]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sfumato import checks
 from sfumato.errors import PrivacyRefused
+from sfumato.privacy import accounting
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, TrainingPlan
 
@@ -29,6 +30,7 @@ class SitePolicy:
 def require_permission(policy: SitePolicy, *, plan: TrainingPlan, ledger: Ledger, steps: int) -> None:
     """Raises PrivacyRefused, with every reason, unless ``steps`` more steps stay within the plan and the policy.
 
+    The ledger counts events; with bands an event is a cycle of steps, and a round begins its own.
     Reads the plan and the ledger only, so that a refusal tells nothing about the site's data.
     """
     reasons: list[dict[str, str]] = []
@@ -41,16 +43,18 @@ def require_permission(policy: SitePolicy, *, plan: TrainingPlan, ledger: Ledger
             }
         )
     if isinstance(plan, DpSgd):
-        if ledger.remaining_steps < steps:
+        events, planned, left = plan.events_of(steps), plan.event().count, ledger.remaining(plan.event(1))
+        if left < events:
             reasons.append(
                 {
                     "code": "budget_exhausted",
-                    "message": f"steps = {steps} · the ledger has {ledger.remaining_steps} of {plan.steps} left",
+                    "message": f"steps = {steps} · are {events} events, and the ledger has {left} of {planned} left",
                     "next": "Plan for all rounds from the start: steps = rounds x local_steps.",
                 }
             )
         elif policy.max_epsilon is not None:
-            after = plan.epsilon(ledger.spent_steps + steps)
+            after = accounting.epsilon([plan.event(planned - left + events)], plan.delta, adjacency=plan.adjacency)
+            assert after is not None  # PLD always applies
             if after > policy.max_epsilon:
                 reasons.append(
                     {

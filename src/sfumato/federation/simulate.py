@@ -36,7 +36,7 @@ class Refusal:
 class SiteResult:
     """Attributes:
     epsilon: spent according to the site's ledger; None without a guarantee.
-    steps: charged to the ledger, in earlier calls too.
+    steps: charged to the ledger, in earlier calls too; with bands, a cycle of them counts whole.
     rounds: in which its update was used.
     refused: the other rounds, with the reason.
     """
@@ -168,7 +168,16 @@ def simulate(
 def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
 ) -> TrainingPlan:
-    """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's."""
+    """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's.
+
+    Raises: UsageError: a round would end within a cycle of correlated noise, which is charged whole. PrivacyRefused: no plan.
+    """
+    if federation.local_steps % privacy.bands:
+        raise UsageError(
+            f"local_steps = {federation.local_steps} · must be a multiple of privacy.bands = {privacy.bands}: every round begins "
+            "its own cycles of so many steps, and a cycle is charged whole",
+            next=f"Set federation.local_steps: {-(-federation.local_steps // privacy.bands) * privacy.bands}, or fewer bands.",
+        )
     return training_plan(
         replace(privacy, population=None),
         steps=federation.rounds * federation.local_steps,
@@ -216,7 +225,7 @@ def _site_result(site: Site, taken: int, refused: list[Refusal], local_steps: in
         epsilon=spent["epsilon"],
         delta=site.plan.delta if isinstance(site.plan, DpSgd) else None,
         rounds=taken,
-        steps=spent.get("steps", 0),
+        steps=local.steps_of(site.plan, spent["steps"]),
         refused=tuple(refused),
     )
 

@@ -12,7 +12,8 @@ std / C_tt, with std >= ``widened(sigma bound, bound, d)``. A block of T steps i
 one unit, no worse than ceil(T / b) times the Poisson-sampled Gaussian mechanism with rate b B / N and noise multiplier
 sigma. A stop ends the block: what goes on is a new one, with new groups and fresh noise, composed with it, and a cycle of b
 steps that was cut off has cost as much as a whole one. The past noise stays in the memory of the process; it is never
-written down.
+written down. A forked process would have a copy of it, and of the groups, within a cycle that was charged once: it is refused
+(``require_process``).
 
 Proof, the arithmetic included. Everything is counted in one step h of the grid. The released numbers are y_t = G'_t + z_t, with G'_t
 the rounded sum, w_t the source's noise (whole numbers), and z_t = w_t - R_t(z), where R_t(z) rounds
@@ -54,7 +55,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfumato import checks
-from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.errors import LedgerError, PrivacyRefused, UsageError
 from sfumato.privacy.noise import GRID_BITS, Source
 from sfumato.randomness import Random
 
@@ -258,13 +259,15 @@ class Stream:
         checks.non_negative(count=count, std=std)
         self._strategy, self._count, self.std, self._source = strategy, count, std, source
         self._grid = source.spacing(std / float(strategy.rows[:, 0].max())) if std > 0 else 0.0
+        self._process = os.getpid()
         self._past: deque[Tensor] = deque(maxlen=strategy.bands - 1)  # z_{t-1}, z_{t-2}, ... in steps of the grid
         self.taken = 0  # steps
 
     def next(self, random: Random, plus: "Tensor | None" = None) -> "Tensor":
-        """(d,) float64 on the CPU: z_t, or, rounded to its grid, ``plus`` + z_t."""
+        """(d,) float64 on the CPU: z_t, or, rounded to its grid, ``plus`` + z_t. Raises LedgerError in a forked process."""
         import torch
 
+        require_process(self._process)
         row = self._strategy.row(self.taken)
         self.taken += 1
         if self.std == 0:
@@ -298,6 +301,17 @@ class Stream:
         raise UsageError(
             "Stream · cannot be copied, pickled or put into a checkpoint: noise drawn twice cancels exactly",
             next="Begin a new block after a resume: new groups, fresh noise, composed with the old one.",
+        )
+
+
+def require_process(began: int) -> None:
+    """Raises LedgerError in a process other than ``began``: a forked copy of a block has the groups and the past noise of the
+    original, and its steps would be charged to nobody."""
+    if os.getpid() != began:
+        raise LedgerError(
+            f"process = {os.getpid()} · has a forked copy of a block of correlated noise that process {began} began",
+            next=f"Train in the process that began, {began}.",
+            code="ledger_forked",
         )
 
 

@@ -5,6 +5,7 @@ claim for: groups, strategy and past noise from one first step on, until the tra
 wrong in a block, the next step begins another one.
 """
 
+import os
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,11 +56,13 @@ class Independent:
 class Block:
     """Steps 0 .. ``steps`` - 1 of one strategy of at most ``bands`` bands; a cycle is ``bands`` of them, and one event.
 
-    A shorter block has a narrower strategy, which the same event covers.
+    A shorter block has a narrower strategy, which the same event covers. A cycle is charged at its first step alone, so a
+    forked process, which would take the others a second time, is refused (LedgerError).
     """
 
     def __init__(self, bands: int, steps: int, source: Source, random: Random) -> None:
         self.bands, self.steps = bands, steps
+        self._process = os.getpid()
         self.step = -1  # the one that was begun last
         self.sequence: int | None = None  # of the reservation of the present cycle
         self._strategy = correlated.toeplitz(min(bands, steps), steps)
@@ -77,10 +80,12 @@ class Block:
         return self.step % self.bands == self.bands - 1 or self.step == self.steps - 1
 
     def begin_step(self) -> None:
+        correlated.require_process(self._process)
         self.step += 1
 
     def units(self, num_units: int, sampling_rate: float) -> np.ndarray:
         """Draws those of the step, once. Args: sampling_rate: of a unit in its own group's steps."""
+        correlated.require_process(self._process)
         if self._sampler is None:
             self._sampler = CyclicPoisson(num_units, self.bands, sampling_rate, self._random)
         return self._sampler.next()
@@ -89,6 +94,7 @@ class Block:
         return correlated.widened(std, bound, dimension, self._strategy)
 
     def added(self, key: Hashable, count: int, std: float, plus: "Tensor | None") -> "Tensor":
+        correlated.require_process(self._process)
         if key not in self._streams:
             self._streams[key] = correlated.Stream(self._strategy, count, std, self._source)
         stream = self._streams[key]
