@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from sfumato.errors import UnsupportedLayer, UsageError
 from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.privacy.gradients import terms
+from sfumato.privacy.norms import GradientNorms
 from sfumato.randomness import TestRandom
+from sfumato.records import UnitTable
 
 
 def private(model, **options):
@@ -188,3 +190,34 @@ def test_an_empty_batch_has_no_texts_of_anybody():
 def test_units_are_rows_only_where_each_has_one():
     owner = torch.tensor([0, 0, 2])
     assert terms.Units(owner, 3).owner is owner
+
+
+class FirstRows(nn.Module):
+    """Initialises itself from the first rows it sees, past what torch counts as a change."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("mean", torch.zeros(1))
+        self.where, self.seen = where, False
+
+    def forward(self, x):
+        if not self.seen:
+            (self.mean if self.where == "buffer" else self.layer.bias).data.copy_(x.mean().reshape(1))
+            self.seen = True
+        return self.layer(x)[:, 0]
+
+
+@pytest.mark.parametrize("where", ["buffer", "parameter"])
+@pytest.mark.parametrize("look", ["independence", "norms"])
+def test_a_look_at_private_rows_leaves_nothing_of_them_in_the_model(where, look):
+    rows = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)) + 5
+    table, model = UnitTable({"x": rows}, [str(i) for i in range(10)]), FirstRows(where)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedLayer, match="changed in a forward pass over private records"):
+        if look == "norms":
+            GradientNorms(model, lambda b: model(b.tensors["x"]) ** 2, table, records_per_unit=1, random=TestRandom(0))
+        else:
+            engine = DifferentialPrivacyEngine(model, max_grad_norm=1.0, noise_multiplier=1.0)
+            engine.check_independence(lambda b: model(b.tensors["x"]) ** 2, table.batch(range(3), records_per_unit=1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -46,7 +46,7 @@ from sfumato.privacy.sampling import truncated_poisson_units
 from sfumato.privacy.settings import NoiseSource
 from sfumato.privacy.sources import PhysicalPart
 from sfumato.privacy.step_noise import Block, Independent, StepNoise
-from sfumato.privacy.watch import Gradients, Watch
+from sfumato.privacy.watch import Gradients, Watch, left_alone
 from sfumato.randomness import Random
 from sfumato.records import Batch
 
@@ -306,7 +306,8 @@ class DifferentialPrivacyEngine(Draws):
             )
         self._tape.enabled = False
         try:
-            found = find_coupling(self.model, losses, batch)
+            with left_alone(self.model):
+                found = find_coupling(self.model, losses, batch)
         finally:
             self._tape.enabled = True
         if found is not None:

@@ -19,6 +19,7 @@ from sfumato.privacy.gradients.terms import Units
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.releases import Estimate
 from sfumato.privacy.sampling import physical_parts
+from sfumato.privacy.watch import left_alone
 from sfumato.randomness import Random
 from sfumato.records import Batch, UnitTable
 
@@ -53,7 +54,8 @@ class GradientNorms:
         self._max_physical = max_physical_batch_size
         Tape(model).detach()  # names what it cannot treat
         if table.num_units > 1:
-            coupled = find_coupling(model, losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
+            with left_alone(model):
+                coupled = find_coupling(model, losses, table.batch(range(min(3, table.num_units)), records_per_unit=1))
             if coupled is not None:
                 raise UnsupportedLayer(
                     f"{coupled} · lets one unit's data change another unit's loss or gradient",
@@ -68,7 +70,8 @@ class GradientNorms:
         tape = Tape(self._model)
         try:
             parts = physical_parts(units, self._max_physical)
-            norms = [self._norms(tape, part) for part in parts if len(part)]
+            with left_alone(self._model):
+                norms = [self._norms(tape, part) for part in parts if len(part)]
         finally:
             tape.detach()
         return Column(np.concatenate([np.zeros(0), *norms]), units)

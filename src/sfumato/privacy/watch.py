@@ -1,5 +1,8 @@
 """What must never pass in silence: a gradient that was not clipped, a tensor that changes without noise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +10,33 @@ from sfumato.errors import UnsupportedLayer
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.groups import listed
 from sfumato.privacy.gradients.rules import buffers_of_weights
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """For a look at private rows that trains nothing: what it changes in the model is put back, and refused by name.
+
+    A parameter that is initialised from the first rows it sees, or a running mean, would keep them without noise; it is
+    compared by value, because ``.data`` can be written without a trace.
+    """
+    held = {name: (t, t.detach().clone()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    try:
+        yield
+    finally:
+        changed = [name for name, (t, before) in held.items() if not torch.equal(_bits(t), _bits(before))]
+        with torch.no_grad():
+            for name in changed:
+                held[name][0].data.copy_(held[name][1])
+    if changed:
+        raise UnsupportedLayer(
+            f"{listed(changed)} · changed in a forward pass over private records, without noise",
+            next="Initialise it beforehand, from nothing or from public records, and keep no running figures.",
+        )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bytes: NaN equals itself."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 class Gradients:
