@@ -641,18 +641,68 @@ def test_two_living_copies_of_one_ledger_cannot_both_go_on(tmp_path):
             first.close()
 
 
-def test_a_crash_leaves_the_block_charged_until_the_run_goes_on(tmp_path):
+DIES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from sfumato.privacy.ledger import Ledger
+path, account, steps, backup_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+ledger = Ledger.open(path, run="r", account=account)
+for step in range(steps):
+    if step == backup_at:
+        for file in path.parent.glob(path.name + "*"):
+            shutil.copy(file, path.parent / "backup" / file.name)
+    ledger.commit(ledger.reserve(ledger.plan.event(1), step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def dies(path: Path, account: Path, steps: int, backup_at: int = -1) -> None:
+    """Takes steps in another process, which is killed then; before one of them it copies the ledger."""
+    (path.parent / "backup").mkdir(exist_ok=True)
+    process = subprocess.run([sys.executable, "-c", DIES, *map(str, (path, account, steps, backup_at))])
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_a_crash_left_charged_stays_charged_and_is_the_runs_to_use(tmp_path):
     account, path = tmp_path / "account.db", tmp_path / "a.db"
-    code = (
-        "import os, signal, sys; from sfumato.privacy.ledger import Ledger\n"
-        "ledger = Ledger.open(sys.argv[1], run='r', account=sys.argv[2]); ledger.reserve(ledger.plan.event(1), 0)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
     Ledger.open(path, run="r", plan=PLAN, account=account).close()
-    subprocess.run([sys.executable, "-c", code, str(path), str(account)])
+    dies(path, account, 1)
     assert in_account(account) == {"r": BLOCK} and spent(path) == 1
     take(path, 1, first=1, account=account)
-    assert in_account(account) == {"r": 2} and spent(path) == 2
+    assert in_account(account) == {"r": BLOCK} and spent(path) == 2
+    take(path, 3, first=2, account=account)  # closed cleanly before, with an account that is ahead
+    assert in_account(account) == {"r": BLOCK} and spent(path) == 5
+    take(path, BLOCK, first=5, account=account)  # beyond: only what this session charged too much is given back
+    assert in_account(account) == {"r": BLOCK + 5} and spent(path) == BLOCK + 5
+
+
+def test_the_clean_end_of_an_older_copy_does_not_lower_what_a_crashed_session_charged(tmp_path):
+    """60 events, killed; the ledger as it was before the sixth is put back, and goes on for 3 steps: 63 were spent."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 60, backup_at=5)
+    assert in_account(account) == {"r": BLOCK} and spent(path) == 60
+    for file in path.parent.glob("a.db*"):
+        file.unlink()
+    for file in (path.parent / "backup").iterdir():
+        shutil.copy(file, path.parent / file.name)
+    take(path, 3, account=account)
+    assert spent(path) == 8 and in_account(account) == {"r": BLOCK}
+    take(path, 1, account=account)
+    assert spent(path) == 9 and in_account(account) == {"r": BLOCK}
+
+
+def test_a_ledger_set_back_is_noticed_though_a_crash_left_the_account_ahead(tmp_path):
+    account, path = tmp_path / "account.db", tmp_path / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 1)
+    take(path, 1, account=account)
+    shutil.copy(path, tmp_path / "old.db")
+    take(path, 1, account=account)
+    os.replace(tmp_path / "old.db", path)
+    with pytest.raises(LedgerError, match="older copy") as error:
+        Ledger.open(path, run="r", plan=PLAN, account=account)
+    assert error.value.code == "ledger_set_back"
 
 
 def test_many_runs_share_one_account_at_the_same_time(tmp_path):

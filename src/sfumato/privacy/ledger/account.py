@@ -1,12 +1,15 @@
 """The account of one data set, shared by all its runs: how many events of which kind each has reserved. [shell]
 
-A run takes events from it in blocks *before* its ledger uses them, and gives the rest of a block back when it closes;
-after a crash the rest stays charged until the run is resumed. With every block the account notes how far the ledger was:
-an older copy of it is noticed from then on. Transactions are short; any number of runs may be open.
+A run takes events from it in blocks *before* its ledger uses them, and gives the rest of a block back when it closes.
+Only what the same session has charged is given back: what an earlier one left charged when it died stays so for good, because
+the ledger that is opened next may be an older copy, and then cannot tell what was used. The resumed run may use it.
+With every block the account notes how far the ledger was: an older copy of it is noticed from then on. Transactions are
+short; any number of runs may be open.
 
 **Limits.** An account may hold limits (epsilon, delta) on all its runs together. Each is a Rényi filter of one order
 (``privacy.filters``), asked in the same transaction in which events are charged: so runs that go on side by side, or are
 planned after the results of others were seen, cannot pass it together. A limit can be added, never raised or removed.
+The adjacency is read there too, from the plans of all runs: a limit may be declared while a run goes on.
 """
 
 import secrets
@@ -48,7 +51,7 @@ class Account:
         self.path = path
         self._session = secrets.token_hex(8)
         self._covered: dict[Event, int] = {}  # what the account has charged this run for
-        self._adjacency: Adjacency = "add_or_remove"  # of all its runs, where it has a limit
+        self._kept: dict[Event, int] = {}  # ... and had charged before this session: never given back
         with translated(path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ class Account:
         name = history.header["ledger"]
         with translated(self.path), transaction(self._connection):
             row = self._connection.execute(
-                "SELECT sequence, head, closed, block FROM runs WHERE ledger = ?", (name,)
+                "SELECT sequence, head, block FROM runs WHERE ledger = ?", (name,)
             ).fetchone()
             if limit is not None:
                 self._declare(limit, history)
@@ -94,8 +97,8 @@ class Account:
                 raise self._older(
                     f"holds {charged.get(missing[0], 0)} events of a run that has spent {history.counts[missing[0]]}"
                 )
-            sequence, head, closed, block = row
-            ahead = sum(charged.values()) - history.total > (0 if closed else block)
+            sequence, head, block = row
+            ahead = sum(charged.values()) - history.total > block
             if ahead or sequence > history.sequence or hash_at(sequence) != head:
                 raise LedgerError(
                     f"ledger = {history.total} events · the account {self.path} has {sum(charged.values())} of this run: "
@@ -103,9 +106,8 @@ class Account:
                     next=RESTORE,
                     code="ledger_set_back",
                 )
-            self._adjacency = adjacency_of(runs_of(self._connection))
             self._connection.execute("UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name))
-            self._covered = charged
+            self._covered = self._kept = charged
 
     def cover(self, history: History, event: Event, most: int) -> int:
         """Makes sure that the account has charged the run for all it has spent, and for ``event`` on top.
@@ -116,7 +118,8 @@ class Account:
           most: how many of the event with count 1 are wanted, at least ``event.count``; a limit may allow fewer.
 
         Returns: for how many there is room, between ``event.count`` and ``most``.
-        Raises: BudgetExhausted where a limit of the account leaves no room for ``event.count``.
+        Raises: BudgetExhausted where a limit of the account leaves no room for ``event.count``; PrivacyRefused where no
+          figure bounds its runs together.
         """
         name, one = history.header["ledger"], replace(event, count=1)
         spent = history.counts.get(one, 0)
@@ -128,7 +131,7 @@ class Account:
         wanted = min(ahead, allowed[one] - spent) if allowed is not None else ahead
         with translated(self.path), transaction(self._connection):
             self._check_session(name)
-            wanted = self._within_limits(name, one, spent, max(wanted, most), event.count)
+            wanted = self._within_limits(history, one, max(wanted, most), event.count)
             upto = max(spent + wanted, self._covered.get(one, 0))
             covered = {**self._covered, one: upto}
             self._connection.execute(
@@ -144,16 +147,20 @@ class Account:
         return min(most, upto - spent)
 
     def settle(self, history: History) -> None:
-        """At a clean end: exactly what the ledger holds, and the ledger's head."""
+        """At a clean end: what the ledger holds, or what earlier sessions left charged if that is more, and the ledger's head."""
         name = history.header["ledger"]
+        counts = {
+            event: max(history.counts.get(event, 0), self._kept.get(event, 0))
+            for event in {**self._kept, **history.counts}
+        }
         with translated(self.path), transaction(self._connection):
             self._check_session(name)
             self._connection.execute("DELETE FROM spent WHERE ledger = ?", (name,))
-            rows = [(name, canonical(event.to_dict()), count) for event, count in history.counts.items()]
+            rows = [(name, canonical(event.to_dict()), count) for event, count in counts.items()]
             self._connection.executemany("INSERT INTO spent VALUES (?, ?, ?)", rows)
             self._connection.execute(
-                "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = 0 WHERE ledger = ?",
-                (history.sequence, history.head, name),
+                "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = ? WHERE ledger = ?",
+                (history.sequence, history.head, sum(counts.values()) - history.total, name),
             )
 
     def runs(self) -> list[dict[str, Any]]:
@@ -166,9 +173,8 @@ class Account:
         self._connection.execute(_LIMITS)
         if limit not in [known[:2] for known in limits(self._connection)]:
             (after,) = self._connection.execute("SELECT coalesce(sum(count), 0) FROM spent").fetchone()
-            adjacency = history.plan.adjacency if isinstance(history.plan, PrivatePlan) else "add_or_remove"
             like = [replace(event, count=count) for event, count in (history.allowed or {}).items()]
-            order = RenyiFilter.of(*limit, adjacency, like).order
+            order = RenyiFilter.of(*limit, self._adjacency(history), like).order
             self._connection.execute("INSERT INTO limits VALUES (?, ?, ?, ?)", (*limit, order, after))
 
     def _check_room(self, history: History) -> None:
@@ -177,20 +183,11 @@ class Account:
         found = limits(self._connection)
         if not found:
             return
-        header = history.header
-        runs = [*runs_of(self._connection), described(header["run"], header["ledger"], history.plan, [])]
-        mixed = mixture(runs)
-        if mixed:
-            raise PrivacyRefused(
-                f"account = {self.path} · has a limit, and {mixed}: no single figure bounds them together",
-                next="Keep one account for each unit, and no run without privacy on an account that has a limit.",
-                code="account_mixed",
-            )
-        self._adjacency = adjacency_of(runs)
+        adjacency = self._adjacency(history)
         rest = [replace(event, count=count) for event, count in (history.allowed or {}).items()]
         everything = self._everything()
         for epsilon, delta, order, _ in found:
-            gate = RenyiFilter.at(epsilon, delta, order, self._adjacency)
+            gate = RenyiFilter.at(epsilon, delta, order, adjacency)
             if gate.admits([*everything, *rest]):
                 continue
             room = " and ".join(f"{gate.room(everything, event)} of {event.count} steps" for event in rest)
@@ -201,18 +198,37 @@ class Account:
                 code="account_limit",
             )
 
-    def _within_limits(self, name: str, one: Event, spent: int, wanted: int, least: int) -> int:
+    def _adjacency(self, history: History) -> Adjacency:
+        """Of all runs on the account and of this one. Not kept: others begin while this one goes on.
+
+        Raises: PrivacyRefused where they have no figure together.
+        """
+        header = history.header
+        others = [run for run in runs_of(self._connection) if run["ledger"] != header["ledger"]]
+        runs = [*others, described(header["run"], header["ledger"], history.plan, [])]
+        mixed = mixture(runs)
+        if mixed:
+            raise PrivacyRefused(
+                f"account = {self.path} · has a limit, and {mixed}: no single figure bounds them together",
+                next="Keep one account for each unit, and no run without privacy on an account that has a limit.",
+                code="account_mixed",
+            )
+        return adjacency_of(runs)
+
+    def _within_limits(self, history: History, one: Event, wanted: int, least: int) -> int:
         """How many of ``wanted`` the limits leave room for, at least ``least``; others' charges, and ours without this."""
         found = limits(self._connection)
         if not found:
             return wanted
+        adjacency = self._adjacency(history)
+        name, spent = history.header["ledger"], history.counts.get(one, 0)
         others = [
             replace(event, count=count - (0 if (ledger, event) != (name, one) else count))
             for ledger, event, count in self._rows()
         ]
         others.append(replace(one, count=spent))
         for epsilon, delta, order, _ in found:
-            gate = RenyiFilter.at(epsilon, delta, order, self._adjacency)
+            gate = RenyiFilter.at(epsilon, delta, order, adjacency)
             wanted = min(wanted, gate.room(others, one))
             if wanted < least:
                 raise BudgetExhausted(

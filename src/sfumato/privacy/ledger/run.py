@@ -172,7 +172,8 @@ class Ledger:
             some of them are then charged with this one, and need no write of their own.
 
         Returns: the sequence number of the reservation, for ``commit``; the steps of a block share it.
-        Raises: BudgetExhausted if the plan has no room, LedgerError, OutsideError; then nothing was charged here.
+        Raises: BudgetExhausted if the plan or a limit of the account has no room, PrivacyRefused, LedgerError, OutsideError;
+          then nothing was charged here.
         """
         if step < 0:
             raise UsageError(f"step = {step} · must be at least 0", next="Count steps from 0.")
