@@ -48,13 +48,19 @@ def load(recipe: Recipe) -> Any:
 def build(recipe: Recipe) -> Any:
     from sfumato.models import model
 
-    side = recipe.data.image_size
+    shapes, seed = shapes_of(recipe), recipe.training.seed
     kind = releasing.KIND.get(recipe.privacy.mechanism)
     if kind is not None:
-        return model.build_for_release(
-            kind, recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed
-        )
-    return model.build(recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed)
+        return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
+    return model.build(recipe.model, shapes, seed=seed)
+
+
+def shapes_of(recipe: Recipe) -> Any:
+    """The public sizes of what is modelled."""
+    from sfumato.models.shapes import Shapes
+
+    side = recipe.data.image_size
+    return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -328,8 +334,8 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
-    match text.kind:
-        case _ if released:
+    match text.kind if text is not None else None:
+        case _ if released or text is None:
             pass  # nothing of it is trained, and the sentences above name it
         case "terms":
             sentences.append(
@@ -353,7 +359,7 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
 
 def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     """The weights, a last grid, and by what each tensor is covered."""
-    from sfumato.models.model import TextToImage, named_tensors
+    from sfumato.models.generative import Generative
     from sfumato.release import provenance
     from sfumato.training.watch import write_grid
 
@@ -361,10 +367,10 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     captions = run.read_json("samples/captions.json")
     if captions:
         write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
-    if not isinstance(model, TextToImage):  # made from what was released, every tensor of it
+    if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
-    trained = set(named_tensors(model))  # all of it by the mechanism; what the model cannot name stays uncovered
+    trained = set(model.named_tensors())  # all of it by the mechanism; what the model cannot name stays uncovered
     provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
 
 
