@@ -93,14 +93,18 @@ class DiffusionModel(Generative):
             level = torch.special.ndtri(middle) * objective.log_sigma_std + objective.log_sigma_mean
             sigma = level.exp().expand(rows, -1)
             noise = torch.randn(rows, draws, self.scale.numel(), generator=generator)
+        return self._record_losses(batch, self.condition(batch.tensors["text"], present), sigma, noise)
+
+    def _record_losses(self, batch: Batch, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Args: condition (R, E), sigma (R, K), noise (R, K, D)."""
         values = diffusion.record_losses(
             self.denoiser,
             batch.tensors["image"],
-            self.condition(batch.tensors["text"], present),
+            condition,
             sigma,
             noise,
             self.scale,
-            objective.sigma_data,
+            self.settings.objective.sigma_data,
         )
         return values * batch.present["image"]  # a record without a picture has nothing to lose
 
