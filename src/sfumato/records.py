@@ -6,7 +6,7 @@ A row is one record. A unit is what the guarantee protects: one record, or all t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from sfumato.randomness import Random
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Modality = Literal["text", "image", "audio"]
+MODALITIES: tuple[Modality, ...] = ("text", "image", "audio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +46,23 @@ class Record:
                 f"record {self.id}: unit = {self.unit!r} · must name the person or record it belongs to",
                 next="Fill the unit column, or choose unit: record in the recipe.",
             )
+
+
+def prompt(
+    *,
+    text: str | None = None,
+    image: np.ndarray | None = None,
+    audio: np.ndarray | None = None,
+    sample_rate: int | None = None,
+) -> Record:
+    """What a model is told when it is asked for the rest: a record that is nobody's."""
+    return Record(id="prompt", unit="prompt", text=text, image=image, audio=audio, sample_rate=sample_rate)
+
+
+def generated(number: int, values: Mapping[Modality, Any], sample_rate: int | None) -> Record:
+    """A record that a model made: its modalities as a codec decoded them."""
+    rate = sample_rate if values.get("audio") is not None else None
+    return Record(id=f"generated/{number}", unit="generated", sample_rate=rate, **values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 from sfumato import recipe as recipes_file
 from sfumato import releasing
 from sfumato.errors import DataError, PrivacyRefused
+from sfumato.models.settings import FrozenSentence, HashedWords, Terms
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
@@ -48,13 +49,19 @@ def load(recipe: Recipe) -> Any:
 def build(recipe: Recipe) -> Any:
     from sfumato.models import model
 
-    side = recipe.data.image_size
+    shapes, seed = shapes_of(recipe), recipe.training.seed
     kind = releasing.KIND.get(recipe.privacy.mechanism)
     if kind is not None:
-        return model.build_for_release(
-            kind, recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed
-        )
-    return model.build(recipe.model, picture_shape=(side, side, recipe.data.channels), seed=recipe.training.seed)
+        return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
+    return model.build(recipe.model, shapes, seed=seed)
+
+
+def shapes_of(recipe: Recipe) -> Any:
+    """The public sizes of what is modelled."""
+    from sfumato.models.shapes import Shapes
+
+    side = recipe.data.image_size
+    return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -328,22 +335,20 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
-    match text.kind:
+    match text:
         case _ if released:
             pass  # nothing of it is trained, and the sentences above name it
-        case "terms":
+        case Terms():
             sentences.append(
                 "Texts are read by a public list of terms, which is in the recipe; the layers after it are trained inside the "
                 "guarantee."
             )
-        case "hashed_words":
+        case HashedWords():
             sentences.append(
                 "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
             )
-        case "frozen_sentence":
-            sentences.append(
-                f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."
-            )
+        case FrozenSentence(name=name):
+            sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
     if data.source == "clinic":
         sentences.append(
             "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."
@@ -353,7 +358,7 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
 
 def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     """The weights, a last grid, and by what each tensor is covered."""
-    from sfumato.models.model import TextToImage, named_tensors
+    from sfumato.models.generative import Generative
     from sfumato.release import provenance
     from sfumato.training.watch import write_grid
 
@@ -361,10 +366,10 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     captions = run.read_json("samples/captions.json")
     if captions:
         write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
-    if not isinstance(model, TextToImage):  # made from what was released, every tensor of it
+    if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
-    trained = set(named_tensors(model))  # all of it by the mechanism; what the model cannot name stays uncovered
+    trained = set(model.named_tensors())  # all of it by the mechanism; what the model cannot name stays uncovered
     provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
 
 

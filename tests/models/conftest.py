@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sfumato.models import model as models
+from sfumato.models.generative import Generative
 from sfumato.models.settings import Cosine, Diffusion, HashedWords, Mlp, ModelSettings, Pixels, Sampling, UNet
 from sfumato.records import Record
 
@@ -49,7 +50,7 @@ def disturbed(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture
-def tiny() -> models.TextToImage:
+def tiny() -> Generative:
     model = models.build(TINY, picture_shape=SHAPE)
     disturbed(model)
     return model

@@ -214,12 +214,12 @@ def test_a_model_comes_back_from_disk_bit_by_bit(settings, tmp_path):
     model.save(tmp_path)
     back = models.load(tmp_path)
     assert back.settings == model.settings
-    assert back.picture_shape == SHAPE
+    assert back.shapes.picture == SHAPE
     saved = model.state_dict()
     assert list(back.state_dict()) == list(saved)
     assert all(tensor.equal(saved[name]) for name, tensor in back.state_dict().items())
     assert (back.generate(["left"], seed=4) == model.generate(["left"], seed=4)).all()
-    listed = {(file, name) for file, name in models.named_tensors(model)}
+    listed = {(file, name) for file, name in model.named_tensors()}
     from safetensors import safe_open
 
     on_disk = set()

@@ -9,6 +9,7 @@ import pytest
 from tests.models.conftest import SHAPE, TINY, records
 
 from sfumato.models import model as models
+from sfumato.models.generative import Generative
 from sfumato.models.settings import ModelSettings
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
@@ -45,7 +46,7 @@ class Runs:
         self.folder = folder
         self.ledger_path = folder / "ledger.db"
         self.checkpoints = folder / "checkpoints"
-        self.model: models.TextToImage | None = None
+        self.model: Generative | None = None
 
     def attempt(
         self,

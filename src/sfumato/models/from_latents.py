@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sfumato.errors import OutsideError, UsageError
 from sfumato.models import moments
 from sfumato.models.backbones.mlp import ResidualMlp
-from sfumato.models.model import ROWS_AT_ONCE
+from sfumato.models.generative import ROWS_AT_ONCE
 from sfumato.models.objectives import released
 from sfumato.models.public_codes import PublicCodes
 from sfumato.models.settings import Mlp, ModelSettings, Sampling

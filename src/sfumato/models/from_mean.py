@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sfumato.errors import UsageError
 from sfumato.models.backbones.mlp import normalised
 from sfumato.models.from_latents import save
-from sfumato.models.model import ROWS_AT_ONCE
+from sfumato.models.generative import ROWS_AT_ONCE
 from sfumato.models.public_codes import PublicCodes
 from sfumato.models.settings import Mlp, ModelSettings, RandomFeatures, Sampling
 from sfumato.records import Batch, Record, UnitTable

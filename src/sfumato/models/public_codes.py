@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.errors import DataError
-from sfumato.models.codecs import sentence, terms, text
-from sfumato.models.codecs.image import ImageCoder
+from sfumato.errors import UsageError
+from sfumato.models.codecs import build as build_codecs
+from sfumato.models.codecs.image import PictureCodec
+from sfumato.models.codecs.text_features import TextFeatures
 from sfumato.models.settings import FrozenSentence, HashedWords, ModelSettings, Terms
-from sfumato.records import Record, UnitTable
-
-_AT_ONCE = 4096
+from sfumato.models.shapes import Shapes
+from sfumato.records import Record, UnitTable, prompt
 
 
 class PublicCodes:
@@ -32,11 +32,18 @@ class PublicCodes:
     """
 
     def __init__(self, settings: ModelSettings, picture_shape: tuple[int, int, int]) -> None:
+        if settings.text is None or settings.image is None:
+            raise UsageError(
+                "model.image or model.text = none · what is released are latents of pictures and texts",
+                next="Set both.",
+            )
         self.settings = settings
+        codecs = build_codecs(settings, Shapes(picture=picture_shape))
+        self.image: PictureCodec = codecs["image"]
+        self.text: TextFeatures = codecs["text"]
+        self.text_settings = settings.text
         self.picture_shape = picture_shape
-        self.coder = ImageCoder(settings.image, *picture_shape)
-        spectrum = self.coder.spectrum(settings.objective.sigma_data).flatten()
-        self.scale = spectrum * math.sqrt(spectrum.numel())
+        self.scale = self.image.scale * math.sqrt(self.image.scale.numel())
         self._projection: Tensor | None = None
 
     @property
@@ -45,50 +52,31 @@ class PublicCodes:
 
     def encode(self, records: Sequence[Record]) -> UnitTable:
         """Both latents of every record, zero where it lacks the modality. Private, as the records are."""
-        texts, has_text = self._texts([record.text for record in records])
-        has_image = torch.tensor([record.image is not None for record in records], dtype=torch.bool)
+        pictures, has_image = self.image.encode(records)
+        texts, has_text = self._texts(records)
         return UnitTable(
-            {"image": self.pictures(records), "text": texts},
+            {"image": pictures / self.scale, "text": texts},
             [record.unit for record in records],
             {"image": has_image, "text": has_text},
         )
 
-    def pictures(self, records: Sequence[Record]) -> Tensor:
-        """(R, D)."""
-        latents = torch.zeros(len(records), self.scale.numel())
-        for start in range(0, len(records), _AT_ONCE):
-            part = records[start : start + _AT_ONCE]
-            for record in part:
-                if record.image is not None and record.image.shape != self.picture_shape:
-                    raise DataError(
-                        f"record {record.id}: image.shape = {record.image.shape} · must be {self.picture_shape}",
-                        next="Prepare the records with the recipe's data.image_size and data.channels.",
-                    )
-            blank = np.zeros(self.picture_shape, np.uint8)
-            stacked = np.stack([blank if record.image is None else record.image for record in part])
-            latents[start : start + len(part)] = self.coder.encode(torch.from_numpy(stacked)).flatten(1) / self.scale
-        return latents
-
     def decode(self, latents: Tensor) -> np.ndarray:
         """(R, D) -> (R, H, W, C) uint8."""
-        coefficients = (latents.float() * self.scale).reshape(-1, *self.coder.latent_shape)
-        return self.coder.decode(coefficients).numpy()
+        pictures = self.image.decode(latents.float() * self.scale)
+        return np.stack(pictures) if len(pictures) else np.zeros((0, *self.picture_shape), np.uint8)
 
     def texts(self, prompts: Sequence[str | None]) -> Tensor:
         """(R, E) of texts that are public, prompts for example."""
-        return self._texts(prompts)[0]
+        return self._texts([prompt(text=text) for text in prompts])[0]
 
-    def _texts(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        match self.settings.text:
-            case HashedWords(buckets=buckets, width=width):
-                table, present = text.encode(texts, buckets)
-                return self._projected(text.bag(table, buckets), width), present
-            case FrozenSentence(name=name, width=width):
-                vectors, present = sentence.encode(name, texts)
-                return vectors / math.sqrt(width), present
-            case Terms(axes=axes):
-                values, present = terms.encode(texts, axes)
-                return values / math.sqrt(len(axes)), present
+    def _texts(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        encoded, present = self.text.encode(records)
+        features = self.text.features(encoded)
+        match self.text_settings:
+            case HashedWords(width=width):
+                return self._projected(features, width), present
+            case FrozenSentence() | Terms():
+                return features / math.sqrt(self.text.width), present
 
     def _projected(self, features: Tensor, width: int) -> Tensor:
         """A random projection that keeps lengths on average (Johnson & Lindenstrauss 1984); public, of seed 0."""
@@ -99,7 +87,7 @@ class PublicCodes:
 
     def in_words(self) -> list[str]:
         """For the boundary of a claim."""
-        match self.settings.text:
+        match self.text_settings:
             case HashedWords():
                 how = "a fixed public random projection of hashed words"
             case FrozenSentence(name=name):
@@ -110,7 +98,7 @@ class PublicCodes:
                     "looking at private records"
                 )
         return [
-            f"The encoders are public and frozen, fitted to nothing: pictures by fixed {self.settings.image.kind} coefficients "
+            f"The encoders are public and frozen, fitted to nothing: pictures by fixed {self.image.settings.kind} coefficients "
             f"with public weights, texts by {how}. A prompt is encoded by the same encoder."
         ]
 

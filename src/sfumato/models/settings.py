@@ -159,8 +159,8 @@ Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
-    image: ImageCodec = field(default_factory=Pixels)
-    text: TextEncoder = field(default_factory=HashedWords)
+    image: ImageCodec | None = field(default_factory=Pixels)
+    text: TextEncoder | None = field(default_factory=HashedWords)
     backbone: Backbone = field(default_factory=Mlp)
     objective: Diffusion = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)

@@ -96,6 +96,7 @@ def train(
                 here = state.Progress(step=step, seconds=meter.seconds, units_seen=meter.units_seen)
                 state.save(checkpoints, model, average, optimizer, engine, here)
 
+        after_step = getattr(model, "after_step", lambda step: None)
         for batch in engine.batches(
             table, steps=steps_left, max_physical_batch_size=performance.max_physical_batch_size
         ):
@@ -112,6 +113,7 @@ def train(
             meter.add_up(processes)
             average.update(model, step)
             step += 1
+            after_step(step)  # post-processing, where a family has any
             charged = step + wasted
             if step % settings.log_every == 0 or step == first_step + 1 or charged == plan.steps:
                 figures = meter.figures(charged, float(optimizer.param_groups[0]["lr"]))

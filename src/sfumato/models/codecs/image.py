@@ -4,13 +4,68 @@ Shapes: R records, H W pixels, C channels, F frequencies kept per side.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.errors import UsageError
+from sfumato.errors import DataError, UsageError
 from sfumato.models.settings import Cosine, ImageCodec, Pixels
+from sfumato.records import Modality, Record
+
+_AT_ONCE = 4096  # pictures encoded together
+
+
+@dataclass(frozen=True)
+class PictureCodec:
+    """Records' pictures as flat latents (R, D), and back."""
+
+    settings: ImageCodec
+    picture_shape: tuple[int, int, int]
+    sigma_data: float
+    modality: ClassVar[Modality] = "image"
+
+    @property
+    def kind(self) -> Literal["continuous"]:
+        return "continuous"
+
+    @cached_property
+    def coder(self) -> "ImageCoder":
+        return ImageCoder(self.settings, *self.picture_shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.coder.latent_shape
+
+    @cached_property
+    def scale(self) -> Tensor:
+        return self.coder.spectrum(self.sigma_data).flatten()
+
+    def encode(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        blank = np.zeros(self.picture_shape, np.uint8)
+        latents = self.blank(len(records))
+        for start in range(0, len(records), _AT_ONCE):
+            part = records[start : start + _AT_ONCE]
+            for record in part:
+                if record.image is not None and record.image.shape != self.picture_shape:
+                    raise DataError(
+                        f"record {record.id}: image.shape = {record.image.shape} · must be {self.picture_shape}",
+                        next="Prepare the records with the recipe's data.image_size and data.channels.",
+                    )
+            stacked = np.stack([blank if record.image is None else record.image for record in part])
+            latents[start : start + len(part)] = self.coder.encode(torch.from_numpy(stacked)).flatten(1)
+        present = torch.tensor([record.image is not None for record in records], dtype=torch.bool)
+        return latents * present[:, None], present
+
+    def blank(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.scale.numel())
+
+    def decode(self, encoded: Tensor) -> Sequence[np.ndarray]:
+        return list(self.coder.decode(encoded.reshape(-1, *self.shape)).numpy())
 
 
 @dataclass(frozen=True)
