@@ -11,9 +11,9 @@ import numpy as np
 
 from sfumato.data import fetch as fetching
 from sfumato.data.clinic import Clinic
+from sfumato.data.entries import Entries, Entry, Source
 from sfumato.data.fetch import EXAMPLES, IDX_FILES, missing_files
-from sfumato.data.settings import DataSettings
-from sfumato.data.sources import Entries, Entry, Source
+from sfumato.data.settings import OWN, DataSettings
 from sfumato.errors import DataError
 from sfumato.records import Record
 
@@ -111,8 +111,14 @@ def _clinic(settings: DataSettings, *, patients: int, public: bool) -> Clinic:
         image_size=max(settings.image_size, 32),
         languages=settings.languages,
         seed=settings.seed,
+        audio="audio" in settings.needed,
         public=public,
     )
+
+
+def folder_of(settings: DataSettings) -> Path | None:
+    """Where the files of a built-in set lie; None for generated sets and for the user's own."""
+    return None if settings.source in ("clinic", *OWN) else located(settings)
 
 
 def located(settings: DataSettings) -> Path:
