@@ -13,7 +13,7 @@ import numpy as np
 from sfumato.data.checking import content_digest, first_units, problem, readings, record_digest, split_of
 from sfumato.data.fetch import EXAMPLES
 from sfumato.data.messages import spoken
-from sfumato.data.settings import DataSettings
+from sfumato.data.settings import CONCEPTS, DataSettings
 from sfumato.data.sources import open_source, settings_for
 from sfumato.records import Record
 
@@ -22,9 +22,16 @@ WHAT = {
     "emoji": "Pictures of emoji in three styles, with their names and tags as captions.",
     "mnist": "Handwritten digits, 28 x 28 grey, with captions written by a few patterns.",
     "fashion-mnist": "Articles of clothing, 28 x 28 grey, with captions written by a few patterns.",
+    "wordnet": "What a dictionary says of its words: one record a meaning.",
+    "emails": "Real e-mails and spam of 2002 to 2005: subject and words, without headers.",
+    "prompts": "Telephone prompts spoken by one person, with transcripts.",
+    "stamps": "Pictures of things with captions, some of them spoken.",
+    "icons": "Icons of three sets with their names and tags.",
 }
 WARNINGS = {
     "clinic": "No patient in it exists; it is no medical data, and what is learnt on it says nothing about medicine.",
+    "emails": "Real people wrote them: names, addresses and telephone numbers are in them. Made to try memorisation on.",
+    "prompts": "One speaker: what is learnt is her voice.",
     "emoji": "The styles of one concept share caption and shape, so public records are chosen by concept. "
     "Variants by gender are near-duplicates under different concepts.",
 }
@@ -166,7 +173,7 @@ def _how_public(data: DataSettings) -> str:
         return "other patients, generated in addition; declared public"
     if data.source in ("mnist", "fashion-mnist"):
         return "units of the official test set, chosen by a hash of their name; declared public"
-    if data.source == "emoji":
+    if data.source in CONCEPTS:
         return "concepts chosen by a hash of their name; declared public"
     return "units chosen by a hash of their name (of the held-out ones where splits are declared); declared public"
 

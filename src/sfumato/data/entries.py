@@ -27,6 +27,8 @@ SPLITS = {spelling: split for split, spellings in _SPELLINGS.items() for spellin
 
 Picture = media.Media | Callable[[], np.ndarray]
 """Where a picture comes from; a function where it is not a file of its own (a drawing, a DICOM object)."""
+Sound = media.Media | Callable[[], tuple[np.ndarray, int]]
+"""Where a sound comes from; a function, of the samples and their rate, where it is prepared first."""
 
 
 class Source(Protocol):
@@ -91,7 +93,7 @@ class Entry:
     unit: str | None  # None: the source names no units
     text: str | None = None
     image: Picture | None = None
-    audio: media.Media | None = None
+    audio: Sound | None = None
     others: tuple[tuple[str, media.Media], ...] = ()  # further pictures and sounds, which only need to be readable
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: DataError | None = None
@@ -120,7 +122,7 @@ class Entry:
             read = media.read_image if kind == "image" else media.read_audio
             read(further, name=f"{self.id}: {media.shown(further)}")
         image = None if self.image is None else self._picture(self.image)
-        audio, rate = (None, None) if self.audio is None else media.read_audio(self.audio, name=self.id)
+        audio, rate = (None, None) if self.audio is None else self._sound(self.audio)
         return Record(
             id=self.id,
             unit=self.id if self.unit is None else self.unit,
@@ -133,6 +135,9 @@ class Entry:
 
     def _picture(self, picture: Picture) -> np.ndarray:
         return picture() if callable(picture) else media.read_image(picture, name=self.id)
+
+    def _sound(self, sound: Sound) -> tuple[np.ndarray, int]:
+        return sound() if callable(sound) else media.read_audio(sound, name=self.id)
 
 
 class Entries:

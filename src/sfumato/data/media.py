@@ -160,6 +160,12 @@ def read_audio(media: Media, *, name: str) -> tuple[np.ndarray, int]:
 
     Returns: (T,) float32 in [-1, 1] and its sample rate. Raises DataError: missing_file, huge, channels, unreadable.
     """
+    samples, rate = read_sound(media, name=name, channels=1)
+    return samples[:, 0], rate
+
+
+def read_sound(media: Media, *, name: str, channels: int | None = None) -> tuple[np.ndarray, int]:
+    """As ``read_audio``, with all channels, (T, channels). Args: channels: refuse any other number."""
     try:
         import soundfile
     except (ImportError, OSError) as error:
@@ -168,20 +174,20 @@ def read_audio(media: Media, *, name: str) -> tuple[np.ndarray, int]:
         if isinstance(media, Span):
             media = media.read()
         with soundfile.SoundFile(io.BytesIO(media) if isinstance(media, bytes) else str(media)) as sound:
-            if sound.channels != 1:
+            if channels is not None and sound.channels != channels:
                 raise DataError(
                     f"{name}: channels = {sound.channels} · one channel",
                     next="Mix it down to mono, or keep one channel.",
                     code="channels",
                 )
-            if not 0 < sound.frames <= MAX_SAMPLES:
+            if not 0 < sound.frames * sound.channels <= MAX_SAMPLES:
                 raise DataError(
-                    f"{name}: samples = {sound.frames} · 1 to {MAX_SAMPLES}",
+                    f"{name}: samples = {sound.frames * sound.channels} · 1 to {MAX_SAMPLES}",
                     next="Cut it; it was not decoded.",
                     code="huge",
                 )
             expected, rate = sound.frames, int(sound.samplerate)
-            samples = sound.read(dtype="float32")
+            samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != expected:
                 raise DataError(
                     f"{name}: samples = {len(samples)} of {expected} · the whole sound",

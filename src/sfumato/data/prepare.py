@@ -14,7 +14,7 @@ from sfumato.data.card import public_card, stats
 from sfumato.data.checking import check, first_by_hash, leaks, readings, split_of, unit_of
 from sfumato.data.entries import Entries, Entry, Source, missing_column
 from sfumato.data.places import account_home, clear
-from sfumato.data.settings import OWN, DataSettings
+from sfumato.data.settings import CONCEPTS, OWN, DataSettings
 from sfumato.data.sources import open_source
 from sfumato.errors import DataError, PrivacyRefused, UsageError
 from sfumato.records import Record
@@ -164,7 +164,7 @@ def _refuse_settings(data: DataSettings, unit: str) -> None:
         )
     if unit == "person" and own and data.unit_column is None and data.source != "dicom":
         raise UsageError("privacy.unit = person · needs the column that names the person", next="Set data.unit_column.")
-    if unit == "person" and not own and data.source != "clinic":
+    if unit == "person" and not own and data.source not in ("clinic", "emails"):
         raise UsageError(f"privacy.unit = person · {data.source} names no persons", next="Set privacy.unit: record.")
     if data.source == "clinic" and data.image_size > 128:
         raise UsageError(f"data.image_size = {data.image_size} · clinic draws up to 128", next="Choose 32 to 128.")
@@ -302,10 +302,6 @@ def _split(records: Sequence[Record], data: DataSettings) -> tuple[np.ndarray, n
     private = np.flatnonzero([name not in held_out and name not in chosen for name in group])
     public = np.flatnonzero([name in chosen for name in group])
     return private, public, len(group) - len(private) - len(public)
-
-
-CONCEPTS = ("emoji", "wordnet", "stamps", "icons")
-"""Sets that are split by ``metadata["concept"]``: records of one concept say nearly the same."""
 
 
 def _units_first(records: Sequence[Record], count: int, seed: int) -> Sequence[Record]:

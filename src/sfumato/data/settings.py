@@ -12,6 +12,8 @@ MODALITIES: tuple[Modality, ...] = ("text", "image", "audio")
 OWN = ("folder", "parquet", "arrow", "messages", "webdataset", "dicom")
 """Sources that are the user's."""
 BUILT_IN = ("clinic", "emoji", "mnist", "fashion-mnist", "wordnet", "emails", "prompts", "stamps", "icons")
+CONCEPTS = ("emoji", "wordnet", "stamps", "icons")
+"""Sets that are split by ``metadata["concept"]``: records of one concept say nearly the same."""
 _USUAL: dict[str, tuple[Modality, ...]] = {
     "wordnet": ("text",),
     "emails": ("text",),
