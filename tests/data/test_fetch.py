@@ -204,7 +204,7 @@ def test_the_real_clients_bring_the_real_sets(name):
     settings = DataSettings(source=name)
     source = open_example(settings)
     told = describe(name)
-    counts = {"emoji": 5674, "wordnet": 117_659, "emails": 6046, "prompts": 553, "stamps": 796, "icons": 11_561}
+    counts = {"emoji": 5674, "wordnet": 117_659, "emails": 6046, "prompts": 553, "stamps": 785, "icons": 11_561}
     assert told["records"] == counts.get(name, 70_000)
     assert told["units"] == (2563 if name == "emails" else told["records"])
     assert len(told["sha256"]) == 64
