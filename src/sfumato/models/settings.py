@@ -31,6 +31,50 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waveform:
+    """Sounds as they are, samples in [-1, 1]."""
+
+    kind: Literal["waveform"] = "waveform"
+    std: float = 0.1  # assumed, of a sample
+
+    def __post_init__(self) -> None:
+        checks.positive(std=self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelSpectrogram:
+    """Sounds by the loudness of ``bands`` bands in each frame, fixed public filters, with an inversion one can listen to.
+
+    ``kept``: only the lowest cosine frequencies over (bands, frames): the outline of a sound in a few numbers. Their assumed
+    standard deviation is amplitude / (1 + r) ** decay at distance r from the mean, as ``Cosine`` has it for pictures.
+    """
+
+    kind: Literal["mel"] = "mel"
+    bands: int = 32
+    window: int = 256  # samples
+    hop: int = 64  # samples from frame to frame
+    floor_db: float = -80.0  # below a sine of amplitude 1; what is quieter is silence
+    std: float = 0.4  # assumed, of each band and frame, where -1 is silence and 1 is full scale; without kept
+    kept: tuple[int, int] | None = None
+    amplitude: float = 1.5
+    decay: float = 1.0
+    iterations: int = 32  # of Griffin-Lim, when a sound is made of it
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            bands=self.bands, hop=self.hop, std=self.std, amplitude=self.amplitude, iterations=self.iterations
+        )
+        checks.non_negative(decay=self.decay)
+        if self.window < 2 * self.hop or self.window % 2:
+            raise UsageError(
+                f"window = {self.window} · must be even and at least twice the hop, {self.hop}: frames must overlap",
+                next="Lengthen model.audio.window, or shorten model.audio.hop.",
+            )
+        if not self.floor_db < 0:
+            raise UsageError(f"floor_db = {self.floor_db} · must be below 0", next="For example -80.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HashedWords:
     """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately.
 
@@ -117,6 +161,18 @@ class Diffusion:
     sigma_max: float = 20.0
     condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
 
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise_multiplicity=self.noise_multiplicity, log_sigma_std=self.log_sigma_std, sigma_data=self.sigma_data,
+            sigma_min=self.sigma_min,
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
+        if self.sigma_max <= self.sigma_min:
+            raise UsageError(
+                f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
+                next="Raise model.objective.sigma_max.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -125,6 +181,10 @@ class Sampling:
     steps: int = 24
     guidance: float = 1.5  # 0 is the conditional model alone
     churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
+
+    def __post_init__(self) -> None:
+        checks.positive(steps=self.steps)
+        checks.non_negative(guidance=self.guidance, churn=self.churn)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +213,7 @@ class RandomFeatures:
 
 
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
+AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
 
@@ -161,21 +222,8 @@ Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
 class ModelSettings:
     image: ImageCodec | None = field(default_factory=Pixels)
     text: TextEncoder | None = field(default_factory=HashedWords)
+    audio: AudioCodec | None = None
     backbone: Backbone = field(default_factory=Mlp)
     objective: Diffusion = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
-
-    def __post_init__(self) -> None:
-        checks.positive(
-            sigma_data=self.objective.sigma_data, sigma_min=self.objective.sigma_min,
-            log_sigma_std=self.objective.log_sigma_std,
-        )  # fmt: skip
-        if self.objective.sigma_max <= self.objective.sigma_min:
-            raise UsageError(
-                f"sigma_max = {self.objective.sigma_max} · must be above sigma_min = {self.objective.sigma_min}",
-                next="Raise model.objective.sigma_max.",
-            )
-        checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
-        checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
-        checks.probability(condition_dropout=self.objective.condition_dropout)
