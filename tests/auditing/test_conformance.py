@@ -1,5 +1,6 @@
 """Every wrong trainer of the museum is convicted on its row; right ones are not. One seeded pass on tiny models."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -108,18 +109,36 @@ def test_what_is_not_given_is_inconclusive_and_says_why():
     assert result.verdict == "INCONCLUSIVE"
 
 
-def test_a_subclass_of_transformers_trainer_is_not_convicted():
-    from tests.auditing.adapters import hugging_face
-
+@contextlib.contextmanager
+def many_trainings():
+    """transformers collects garbage at the end of every training, which takes longer than a step."""
     gc.collect()
-    gc.freeze()  # transformers collects garbage at the end of every training, which takes longer than the step
+    gc.freeze()
     try:
-        result = suite.audit(hugging_face.trainer(), seed=SEED, noise_runs=8, games=24, controls=False)
+        yield
     finally:
         gc.unfreeze()
+
+
+def test_the_private_trainer_is_not_convicted():
+    from tests.auditing.adapters import private_trainer
+
+    with many_trainings():
+        result = suite.audit(private_trainer.of_persons(), seed=SEED, noise_runs=8, games=24, controls=False)
     assert result.convicted == []
     looked_at = {row.number for row in result.rows if row.because.endswith("no positive control was made")}
-    assert looked_at >= {1, 2, 3, 4, 5, 8, 11, 12, 13, 15, 17, 22, 23}, [(r.number, r.because) for r in result.rows]
+    assert looked_at == set(range(1, 25)) - {18, 19, 21}, [(r.number, r.because) for r in result.rows]
+
+
+@pytest.mark.slow
+def test_the_private_trainer_is_consistent_in_every_row_that_the_adapter_gives():
+    from tests.auditing.adapters import private_trainer
+
+    with many_trainings():
+        result = suite.audit(private_trainer.of_persons(), seed=SEED)
+    assert result.convicted == []
+    open_ = [row.number for row in result.rows if row.verdict == "INCONCLUSIVE"]
+    assert open_ == [18, 19, 21], [(row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"]
 
 
 @pytest.mark.slow

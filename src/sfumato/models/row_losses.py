@@ -69,7 +69,7 @@ def token_means(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
             next="Give one label for each position, -100 where nothing is predicted, or override compute_losses.",
         )
     losses = functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+        _wide(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
     )
     return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
@@ -96,6 +96,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def accepts(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(unwrapped(model).forward).parameters
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _refuse_coupled(base: nn.Module) -> None:
@@ -134,18 +139,24 @@ def _class_losses(base: nn.Module, logits: Tensor, labels: Tensor, smoothing: fl
         whole = not labels.dtype.is_floating_point
         problem = "regression" if config.num_labels == 1 else "single" if whole else "multi_label_classification"
     if problem == "regression":
-        return (logits.float().reshape(len(logits), -1) - labels.float().reshape(len(logits), -1)).square().mean(1)
+        return (
+            (_wide(logits).reshape(len(logits), -1) - labels.to(_wide(logits).dtype).reshape(len(logits), -1))
+            .square()
+            .mean(1)
+        )
     if problem == "multi_label_classification":
         if smoothing:
             raise UsageError(
                 f"label_smoothing_factor = {smoothing} · has no meaning for several labels at once", next="Set it to 0."
             )
-        return functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(1)
-    return functional.cross_entropy(logits.float(), labels.view(-1), reduction="none", label_smoothing=smoothing)
+        return functional.binary_cross_entropy_with_logits(
+            _wide(logits), labels.to(_wide(logits).dtype), reduction="none"
+        ).mean(1)
+    return functional.cross_entropy(_wide(logits), labels.view(-1), reduction="none", label_smoothing=smoothing)
 
 
 def _position_losses(logits: Tensor, places: Tensor) -> Tensor:
     """(R, T), (R,) -> (R,): a place beyond the text counts nothing."""
     places = places.view(-1).clamp(0, logits.shape[1])
-    padded = functional.cross_entropy(logits.float(), places, ignore_index=logits.shape[1], reduction="none")
+    padded = functional.cross_entropy(_wide(logits), places, ignore_index=logits.shape[1], reduction="none")
     return padded

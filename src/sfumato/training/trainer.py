@@ -8,6 +8,7 @@ Shapes: R rows, B units.
 """
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -73,7 +74,8 @@ class PrivateTrainer(transformers.Trainer):
       expected_batch_size: B, where it is not the product above; then gradient_accumulation_steps is 1.
       ledger: its file; ``ledger.db`` in ``args.output_dir`` by default.
       account: the account that all runs on these data share; that of ``privacy`` by default.
-      evaluation_is_public: the user's word that ``eval_dataset`` is of nobody whom the guarantee protects: only then may a model be chosen by it.
+      evaluation_is_public: the user's word that ``eval_dataset`` is of nobody whom the guarantee protects; only then may a
+        model be chosen by it.
       random: a test source; what it trains is not for release.
 
     Raises: PrivacyRefused with every argument that a private training cannot follow, and with what to do.
@@ -126,7 +128,7 @@ class PrivateTrainer(transformers.Trainer):
         """What is sampled, clipped, noised and therefore charged, over the whole training."""
         if self._plan is None:
             self._plan = self._make_plan()
-            self._spending = Spending(self._plan)
+            self._spending = _spending_of(self._plan)
         return self._plan
 
     @property
@@ -186,7 +188,8 @@ class PrivateTrainer(transformers.Trainer):
                 )
         if asked is not None and self._asked_batch_size not in (None, asked):
             raise UsageError(
-                f"expected_batch_size = {self._asked_batch_size} · the plan says {asked:g}", next="Leave it to the plan."
+                f"expected_batch_size = {self._asked_batch_size} · the plan says {asked:g}",
+                next="Leave it to the plan.",
             )
         return float(product if asked is None else asked)
 
@@ -259,18 +262,25 @@ class PrivateTrainer(transformers.Trainer):
                 left = processes.decide(opened)
                 if left == 0:
                     raise BudgetExhausted(
-                        f"steps = {plan.steps} · are all spent", next="Take the last checkpoint as it is, or plan another run."
+                        f"steps = {plan.steps} · are all spent",
+                        next="Take the last checkpoint as it is, or plan another run.",
                     )
                 yield left
             finally:
-                self._book = None
-        if processes.first:
-            self._events = [Event.from_dict(event) for event in ledgers.show(self._ledger_path)["events"]]
+                held, self._book = self._book, None
+                if held is not None:  # what a block in hand has left is given back when it is closed
+                    held.close()
+                    self._events = [Event.from_dict(event) for event in ledgers.show(self._ledger_path)["events"]]
 
     @contextlib.contextmanager
     def _arguments_of_the_loop(self, max_steps: int) -> Iterator[None]:
         """What the loop must see: one batch for each step, drawn anew after a resume, and no clipping but the engine's."""
-        seen = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "max_steps": max_steps, "ignore_data_skip": True}
+        seen = {
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": 0.0,
+            "max_steps": max_steps,
+            "ignore_data_skip": True,
+        }
         self._kept_arguments = {name: getattr(self.args, name) for name in seen}
         self._set_arguments(seen)
         try:
@@ -440,7 +450,11 @@ class PrivateTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._own_arguments():
             super().save_model(output_dir, _internal_call=_internal_call)
-        if not _internal_call and self._events and self.args.should_save:
+        if not _internal_call:
+            self._write_claim(output_dir)
+
+    def _write_claim(self, output_dir: str | None) -> None:
+        if self._events and self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             (folder / CLAIM).write_text(json.dumps(to_dict(self.claim()), indent=1), encoding="utf-8")
 
@@ -510,6 +524,11 @@ class PrivateTrainer(transformers.Trainer):
             next="Choose settings on public data, or make one trainer for each with a common account.",
             code="hyperparameter_search",
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _spending_of(plan: DpSgd) -> Spending:
+    return Spending(plan)  # the accountant takes seconds
 
 
 class _Drawn(dict[str, Any]):
