@@ -31,10 +31,21 @@ def piece(name):
     return importlib.import_module(f"tests.auditing.museum.{name}")
 
 
+@contextlib.contextmanager
+def many_trainings():
+    """transformers collects garbage at the end of every training, which takes longer than a step."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize("name", PIECES)
 def test_a_wrong_trainer_is_convicted_on_its_row(name):
     wrong = piece(name)
-    result = suite.audit(wrong.wrong(), seed=SEED, controls=False)
+    with many_trainings():
+        result = suite.audit(wrong.wrong(), seed=SEED, controls=False)
     assert wrong.RIGHT_ROW in result.convicted
     assert set(result.convicted) == wrong.ROWS, [(r.number, r.because) for r in result.rows if r.verdict == "VIOLATION"]
     assert result.verdict == "VIOLATION"
@@ -109,17 +120,6 @@ def test_what_is_not_given_is_inconclusive_and_says_why():
     assert result.verdict == "INCONCLUSIVE"
 
 
-@contextlib.contextmanager
-def many_trainings():
-    """transformers collects garbage at the end of every training, which takes longer than a step."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def test_the_private_trainer_is_not_convicted():
     from tests.auditing.adapters import private_trainer
 
@@ -156,5 +156,6 @@ def test_right_trainers_are_convicted_no_more_often_than_stated():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIECES)
 def test_a_wrong_trainer_is_convicted_with_other_seeds_too(name):
-    for seed in range(3):
-        assert piece(name).RIGHT_ROW in suite.audit(piece(name).wrong(), seed=6000 + seed, controls=False).convicted
+    with many_trainings():
+        for seed in range(3):
+            assert piece(name).RIGHT_ROW in suite.audit(piece(name).wrong(), seed=6000 + seed, controls=False).convicted

@@ -1,5 +1,6 @@
 """``PrivateTrainer``: the step against one row at a time, what is refused, what is charged, what is kept."""
 
+import gc
 import json
 import os
 import shutil
@@ -30,6 +31,14 @@ from sfumato.randomness import SecretRandom
 from sfumato.training.trainer import PrivateTrainer
 
 C = 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_trainings():
+    """transformers collects garbage before and after every training, which takes longer than these."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def one_row_at_a_time(model, groups, expected):
@@ -115,7 +124,7 @@ def test_every_step_is_charged_and_epsilon_is_told(tmp_path):
 
 
 def test_epochs_are_of_the_expected_batch(tmp_path):
-    args = arguments(tmp_path, max_steps=-1, num_train_epochs=1.5)
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=1.5, logging_strategy="no")
     made = trainer(tmp_path, args=args, privacy=plan(steps=15))  # 40 units, 4 a step
     made.train()
     assert made.state.global_step == 15
@@ -245,11 +254,18 @@ def test_a_checkpoint_without_its_spending_is_refused(tmp_path):
 
 def test_two_trainings_on_one_account_are_seen_to_add_up(tmp_path):
     for name in ("one", "two"):
-        trainer(tmp_path / name, args=arguments(tmp_path / name), account=tmp_path / "account.db").train()
+        trainer(
+            tmp_path / name, args=arguments(tmp_path / name, logging_strategy="no"), account=tmp_path / "account.db"
+        ).train()
     shown = ledger.show(tmp_path / "account.db")
     assert len(shown["runs"]) == 2
     limited = PrivacySettings(
-        epsilon=1.0, delta=1e-4, population=1000, account=str(tmp_path / "account.db"), account_epsilon=0.01
+        epsilon=None,
+        noise_multiplier=1.0,
+        delta=1e-4,
+        population=1000,
+        account=str(tmp_path / "account.db"),
+        account_epsilon=0.01,
     )
     with pytest.raises(PrivacyRefused):
         trainer(tmp_path / "three", args=arguments(tmp_path / "three", max_grad_norm=1.0), privacy=limited).train()
@@ -433,7 +449,9 @@ def test_a_data_set_of_datasets_with_its_column_and_the_library_s_collator(tmp_p
 
     rows = texts(persons=10)
     dataset = datasets.Dataset.from_list([{**row, "note": "not for the model"} for row in rows])
-    private = PrivacySettings(epsilon=8.0, delta=1e-4, unit="person", records_per_unit=2, population=1000)
+    private = PrivacySettings(
+        epsilon=None, noise_multiplier=1.0, delta=1e-4, unit="person", records_per_unit=2, population=1000
+    )
     args = arguments(tmp_path, per_device_train_batch_size=2)
     made = trainer(tmp_path, rows=dataset, args=args, privacy=private, unit="person")
     assert made.units.num_units == 10

@@ -25,7 +25,8 @@ def read_pipeline(name: Path | str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(name).to(dtype)
+        read = DiffusionPipeline.from_pretrained(name)  # in float32; its word for the type differs between versions
+        return read if dtype == torch.float32 else read.to(dtype)
     except (OSError, ValueError) as error:
         raise unreachable(name, error) from None
 
