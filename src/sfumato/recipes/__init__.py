@@ -14,7 +14,7 @@ from sfumato.recipes.clinic import (
     clinic_shared_latents,
 )
 from sfumato.recipes.emoji import emoji
-from sfumato.recipes.mnist import fashion_mnist, mnist
+from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
 
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
@@ -26,6 +26,8 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-mean-embedding": clinic_mean_embedding,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
+    "mnist-labels": mnist_labels,
+    "fashion-labels": fashion_labels,
     "emoji": emoji,
 }
 
