@@ -11,13 +11,11 @@
 ``docs/privacy.md`` says what is noticed, what is refused, and what a file cannot show.
 """
 
-from sfumato.privacy.ledger.account import BLOCK
 from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, read_jsonl
 from sfumato.privacy.ledger.reading import show, trajectory, verify, verify_chain
 from sfumato.privacy.ledger.run import Ledger
 
 __all__ = [
-    "BLOCK",
     "Ledger",
     "events_of_jsonl",
     "export_jsonl",
