@@ -13,10 +13,11 @@
 
 from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, read_jsonl
 from sfumato.privacy.ledger.reading import show, trajectory, verify, verify_chain
-from sfumato.privacy.ledger.run import Ledger
+from sfumato.privacy.ledger.run import Ledger, Sign
 
 __all__ = [
     "Ledger",
+    "Sign",
     "events_of_jsonl",
     "export_jsonl",
     "plan_of_jsonl",
