@@ -83,14 +83,17 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
 
 def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
     """The sites, each with a plan over all rounds for its own units, a share of the batch that is its share of the units,
-    and the place of its ledger within the run's folder."""
+    and the place of its ledger within the run's folder. In one process they have one key, this user's, as a run has."""
     from sfumato.federation.local import Site
     from sfumato.federation.simulate import site_plan, split_by_site
+    from sfumato.release import keys
 
     federation = recipe.federation
     split = split_by_site(prepared.private, federation.sites)
     tables = {name: model.encode(records) for name, records in split.items()}
-    total = sum(table.num_units for table in tables.values())
+    populations = federation.populations or tuple(table.num_units for table in tables.values())
+    total = sum(populations)
+    key = keys.existing()  # a key is made at the first release, not here
     accounts = prepared.account_home / ".sfumato"
     sites = [
         Site(
@@ -99,13 +102,14 @@ def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
             plan=site_plan(
                 recipe.privacy,
                 federation,
-                expected_batch_size=max(1.0, recipe.training.expected_batch_size * table.num_units / total),
-                population=table.num_units,
+                expected_batch_size=max(1.0, recipe.training.expected_batch_size * population / total),
+                population=population,
             ),
             ledger=Path("sites") / f"site-{number}" / "ledger.db",
             account=accounts / f"account-site-{number}-of-{federation.sites}.db",
+            sign=keys.signer(key) if key is not None else None,
         )
-        for number, (name, table) in enumerate(tables.items(), start=1)
+        for number, ((name, table), population) in enumerate(zip(tables.items(), populations, strict=True), start=1)
     ]
     return [replace(site, account_limit=stages.account_limit(recipe, site.plan)) for site in sites]
 

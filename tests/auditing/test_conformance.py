@@ -102,9 +102,7 @@ def test_the_plain_loop_is_consistent_in_every_row_but_that_of_floating_point():
 def test_ours_is_consistent_in_every_row_that_the_adapter_gives():
     result = suite.audit(ours.trainer(), seed=SEED)
     open_ = [row.number for row in result.rows if row.verdict == "INCONCLUSIVE"]
-    assert open_ == [18, 19, 20, 21], [
-        (row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"
-    ]
+    assert open_ == [19, 20], [(row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"]
 
 
 def test_what_is_not_given_is_inconclusive_and_says_why():

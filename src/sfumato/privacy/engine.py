@@ -28,6 +28,7 @@ from sfumato.errors import PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
+from sfumato.privacy.chance import LossChance
 from sfumato.privacy.correlated import check_memory
 from sfumato.privacy.discrete import source_named
 from sfumato.privacy.draws import STATE_FORMAT, Draws
@@ -163,6 +164,7 @@ class DifferentialPrivacyEngine(Draws):
         self._tape.on_first_call = self._watch_hand_written
         self._gradients = Gradients(model)
         self._passes = Passes(self._tape, self._trainable)
+        self._loss_chance = LossChance(model, self.random)
         try:
             if not self._tape.layers:
                 raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
@@ -232,6 +234,7 @@ class DifferentialPrivacyEngine(Draws):
     def detach(self) -> None:
         super().detach()
         self._tape.detach()
+        self._loss_chance.give_back()
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
         """An upper bound on the epsilon spent so far, at ``delta``: by the ledger if there is one, else by our count.
@@ -329,6 +332,12 @@ class DifferentialPrivacyEngine(Draws):
     def _begin_draws(self, steps: int) -> None:
         self._draws_left, self._block = steps, None
 
+    def _renew_chance(self) -> None:
+        self._loss_chance.renew()
+
+    def _end_draws(self) -> None:
+        self._loss_chance.give_back()
+
     def _event(self) -> Event:
         """What is charged at once: a step; with bands, a cycle."""
         assert self._sampling_rate is not None
@@ -384,6 +393,8 @@ class DifferentialPrivacyEngine(Draws):
             self._ledger_told = self.processes.decide(
                 lambda: ledger and _Told(ledger.sequence, ledger.position, ledger.spent())
             )
+        if self._expected_batch_size is not None and self._sampling_rate is not None:  # a hand-written loop may follow
+            self._renew_chance()
         layers = [layer for layer in self._tape.layers if part == WHOLE or self._partition.owner(layer).name == part]
         self._reductions[part] = Reduction(layers, self.processes)
 
@@ -447,6 +458,10 @@ class DifferentialPrivacyEngine(Draws):
     def _watch_hand_written(self) -> None:
         """In a hand-written loop a step begins with the first layer that is called."""
         if not self._draws_batches:
+            if (
+                self._watch is not None and self._part is not None
+            ):  # of a batch whose first micro-batch was added already
+                self._watch.require_process()
             self._watch = Watch(self.model)
 
     def _forget_sums(self) -> None:
@@ -462,6 +477,8 @@ class DifferentialPrivacyEngine(Draws):
         self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
+        if self._watch is not None:
+            self._watch.require_process()
         skipped = self._part is not None and self._draws_batches and not self._part.stepped
         if self._tape.has_records or skipped:
             self._tape.clear()
@@ -511,6 +528,8 @@ class DifferentialPrivacyEngine(Draws):
                 next="Call backward() before, and step() without a closure.",
             )
         self._passes.require_step_allowed()
+        if self._watch is not None:
+            self._watch.require_process()
         name = next(name for name, held in self._optimizers.items() if held is optimizer)
         self._check_optimizer(optimizer, name)
         if self._tape.rows != 0:  # the gradients of no rows are zero
@@ -523,6 +542,7 @@ class DifferentialPrivacyEngine(Draws):
                 next="Step once for every batch that engine.batches gives.",
                 code="step_without_batch",
             )
+        self._loss_chance.require_unseeded()
         return name
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -532,8 +552,10 @@ class DifferentialPrivacyEngine(Draws):
                 self._watch.check_step()
         if part is not None and part.last and len(part.stepped) == len(self._optimizers):
             self._commit(part)
-        if not self._draws_batches and part is not None and part.last:
-            self._part = None
+        if not self._draws_batches:
+            self._renew_chance()
+            if part is not None and part.last:
+                self._part = None
 
     def _commit(self, part: PhysicalPart) -> None:
         if part.sequence is not None and self.ledger is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.release import boundary, charts, provenance, templates, wording
+from sfumato.release.earlier import earlier_runs
 from sfumato.release.settings import ReleaseSettings
 
 MAX_PICTURE = 8 * 2**20  # bytes of one PNG that is put into the page
@@ -98,6 +99,7 @@ def render(run_dir: Path | str, *, public: bool = False) -> str:
         settings=_flat(values["provenance"]["recipe"]),
         posterior=_posterior(values["guarantee"]),
         detection=_detection(values["guarantee"]),
+        earlier=earlier_runs(run_dir, values["guarantee"]) if values["private"] else None,
         max_epsilon=_policy(values["provenance"]["recipe"]),
     )
 
