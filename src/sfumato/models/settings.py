@@ -117,6 +117,51 @@ class Diffusion:
     sigma_max: float = 20.0
     condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
 
+    def __post_init__(self) -> None:
+        checks.positive(
+            sigma_data=self.sigma_data,
+            sigma_min=self.sigma_min,
+            log_sigma_std=self.log_sigma_std,
+            noise_multiplicity=self.noise_multiplicity,
+        )
+        if self.sigma_max <= self.sigma_min:
+            raise UsageError(
+                f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
+                next="Raise model.objective.sigma_max.",
+            )
+        checks.probability(condition_dropout=self.condition_dropout)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variational:
+    """A multimodal variational autoencoder: any subset of the modalities conditions any other. All of it public constants.
+
+    Attributes:
+      experts: how the modalities' posteriors become one: their "product" (Wu & Goodman 2018, arXiv:1802.05335), their
+        "mixture" (Shi et al. 2019, arXiv:1911.03393), or the "mixture_of_products" of all subsets (Sutter et al. 2021,
+        arXiv:2105.02470).
+      latent: entries of the shared latent.
+      beta: weight of the divergence from the prior.
+      text_weight, image_weight, audio_weight: of each modality's log-likelihood; 4 makes the assumed standard deviation of
+        a continuous entry half its codec's scale. 0: it is a condition, never reconstructed.
+      draws: of the latent, averaged inside one record's loss.
+    """
+
+    kind: Literal["variational"] = "variational"
+    experts: Literal["product", "mixture", "mixture_of_products"] = "product"
+    latent: int = 32
+    beta: float = 1.0
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    audio_weight: float = 1.0
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        checks.positive(latent=self.latent, draws=self.draws)
+        checks.non_negative(
+            beta=self.beta, text_weight=self.text_weight, image_weight=self.image_weight, audio_weight=self.audio_weight
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -155,6 +200,7 @@ class RandomFeatures:
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Variational, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,20 +208,10 @@ class ModelSettings:
     image: ImageCodec | None = field(default_factory=Pixels)
     text: TextEncoder | None = field(default_factory=HashedWords)
     backbone: Backbone = field(default_factory=Mlp)
-    objective: Diffusion = field(default_factory=Diffusion)
+    objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
 
     def __post_init__(self) -> None:
-        checks.positive(
-            sigma_data=self.objective.sigma_data, sigma_min=self.objective.sigma_min,
-            log_sigma_std=self.objective.log_sigma_std,
-        )  # fmt: skip
-        if self.objective.sigma_max <= self.objective.sigma_min:
-            raise UsageError(
-                f"sigma_max = {self.objective.sigma_max} · must be above sigma_min = {self.objective.sigma_min}",
-                next="Raise model.objective.sigma_max.",
-            )
         checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
-        checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
-        checks.probability(condition_dropout=self.objective.condition_dropout)
+        checks.positive(steps=self.sampling.steps)

@@ -18,7 +18,7 @@ from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.codecs.text_features import TextFeatures
 from sfumato.models.generative import Direction, Generative, write_json
 from sfumato.models.objectives import diffusion
-from sfumato.models.settings import FrozenSentence, Mlp, ModelSettings, Sampling, UNet
+from sfumato.models.settings import Diffusion, FrozenSentence, Mlp, ModelSettings, Sampling, UNet
 from sfumato.models.shapes import Shapes
 from sfumato.records import Batch, Modality
 
@@ -56,6 +56,8 @@ class DiffusionModel(Generative):
                 "model.objective.kind = diffusion · makes pictures of texts: it needs a picture codec and a text condition",
                 next="Set model.image and model.text.",
             )
+        assert isinstance(settings.objective, Diffusion)  # families.build has matched it
+        self.objective = settings.objective
         self.image, self.text = image, text
         self.scale = image.scale
         condition = settings.text.width
@@ -81,7 +83,7 @@ class DiffusionModel(Generative):
 
     def record_losses(self, batch: Batch, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
         """(R,): each the mean over K draws of noise level and noise."""
-        objective = self.settings.objective
+        objective = self.objective
         rows, present = batch.num_rows, batch.present["text"]
         if generator is None or draws is None:
             present = present & (torch.rand(rows) >= objective.condition_dropout)
@@ -104,7 +106,7 @@ class DiffusionModel(Generative):
             sigma,
             noise,
             self.scale,
-            self.settings.objective.sigma_data,
+            self.objective.sigma_data,
         )
         return values * batch.present["image"]  # a record without a picture has nothing to lose
 
@@ -119,7 +121,7 @@ class DiffusionModel(Generative):
         condition = self.condition(encoded["text"], present["text"])
         denoiser = diffusion.guided(self.denoiser, condition, self.scale, sampling.guidance)
         start = torch.randn(len(condition), self.scale.numel(), generator=generator)
-        return {"image": diffusion.sample(denoiser, start, self.settings.objective, sampling, generator)}
+        return {"image": diffusion.sample(denoiser, start, self.objective, sampling, generator)}
 
     # -- on disk: the folders of a diffusers pipeline --
 
@@ -162,7 +164,7 @@ class DiffusionModel(Generative):
         }
 
     def _scheduler(self) -> dict[str, Any]:
-        objective = self.settings.objective
+        objective = self.objective
         return {
             "_class_name": "EDMEulerScheduler",
             "sigma_min": objective.sigma_min,
