@@ -31,6 +31,50 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waveform:
+    """Sounds as they are, samples in [-1, 1]."""
+
+    kind: Literal["waveform"] = "waveform"
+    std: float = 0.1  # assumed, of a sample
+
+    def __post_init__(self) -> None:
+        checks.positive(std=self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelSpectrogram:
+    """Sounds by the loudness of ``bands`` bands in each frame, fixed public filters, with an inversion one can listen to.
+
+    ``kept``: only the lowest cosine frequencies over (bands, frames): the outline of a sound in a few numbers. Their assumed
+    standard deviation is amplitude / (1 + r) ** decay at distance r from the mean, as ``Cosine`` has it for pictures.
+    """
+
+    kind: Literal["mel"] = "mel"
+    bands: int = 32
+    window: int = 256  # samples
+    hop: int = 64  # samples from frame to frame
+    floor_db: float = -80.0  # below a sine of amplitude 1; what is quieter is silence
+    std: float = 0.4  # assumed, of each band and frame, where -1 is silence and 1 is full scale; without kept
+    kept: tuple[int, int] | None = None
+    amplitude: float = 1.5
+    decay: float = 1.0
+    iterations: int = 32  # of Griffin-Lim, when a sound is made of it
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            bands=self.bands, hop=self.hop, std=self.std, amplitude=self.amplitude, iterations=self.iterations
+        )
+        checks.non_negative(decay=self.decay)
+        if self.window < 2 * self.hop or self.window % 2:
+            raise UsageError(
+                f"window = {self.window} · must be even and at least twice the hop, {self.hop}: frames must overlap",
+                next="Lengthen model.audio.window, or shorten model.audio.hop.",
+            )
+        if not self.floor_db < 0:
+            raise UsageError(f"floor_db = {self.floor_db} · must be below 0", next="For example -80.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HashedWords:
     """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately.
 
@@ -119,17 +163,15 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         checks.positive(
-            sigma_data=self.sigma_data,
+            noise_multiplicity=self.noise_multiplicity, log_sigma_std=self.log_sigma_std, sigma_data=self.sigma_data,
             sigma_min=self.sigma_min,
-            log_sigma_std=self.log_sigma_std,
-            noise_multiplicity=self.noise_multiplicity,
-        )
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
         if self.sigma_max <= self.sigma_min:
             raise UsageError(
                 f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
                 next="Raise model.objective.sigma_max.",
             )
-        checks.probability(condition_dropout=self.condition_dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,12 +206,60 @@ class Variational:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Adversarial:
+    """A generator against a discriminator, whose size is the backbone's. The discriminator is trained on the records, as
+    ``training`` says; the generator after it, on public texts, at no cost of privacy.
+
+    Attributes:
+      loss: of both: "logistic", not saturating for the generator (Goodfellow et al. 2014), "hinge" (Lim & Ye 2017,
+        arXiv:1705.02894), or "wasserstein", which needs ``weight_bound``.
+      noise: entries of the generator's noise.
+      fakes: made for each record, averaged inside its loss.
+      discriminator_steps: for each time that the generator is updated (Bie et al. 2023, arXiv:2302.02936: many).
+      generator_updates: each time.
+      weight_bound: largest absolute weight of a Wasserstein discriminator.
+    """
+
+    kind: Literal["adversarial"] = "adversarial"
+    loss: Literal["logistic", "hinge", "wasserstein"] = "logistic"
+    noise: int = 16
+    fakes: int = 1
+    discriminator_steps: int = 5
+    generator: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    generator_updates: int = 1
+    generator_batch_size: int = 512
+    generator_learning_rate: float = 1e-3
+    weight_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise=self.noise,
+            fakes=self.fakes,
+            discriminator_steps=self.discriminator_steps,
+            generator_updates=self.generator_updates,
+            generator_batch_size=self.generator_batch_size,
+            generator_learning_rate=self.generator_learning_rate,
+        )
+        if (self.loss == "wasserstein") != (self.weight_bound is not None):
+            raise UsageError(
+                f"loss = {self.loss}, weight_bound = {self.weight_bound} · a Wasserstein discriminator has one, and only it",
+                next="Give wasserstein a weight_bound such as 0.1, and the others null.",
+            )
+        if self.weight_bound is not None:
+            checks.positive(weight_bound=self.weight_bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How pictures are drawn from the trained model; post-processing, changes no guarantee."""
 
     steps: int = 24
     guidance: float = 1.5  # 0 is the conditional model alone
     churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
+
+    def __post_init__(self) -> None:
+        checks.positive(steps=self.steps)
+        checks.non_negative(guidance=self.guidance, churn=self.churn)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,20 +288,18 @@ class RandomFeatures:
 
 
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
+AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
-Objective = Annotated[Diffusion | Variational, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Variational | Adversarial, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
     image: ImageCodec | None = field(default_factory=Pixels)
     text: TextEncoder | None = field(default_factory=HashedWords)
+    audio: AudioCodec | None = None
     backbone: Backbone = field(default_factory=Mlp)
     objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
-
-    def __post_init__(self) -> None:
-        checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
-        checks.positive(steps=self.sampling.steps)
