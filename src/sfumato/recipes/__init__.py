@@ -14,7 +14,7 @@ from sfumato.recipes.clinic import (
     clinic_shared_latents,
 )
 from sfumato.recipes.emoji import emoji
-from sfumato.recipes.families import clinic_variational
+from sfumato.recipes.families import clinic_adversarial, clinic_variational
 from sfumato.recipes.mnist import fashion_mnist, mnist
 
 NAMED: dict[str, Callable[[], Recipe]] = {
@@ -26,6 +26,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
     "clinic-variational": clinic_variational,
+    "clinic-adversarial": clinic_adversarial,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "emoji": emoji,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from sfumato.models.settings import Cosine, Mlp, Terms, Variational
+from sfumato.models.settings import Adversarial, Cosine, Mlp, Terms, Variational
 from sfumato.recipe import Recipe
 from sfumato.recipes.clinic import FINDINGS, TERMS, clinic
 
@@ -23,4 +23,19 @@ def clinic_variational() -> Recipe:
         privacy=replace(recipe.privacy, max_grad_norm=1.0),
         training=replace(recipe.training, steps=600, expected_batch_size=2_048, learning_rate=3e-3),
         evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_adversarial() -> Recipe:
+    """A generator of chest films against a private discriminator, told case histories by a public list of terms."""
+    recipe = clinic_variational()
+    return replace(
+        recipe,
+        name="clinic-adversarial",
+        model=replace(
+            recipe.model,
+            backbone=Mlp(width=128, depth=1),
+            objective=Adversarial(discriminator_steps=3, generator_learning_rate=2e-3),
+        ),
+        training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=2e-3),
     )

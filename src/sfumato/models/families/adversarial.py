@@ -14,8 +14,8 @@ Many discriminator steps for each of the generator's, and large batches, are wha
 Kamath & Zhang 2023, arXiv:2302.02936): noise weakens D, and a G that runs ahead of it learns nothing.
 
 There is no batch norm, and no gradient penalty: the engine's records do not go backward twice. A "wasserstein" D is kept
-Lipschitz by clipping its weights after each step (Arjovsky et al. 2017, arXiv:1701.07875), a function of the weights alone. The text enters D by
-its inner product with what D sees (Miyato & Koyama 2018, arXiv:1802.05637).
+Lipschitz by clipping its weights after each step (Arjovsky et al. 2017, arXiv:1701.07875), a function of the weights alone.
+The text enters D by its inner product with what D sees (Miyato & Koyama 2018, arXiv:1802.05637).
 
 Differs from Bie et al.: fully connected; the fakes of a record's loss are of its own text.
 
