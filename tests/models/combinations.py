@@ -12,6 +12,7 @@ from tests.models.conftest import SHAPE, TINY, TINY_UNET
 
 from sfumato.models.settings import (
     Adversarial,
+    Alignment,
     HashedWords,
     Mlp,
     ModelSettings,
@@ -90,6 +91,21 @@ COMBINATIONS |= {
     ),
     "variational-sounds-alone": Combination(
         settings=_variational(image=None, text=None, audio=Waveform()), shapes=EVERYTHING
+    ),
+    "alignment-words": Combination(
+        settings=ModelSettings(image=TINY.image, text=_WORDS, backbone=_MLP, objective=Alignment(width=6)),
+        outside=("bank.",),
+    ),
+    "alignment-all-three": Combination(
+        settings=ModelSettings(
+            image=TINY.image,
+            text=_TERMS,
+            audio=Waveform(),
+            backbone=_MLP,
+            objective=Alignment(width=6, temperature=0.3),
+        ),
+        shapes=EVERYTHING,
+        outside=("bank.",),
     ),
     "adversarial-words": _adversarial(),
     "adversarial-all-three-hinge": _adversarial(audio=Waveform(), text=_TERMS, loss="hinge", fakes=3, largest=1e-4),

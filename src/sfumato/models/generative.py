@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +39,19 @@ class Direction:
 
     def __str__(self) -> str:
         return f"{'+'.join(self.given) or 'nothing'}→{'+'.join(self.wanted)}"
+
+
+def every_direction(codecs: Mapping[Modality, Any], made: Sequence[Modality]) -> tuple[Direction, ...]:
+    """All the others to each subset of what can be ``made`` and decoded: single modalities first, pictures before the rest."""
+    first: tuple[Modality, ...] = ("image", "audio", "text")
+    names = [name for name in first if name in made and codecs[name].kind != "features"]
+    wanted = [kept for size in range(1, len(names) + 1) for kept in combinations(names, size)]
+    return tuple(
+        Direction(
+            tuple(n for n in MODALITIES if n in codecs and n not in kept), tuple(n for n in MODALITIES if n in kept)
+        )
+        for kept in wanted
+    )
 
 
 class Generative(nn.Module, ABC):

@@ -250,6 +250,25 @@ class Adversarial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Alignment:
+    """A shared latent by contrast with public records; answers are records of that public bank.
+
+    Attributes:
+      width: entries of the latent, which is on the unit sphere.
+      temperature: of the softmax over the record's own partner and the bank.
+      bank: at most so many public records.
+    """
+
+    kind: Literal["alignment"] = "alignment"
+    width: int = 64
+    temperature: float = 0.1
+    bank: int = 512
+
+    def __post_init__(self) -> None:
+        checks.positive(width=self.width, temperature=self.temperature, bank=self.bank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How pictures are drawn from the trained model; post-processing, changes no guarantee."""
 
@@ -291,7 +310,7 @@ ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
-Objective = Annotated[Diffusion | Variational | Adversarial, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Variational | Adversarial | Alignment, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Adversarial, Diffusion, ModelSettings, Variational
+from sfumato.models.settings import Adversarial, Alignment, Diffusion, ModelSettings, Variational
 from sfumato.models.shapes import Shapes
 
 
@@ -20,3 +20,7 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.adversarial import AdversarialModel
 
             return AdversarialModel(settings, shapes)
+        case Alignment():
+            from sfumato.models.families.alignment import AlignmentModel
+
+            return AlignmentModel(settings, shapes)

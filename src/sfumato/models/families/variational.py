@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sfumato.errors import UsageError
 from sfumato.models.families import likelihoods
 from sfumato.models.families.likelihoods import Categorical, Gaussian, Inputs, Likelihood
-from sfumato.models.generative import Direction, Generative
+from sfumato.models.generative import Direction, Generative, every_direction
 from sfumato.models.settings import Mlp, ModelSettings, Sampling, Variational
 from sfumato.models.shapes import Shapes
 from sfumato.records import MODALITIES, Batch, Modality, Record
@@ -91,15 +91,7 @@ class VariationalModel(Generative):
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        first: tuple[Modality, ...] = ("image", "audio", "text")
-        made = [name for name in first if name in self.weights and self.codecs[name].kind != "features"]
-        wanted: list[tuple[Modality, ...]] = [
-            kept for size in range(1, len(made) + 1) for kept in combinations(made, size)
-        ]
-        return tuple(
-            Direction(tuple(n for n in self.names if n not in kept), tuple(n for n in MODALITIES if n in kept))
-            for kept in wanted
-        )
+        return every_direction(self.codecs, list(self.weights))
 
     # -- the posterior --
 
