@@ -79,7 +79,7 @@ class VariationalModel(Generative):
             "image": self.objective.image_weight,
             "audio": self.objective.audio_weight,
         }
-        self.weights = {name: weights[name] for name in self.names if weights[name] > 0}
+        self.weights: dict[Modality, float] = {name: weights[name] for name in self.names if weights[name] > 0}
         if not self.weights:
             raise UsageError("weights = 0 · nothing would be reconstructed", next="Raise model.objective.image_weight.")
         latent = self.objective.latent
