@@ -4,7 +4,7 @@ A family adds its rows: the smallest settings of each codec and backbone that it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from tests.models.conftest import SHAPE, TINY, TINY_UNET
 from sfumato.models.settings import (
     Adversarial,
     Alignment,
+    Diffusion,
+    Flow,
     HashedWords,
+    MelSpectrogram,
     Mlp,
     ModelSettings,
     TermAxis,
@@ -47,14 +50,38 @@ class Combination:
 
 
 _TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
+_MEL = MelSpectrogram(bands=8, window=64, hop=32, iterations=4)  # 8 bands of 16 frames
+_SOUNDS = replace(TINY, image=None, audio=replace(_MEL, kept=(4, 6)))
 
 COMBINATIONS: dict[str, Combination] = {
     "diffusion-cosine-words-mlp": Combination(settings=TINY),
     "diffusion-pixels-words-unet": Combination(settings=TINY_UNET),
-    "diffusion-cosine-terms-mlp": Combination(
-        settings=ModelSettings(
-            image=TINY.image, text=_TERMS, backbone=TINY.backbone, objective=TINY.objective, sampling=TINY.sampling
-        )
+    "diffusion-cosine-terms-mlp": Combination(settings=replace(TINY, text=_TERMS)),
+    "diffusion-alone-mlp": Combination(settings=replace(TINY, text=None)),
+    "diffusion-alone-unet": Combination(settings=replace(TINY_UNET, text=None)),
+    "diffusion-x0": Combination(settings=replace(TINY, objective=Diffusion(prediction="x0"))),
+    "diffusion-eps": Combination(settings=replace(TINY, objective=Diffusion(prediction="eps"))),
+    "diffusion-outline-words-mlp": Combination(
+        settings=replace(_SOUNDS, objective=Diffusion(target="audio", noise_multiplicity=3)), shapes=EVERYTHING
+    ),
+    "diffusion-waveform-words-mlp": Combination(
+        settings=replace(_SOUNDS, audio=Waveform(), objective=Diffusion(target="audio")),
+        shapes=EVERYTHING,
+        largest=1e-4,  # samples vary by .1 only: at low noise the error is a small difference of float32 numbers
+    ),
+    "diffusion-mel-words-unet": Combination(
+        settings=replace(TINY_UNET, image=None, audio=_MEL, objective=Diffusion(target="audio")), shapes=EVERYTHING
+    ),
+    "diffusion-image-of-text-and-sound": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(condition_width=8)), shapes=EVERYTHING
+    ),
+    "diffusion-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(target="audio", condition_width=8)), shapes=EVERYTHING
+    ),
+    "flow-cosine-words-mlp": Combination(settings=replace(TINY, objective=Flow(noise_multiplicity=3))),
+    "flow-pixels-words-unet": Combination(settings=replace(TINY_UNET, objective=Flow())),
+    "flow-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Flow(target="audio", condition_width=8)), shapes=EVERYTHING
     ),
 }
 

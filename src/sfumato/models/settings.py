@@ -148,23 +148,39 @@ class UNet:
     layers_per_block: int = 1
 
 
+Target = Literal["image", "audio"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diffusion:
-    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Attributes:
+      target: what is drawn; the other modalities of the model are conditions.
+      noise_multiplicity: K draws of noise level and noise inside one example's loss (DPDM, eq. 6).
+      sigma_data: of a pixel; the other codecs bring their own scale.
+      prediction: what the network is asked for. v: EDM's own, the velocity of Salimans & Ho 2022 up to its sign; x0: the clean
+        latent; eps: the noise. The loss weighs each so that the network's error counts alike at every level.
+      condition_dropout: chance, of each condition by itself, that a row's is dropped: for guidance, and for prompts without it.
+      condition_width: of what is made of a condition that is a picture or a sound; a text's width is its encoder's.
+    """
 
     kind: Literal["diffusion"] = "diffusion"
-    noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
+    target: Target = "image"
+    noise_multiplicity: int = 2
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
-    sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
+    sigma_data: float = 0.5
     sigma_min: float = 0.02
     sigma_max: float = 20.0
-    condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
+    prediction: Literal["v", "x0", "eps"] = "v"
+    condition_dropout: float = 0.1
+    condition_width: int = 64
 
     def __post_init__(self) -> None:
         checks.positive(
             noise_multiplicity=self.noise_multiplicity, log_sigma_std=self.log_sigma_std, sigma_data=self.sigma_data,
-            sigma_min=self.sigma_min,
+            sigma_min=self.sigma_min, condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
         if self.sigma_max <= self.sigma_min:
@@ -172,6 +188,31 @@ class Diffusion:
                 f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
                 next="Raise model.objective.sigma_max.",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+
+    Attributes: target, noise_multiplicity, condition_dropout, condition_width: as ``Diffusion`` has them.
+      logit_time_mean, logit_time_std: of the time of a draw, logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19); 0 is
+        data, 1 is noise.
+    """
+
+    kind: Literal["flow"] = "flow"
+    target: Target = "image"
+    noise_multiplicity: int = 2
+    logit_time_mean: float = 0.0
+    logit_time_std: float = 1.0
+    condition_dropout: float = 0.1
+    condition_width: int = 64
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise_multiplicity=self.noise_multiplicity, logit_time_std=self.logit_time_std,
+            condition_width=self.condition_width,
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,17 +309,51 @@ class Alignment:
         checks.positive(width=self.width, temperature=self.temperature, bank=self.bank)
 
 
+Solver = Literal["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
+_SOLVERS = {"diffusion": ("heun", "euler", "dpmpp_2m", "ancestral"), "flow": ("heun", "euler", "midpoint")}
+_CHURNING = ("heun", "euler")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How pictures are drawn from the trained model; post-processing, changes no guarantee."""
+    """How records are drawn from the trained model; post-processing, changes no guarantee.
+
+    Attributes:
+      steps: of the solver; heun and midpoint look at the network twice in each.
+      guidance: 0 is the conditional model alone.
+      solver: diffusion: heun, euler, dpmpp_2m (Lu et al. 2022), ancestral (adds noise in each step); flow: heun, euler, midpoint.
+      churn, churn_min, churn_max, churn_noise: of a diffusion by heun or euler, noise that is added and taken away again:
+        S_churn, S_tmin, S_tmax, S_noise of EDM, algorithm 2; churn 0 adds none.
+    """
 
     steps: int = 24
-    guidance: float = 1.5  # 0 is the conditional model alone
-    churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
+    guidance: float = 1.5
+    solver: Solver = "heun"
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float | None = None
+    churn_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.positive(steps=self.steps)
-        checks.non_negative(guidance=self.guidance, churn=self.churn)
+        checks.positive(steps=self.steps, churn_noise=self.churn_noise)
+        checks.non_negative(guidance=self.guidance, churn=self.churn, churn_min=self.churn_min)
+
+    def check_for(self, objective: str) -> None:
+        """Raises UsageError where the solver is not one of the objective's, or cannot churn."""
+        known = _SOLVERS.get(objective)
+        if known is None:
+            return
+        if self.solver not in known:
+            raise UsageError(
+                f"model.sampling.solver = {self.solver} · of objective {objective} one of {', '.join(known)}",
+                next="Choose one of these.",
+            )
+        if self.churn > 0 and (objective != "diffusion" or self.solver not in _CHURNING):
+            raise UsageError(
+                f"model.sampling.churn = {self.churn} · is of a diffusion's solvers {' and '.join(_CHURNING)} only, not of "
+                f"{objective} by {self.solver}",
+                next="Set it to 0, or take another solver.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,7 +385,7 @@ ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
-Objective = Annotated[Diffusion | Variational | Adversarial | Alignment, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Flow | Variational | Adversarial | Alignment, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,3 +397,6 @@ class ModelSettings:
     objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
+
+    def __post_init__(self) -> None:
+        self.sampling.check_for(self.objective.kind)
