@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import stages
-from sfumato.errors import PrivacyRefused
+from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import ledger
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.plan import NotPrivate
@@ -39,6 +39,11 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     progress(f"{recipe.name}: reading the data")
     prepared = stages.load(recipe)
     model = stages.build(recipe)
+    if getattr(model, "needs_public", False):
+        raise UsageError(
+            f"model.objective.kind = {model.family} · needs more than the tensors that sites exchange",
+            next="Use `sfumato train`, or another family.",
+        )
     members = _members(recipe, prepared, model)
     folder = stages.begin(out, recipe, members[0].plan, prepared)
     members = [replace(site, ledger=folder.path / site.ledger) for site in members]

@@ -236,6 +236,8 @@ def train(
         if released:
             table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
             progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
+        else:
+            model.tell_public(told_public(prepared))
         steps, estimates = releasing.loop_plan(recipe, table) if released else plan, []
         if estimated(plan) is not None:
             steps, estimates = _with_its_bound(run, recipe, plan, model, table, book, progress)
@@ -265,7 +267,11 @@ def train(
         claim = guarantee(
             plan,
             book.spent() if isinstance(plan, PrivatePlan) else [],
-            boundary=boundary(recipe, released=releasing.boundary(recipe, model, plan) if released else ()),
+            boundary=boundary(
+                recipe,
+                released=releasing.boundary(recipe, model, plan) if released else (),
+                family=() if released else model.boundary(),
+            ),
             not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
             estimates=estimates,
@@ -309,12 +315,17 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
-def _prompts(prepared: Any) -> list[str]:
-    """The texts of the public units that no figure is measured on."""
+def told_public(prepared: Any) -> list[Any]:
+    """The public records that no figure is measured on."""
     from sfumato.evaluation import report
 
     usable = [record for record in prepared.public if record.image is not None and record.text]
-    return [str(record.text) for record in report.halves(usable, 0)[0]]
+    return report.halves(usable or prepared.public, 0)[0]
+
+
+def _prompts(prepared: Any) -> list[str]:
+    """Their texts."""
+    return [str(record.text) for record in told_public(prepared) if record.text]
 
 
 def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
@@ -341,8 +352,11 @@ def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | No
     return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
-def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
-    """Args: released: sentences on what was released, where the training saw nothing else."""
+def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[str] = ()) -> list[str]:
+    """Args:
+    released: sentences on what was released, where the training saw nothing else.
+    family: what the model's family says itself of its networks.
+    """
     data, text = recipe.data, recipe.model.text
     trained = (
         "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
@@ -350,6 +364,7 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
     )
     sentences = [
         *(released or [trained]),
+        *family,
         f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
         "quality and are shown in the report.",
         "Declared public: the recipe, its settings, and the choice of them.",
@@ -389,8 +404,8 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
     if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
-    trained = set(model.named_tensors())  # all of it by the mechanism; what the model cannot name stays uncovered
-    provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
+    origins = model.origins()  # what the model cannot name stays uncovered
+    provenance.write_taint(run.path, lambda file, name: origins.get((file, name), "constant"))
 
 
 # -- after training --
@@ -452,6 +467,7 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
 
     progress("twin: the same training without privacy, to say what privacy costs (never released)")
     model = build(recipe)
+    model.tell_public(told_public(prepared))
     table = encode(model, recipe, prepared.private) if table is None else table
     settings = replace(recipe.training, checkpoint_every_seconds=60.0)
     internal = run.path / "internal" / "twin"
@@ -545,6 +561,8 @@ def _control_scores(
     outside = model.encode(prepared.public)
     if releasing.is_release(plan):
         inside = model.control_table(inside)
+    else:
+        model.tell_public(told_public(prepared))
     few = NotPrivate(
         population=inside.num_units,
         expected_batch_size=inside.num_units / 2,

@@ -5,11 +5,25 @@ A family adds its rows: the smallest settings of each codec and backbone that it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
 
-from sfumato.models.settings import Diffusion, Flow, MelSpectrogram, ModelSettings, TermAxis, Terms, Waveform
+from sfumato.models.settings import (
+    Adversarial,
+    Alignment,
+    Diffusion,
+    Flow,
+    HashedWords,
+    MelSpectrogram,
+    Mlp,
+    ModelSettings,
+    TermAxis,
+    Terms,
+    Variational,
+    Waveform,
+)
 from sfumato.models.shapes import Shapes
 from sfumato.records import MODALITIES, Modality, Record
 
@@ -23,12 +37,16 @@ class Combination:
     """Attributes:
     learning_rate: of Adam, for the test that training lowers the loss.
     largest: of the oracle's float64 and the engine's float32, how far apart, relative.
+    outside: how the names of tensors begin that no private step moves: post-processing, or public.
+    stays: how the names of tensors begin that are not saved with the model.
     """
 
     settings: ModelSettings
     shapes: Shapes = PICTURES
     learning_rate: float = 1e-2
     largest: float = 2e-5
+    outside: tuple[str, ...] = ()
+    stays: tuple[str, ...] = ()
 
 
 _TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
@@ -65,6 +83,60 @@ COMBINATIONS: dict[str, Combination] = {
     "flow-sound-of-text-and-image": Combination(
         settings=replace(TINY, audio=_MEL, objective=Flow(target="audio", condition_width=8)), shapes=EVERYTHING
     ),
+}
+
+_MLP = Mlp(width=12, depth=1)
+_WORDS = HashedWords(buckets=16, width=8)
+
+
+def _variational(**settings: Any) -> ModelSettings:
+    objective = Variational(latent=4, **{k: settings.pop(k) for k in ("experts", "draws") if k in settings})
+    return ModelSettings(**{"image": TINY.image, "text": _WORDS, "backbone": _MLP, **settings}, objective=objective)
+
+
+def _adversarial(*, largest: float = 2e-5, **settings: Any) -> Combination:
+    objective = Adversarial(
+        noise=4, discriminator_steps=50, **{k: settings.pop(k) for k in ("loss", "fakes") if k in settings}
+    )
+    given = {"image": TINY.image, "text": _WORDS, "backbone": _MLP, **settings}
+    outside = ("generator.", "first", "second", "taken")
+    return Combination(
+        settings=ModelSettings(**given, objective=objective),
+        shapes=EVERYTHING,
+        outside=outside,
+        largest=largest,
+        stays=("discriminator.", *outside[1:]),
+    )
+
+
+COMBINATIONS |= {
+    "variational-product-words": Combination(settings=_variational(draws=2)),
+    "variational-product-terms": Combination(settings=_variational(text=_TERMS)),
+    "variational-mixture-words": Combination(settings=_variational(experts="mixture")),
+    "variational-all-three": Combination(
+        settings=_variational(experts="mixture_of_products", audio=Waveform()), shapes=EVERYTHING
+    ),
+    "variational-sounds-alone": Combination(
+        settings=_variational(image=None, text=None, audio=Waveform()), shapes=EVERYTHING
+    ),
+    "alignment-words": Combination(
+        settings=ModelSettings(image=TINY.image, text=_WORDS, backbone=_MLP, objective=Alignment(width=6)),
+        outside=("bank.",),
+    ),
+    "alignment-all-three": Combination(
+        settings=ModelSettings(
+            image=TINY.image,
+            text=_TERMS,
+            audio=Waveform(),
+            backbone=_MLP,
+            objective=Alignment(width=6, temperature=0.3),
+        ),
+        shapes=EVERYTHING,
+        outside=("bank.",),
+    ),
+    "adversarial-words": _adversarial(),
+    "adversarial-all-three-hinge": _adversarial(audio=Waveform(), text=_TERMS, loss="hinge", fakes=3, largest=1e-4),
+    "adversarial-pictures-alone": _adversarial(text=None),
 }
 
 

@@ -28,6 +28,7 @@ def built(name: str) -> Generative:
     combination = COMBINATIONS[name]
     model = models.build(combination.settings, combination.shapes)
     disturbed(model)
+    model.tell_public(records([1] * 6, list(model.codecs), seed=9, shapes=model.shapes))
     return model
 
 
@@ -199,7 +200,8 @@ def test_a_private_step_moves_every_tensor(name: str):
         optimizer.step()
     engine.detach()
     after = model.state_dict()
-    assert {key for key in before if not before[key].equal(after[key])} == trained == set(before)
+    assert {key for key in before if not before[key].equal(after[key])} == trained
+    assert {key for key in before if not key.startswith(COMBINATIONS[name].outside)} == trained
 
 
 def test_training_lowers_the_loss(name: str):
@@ -272,7 +274,7 @@ def test_what_is_saved_comes_back_bit_by_bit_and_draws_the_same(name: str, tmp_p
     assert back.shapes == model.shapes
     saved, read = model.state_dict(), back.state_dict()
     assert list(read) == list(saved)
-    assert all(read[key].equal(saved[key]) for key in saved)
+    assert all(read[key].equal(saved[key]) for key in saved if not key.startswith(COMBINATIONS[name].stays))
     for direction in model.directions:
         told = asked(model, direction)
         assert same(back.sample(told, direction.wanted, seed=3), model.sample(told, direction.wanted, seed=3))

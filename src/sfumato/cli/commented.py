@@ -31,7 +31,7 @@ EXPLAINED = {
     "model.audio": "null without sounds; waveform, or kind: mel with bands: 32 (and kept: [12, 40], its outline only)",
     "model.text": "hashed_words is trained privately; frozen_sentence is a public encoder, outside the guarantee",
     "model.backbone": "mlp is fast on few cores; unet is the one of diffusers",
-    "model.objective": "diffusion (Karras et al. 2022) or kind: flow; target: image or audio, the other modalities are conditions",
+    "model.objective": "the family: diffusion (Karras et al. 2022) or flow, to one target; variational, adversarial, alignment",
     "model.random_features": "of mechanism mean_embedding: what the mean is of",
     "model.sampling": "how records are drawn afterwards; changes no guarantee",
     "privacy": "The guarantee. These lines say everything that it depends on, together with steps and batch size below.",

@@ -215,6 +215,100 @@ class Flow:
         checks.probability(condition_dropout=self.condition_dropout)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variational:
+    """A multimodal variational autoencoder: any subset of the modalities conditions any other. All of it public constants.
+
+    Attributes:
+      experts: how the modalities' posteriors become one: their "product" (Wu & Goodman 2018, arXiv:1802.05335), their
+        "mixture" (Shi et al. 2019, arXiv:1911.03393), or the "mixture_of_products" of all subsets (Sutter et al. 2021,
+        arXiv:2105.02470).
+      latent: entries of the shared latent.
+      beta: weight of the divergence from the prior.
+      text_weight, image_weight, audio_weight: of each modality's log-likelihood; 4 makes the assumed standard deviation of
+        a continuous entry half its codec's scale. 0: it is a condition, never reconstructed.
+      draws: of the latent, averaged inside one record's loss.
+    """
+
+    kind: Literal["variational"] = "variational"
+    experts: Literal["product", "mixture", "mixture_of_products"] = "product"
+    latent: int = 32
+    beta: float = 1.0
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    audio_weight: float = 1.0
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        checks.positive(latent=self.latent, draws=self.draws)
+        checks.non_negative(
+            beta=self.beta, text_weight=self.text_weight, image_weight=self.image_weight, audio_weight=self.audio_weight
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adversarial:
+    """A generator against a discriminator, whose size is the backbone's. The discriminator is trained on the records, as
+    ``training`` says; the generator after it, on public texts, at no cost of privacy.
+
+    Attributes:
+      loss: of both: "logistic", not saturating for the generator (Goodfellow et al. 2014), "hinge" (Lim & Ye 2017,
+        arXiv:1705.02894), or "wasserstein", which needs ``weight_bound``.
+      noise: entries of the generator's noise.
+      fakes: made for each record, averaged inside its loss.
+      discriminator_steps: for each time that the generator is updated (Bie et al. 2023, arXiv:2302.02936: many).
+      generator_updates: each time.
+      weight_bound: largest absolute weight of a Wasserstein discriminator.
+    """
+
+    kind: Literal["adversarial"] = "adversarial"
+    loss: Literal["logistic", "hinge", "wasserstein"] = "logistic"
+    noise: int = 16
+    fakes: int = 1
+    discriminator_steps: int = 5
+    generator: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    generator_updates: int = 1
+    generator_batch_size: int = 512
+    generator_learning_rate: float = 1e-3
+    weight_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise=self.noise,
+            fakes=self.fakes,
+            discriminator_steps=self.discriminator_steps,
+            generator_updates=self.generator_updates,
+            generator_batch_size=self.generator_batch_size,
+            generator_learning_rate=self.generator_learning_rate,
+        )
+        if (self.loss == "wasserstein") != (self.weight_bound is not None):
+            raise UsageError(
+                f"loss = {self.loss}, weight_bound = {self.weight_bound} · a Wasserstein discriminator has one, and only it",
+                next="Give wasserstein a weight_bound such as 0.1, and the others null.",
+            )
+        if self.weight_bound is not None:
+            checks.positive(weight_bound=self.weight_bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alignment:
+    """A shared latent by contrast with public records; answers are records of that public bank.
+
+    Attributes:
+      width: entries of the latent, which is on the unit sphere.
+      temperature: of the softmax over the record's own partner and the bank.
+      bank: at most so many public records.
+    """
+
+    kind: Literal["alignment"] = "alignment"
+    width: int = 64
+    temperature: float = 0.1
+    bank: int = 512
+
+    def __post_init__(self) -> None:
+        checks.positive(width=self.width, temperature=self.temperature, bank=self.bank)
+
+
 Solver = Literal["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
 _SOLVERS = {"diffusion": ("heun", "euler", "dpmpp_2m", "ancestral"), "flow": ("heun", "euler", "midpoint")}
 _CHURNING = ("heun", "euler")
@@ -291,7 +385,7 @@ ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
-Objective = Annotated[Diffusion | Flow, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Flow | Variational | Adversarial | Alignment, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

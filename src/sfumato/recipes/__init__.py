@@ -14,6 +14,7 @@ from sfumato.recipes.clinic import (
     clinic_shared_latents,
 )
 from sfumato.recipes.emoji import emoji
+from sfumato.recipes.families import clinic_adversarial, clinic_variational
 from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
 
 NAMED: dict[str, Callable[[], Recipe]] = {
@@ -24,6 +25,8 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-shared-latents": clinic_shared_latents,
     "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
+    "clinic-variational": clinic_variational,
+    "clinic-adversarial": clinic_adversarial,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "mnist-labels": mnist_labels,

@@ -1,7 +1,7 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Diffusion, Flow, ModelSettings
+from sfumato.models.settings import Adversarial, Alignment, Diffusion, Flow, ModelSettings, Variational
 from sfumato.models.shapes import Shapes
 
 
@@ -16,3 +16,15 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.flow import FlowModel
 
             return FlowModel(settings, shapes)
+        case Variational():
+            from sfumato.models.families.variational import VariationalModel
+
+            return VariationalModel(settings, shapes)
+        case Adversarial():
+            from sfumato.models.families.adversarial import AdversarialModel
+
+            return AdversarialModel(settings, shapes)
+        case Alignment():
+            from sfumato.models.families.alignment import AlignmentModel
+
+            return AlignmentModel(settings, shapes)

@@ -1,0 +1,41 @@
+"""The demo's clinic under other families of models."""
+
+from dataclasses import replace
+
+from sfumato.models.settings import Adversarial, Cosine, Mlp, Terms, Variational
+from sfumato.recipe import Recipe
+from sfumato.recipes.clinic import FINDINGS, TERMS, clinic
+
+
+def clinic_variational() -> Recipe:
+    """Case histories and chest films in one latent: a variational autoencoder, product of experts, at the demo's epsilon."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-variational",
+        model=replace(
+            recipe.model,
+            image=Cosine(kept=16),
+            text=Terms(axes=TERMS + FINDINGS),
+            backbone=Mlp(width=256, depth=1),
+            objective=Variational(latent=32, image_weight=1.0, text_weight=4.0),
+        ),
+        privacy=replace(recipe.privacy, max_grad_norm=1.0),
+        training=replace(recipe.training, steps=600, expected_batch_size=2_048, learning_rate=3e-3),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_adversarial() -> Recipe:
+    """A generator of chest films against a private discriminator, told case histories by a public list of terms."""
+    recipe = clinic_variational()
+    return replace(
+        recipe,
+        name="clinic-adversarial",
+        model=replace(
+            recipe.model,
+            backbone=Mlp(width=128, depth=1),
+            objective=Adversarial(discriminator_steps=3, generator_learning_rate=2e-3),
+        ),
+        training=replace(recipe.training, steps=600, expected_batch_size=1_024, learning_rate=2e-3),
+    )
