@@ -105,11 +105,37 @@ class UNet:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """What may be done to a picture without changing what its text says of it: public, fitted to nothing (``augmentation``).
+
+    Attributes:
+      shift: at most so many pixels, up or down and left or right.
+      rotation: at most so many degrees, either way.
+      zoom: larger or smaller by a factor of at most 1 + zoom.
+      flip: mirrored left to right, every other time. Not for letters, digits or sides of a body.
+    """
+
+    shift: float = 0.0
+    rotation: float = 0.0
+    zoom: float = 0.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        checks.non_negative(shift=self.shift, rotation=self.rotation, zoom=self.zoom)
+        if not (self.shift or self.rotation or self.zoom or self.flip):
+            raise UsageError(
+                "augmentation · changes nothing", next="Give shift, rotation, zoom or flip; or leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Diffusion:
     """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1)."""
 
     kind: Literal["diffusion"] = "diffusion"
     noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
+    augmentation: Augmentation | None = None  # of pictures, anew in every loss
+    augmentation_multiplicity: int = 1  # M copies of a record's picture inside its loss, each with K draws of its own
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
     sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
@@ -179,3 +205,9 @@ class ModelSettings:
         checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
         checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
         checks.probability(condition_dropout=self.objective.condition_dropout)
+        checks.positive(augmentation_multiplicity=self.objective.augmentation_multiplicity)
+        if self.objective.augmentation_multiplicity > 1 and self.objective.augmentation is None:
+            raise UsageError(
+                f"augmentation_multiplicity = {self.objective.augmentation_multiplicity} · copies that are all the same are draws",
+                next="Set model.objective.augmentation, or noise_multiplicity.",
+            )

@@ -80,12 +80,18 @@ class DiffusionModel(Generative):
     # -- the objective --
 
     def record_losses(self, batch: Batch, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
-        """(R,): each the mean over K draws of noise level and noise."""
+        """(R,): each the mean over K draws of noise level and noise, for every one of M copies of its picture.
+
+        An attack (``generator``) looks at the picture as it is.
+        """
         objective = self.settings.objective
-        rows, present = batch.num_rows, batch.present["text"]
+        rows, present, pictures = batch.num_rows, batch.present["text"], batch.tensors["image"]
         if generator is None or draws is None:
             present = present & (torch.rand(rows) >= objective.condition_dropout)
-            shape = (rows, objective.noise_multiplicity)
+            shape = (rows, objective.noise_multiplicity * objective.augmentation_multiplicity)
+            if objective.augmentation is not None:
+                changed = self.image.augmented(pictures, objective.augmentation, objective.augmentation_multiplicity)
+                pictures = changed.repeat_interleave(objective.noise_multiplicity, dim=1)  # (R, M K, D)
             sigma = diffusion.noise_levels(objective, shape)
             noise = torch.randn(*shape, self.scale.numel())
         else:
@@ -93,13 +99,16 @@ class DiffusionModel(Generative):
             level = torch.special.ndtri(middle) * objective.log_sigma_std + objective.log_sigma_mean
             sigma = level.exp().expand(rows, -1)
             noise = torch.randn(rows, draws, self.scale.numel(), generator=generator)
-        return self._record_losses(batch, self.condition(batch.tensors["text"], present), sigma, noise)
+        condition = self.condition(batch.tensors["text"], present)
+        return self._record_losses(batch, condition, sigma, noise, pictures)
 
-    def _record_losses(self, batch: Batch, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        """Args: condition (R, E), sigma (R, K), noise (R, K, D)."""
+    def _record_losses(
+        self, batch: Batch, condition: Tensor, sigma: Tensor, noise: Tensor, pictures: Tensor | None = None
+    ) -> Tensor:
+        """Args: condition (R, E), sigma (R, K), noise (R, K, D), pictures (R, K, D) in place of the batch's (R, D)."""
         values = diffusion.record_losses(
             self.denoiser,
-            batch.tensors["image"],
+            batch.tensors["image"] if pictures is None else pictures,
             condition,
             sigma,
             noise,
