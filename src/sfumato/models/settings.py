@@ -178,6 +178,84 @@ class RandomFeatures:
         checks.positive(width=self.width, longest=self.longest, signs=self.signs, length=self.length)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassMoments:
+    """Noisy sums over the records of every public class: how many, their pictures, and products of two entries of a picture.
+
+    Records are then drawn from a Gaussian for every class (``models.class_moments``).
+
+    Attributes:
+      classes: a text is of the first class that one of its terms ``more`` says, if none of ``less`` does.
+      image: what a picture's entries are; few, because products are many.
+      level: the grey level, of -1 to 1, that pictures are counted from; public.
+      longest: root mean square distance from it that pictures are shortened to; public.
+      products: False releases numbers and sums of pictures only ("central images").
+    """
+
+    kind: Literal["class_moments"] = "class_moments"
+    classes: tuple[TermAxis, ...] = ()
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    level: float = 0.0
+    longest: float = 0.6
+    products: bool = True
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+        names = [one.name for one in self.classes]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(
+                f"classes = {names} · must be at least one, each with a name of its own",
+                next="Fill model.warm_start.release.classes.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanGenerator:
+    """One noisy mean of random features of pictures x terms of texts, and a generator fitted to it (``models.from_mean``).
+
+    Attributes: steps, texts_at_once, learning_rate: of the generator's fitting.
+    """
+
+    text: Terms
+    kind: Literal["mean_embedding"] = "mean_embedding"
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    backbone: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    random_features: RandomFeatures = field(default_factory=RandomFeatures)
+    steps: int = 600
+    texts_at_once: int = 1_024
+    learning_rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(steps=self.steps, texts_at_once=self.texts_at_once, learning_rate=self.learning_rate)
+
+
+WarmRelease = Annotated[ClassMoments | MeanGenerator, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStart:
+    """What is released before the first private step, and how the model is trained on records drawn from it (``warming``).
+
+    Attributes:
+      records: drawn from the release.
+      steps, records_at_once, learning_rate: of the training on them.
+    """
+
+    release: WarmRelease
+    records: int = 20_000
+    steps: int = 800
+    records_at_once: int = 512
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            records=self.records,
+            steps=self.steps,
+            records_at_once=self.records_at_once,
+            learning_rate=self.learning_rate,
+        )
+
+
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
@@ -191,6 +269,7 @@ class ModelSettings:
     objective: Diffusion = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
+    warm_start: WarmStart | None = None  # with privacy.warm_start
 
     def __post_init__(self) -> None:
         checks.positive(
