@@ -74,10 +74,11 @@ def begin(
     """
     random = random or SecretRandom()
     maker = maker_of(recipe, model.shapes.of_picture())
-    if not prompts:
+    prompts = maker.usable(prompts) if hasattr(maker, "usable") else prompts
+    if not prompts:  # before anything is charged
         raise UsageError(
-            "warm_start · draws records for the texts of public units, and there are none",
-            next="Raise data.public_units.",
+            "warm_start · draws records for texts of public units, and none of these says a class; or there are none",
+            next="Raise data.public_units, or correct model.warm_start.release.",
         )
     found, for_release = releasing.once(
         run, book, release, NAME, lambda: {"mean": _released(maker, private, release, random)}, random
@@ -92,11 +93,6 @@ def begin(
     drawn = _drawn(run, recipe, maker, found["mean"], release, prompts, progress)
     if drawn is None:
         return "interrupted", for_release
-    if not drawn:
-        raise UsageError(
-            "warm_start · no text of a public unit says one of the classes",
-            next="Correct model.warm_start.release.classes.",
-        )
     asked = _settings(recipe)
     steps = replace(
         recipe.training, steps=asked.steps, expected_batch_size=asked.records_at_once, learning_rate=asked.learning_rate

@@ -57,6 +57,11 @@ class ClassMomentsMaker:
             {"image": has_image, "class": classes != NOTHING},
         )
 
+    def usable(self, prompts: Sequence[str]) -> list[str]:
+        """Those that say a class."""
+        of_class = classes_of(prompts, self.settings.classes)
+        return [prompt for prompt, number in zip(prompts, of_class.tolist(), strict=True) if number != NOTHING]
+
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """x (R, E), of length at most 1, and the class (R,); zero for a record without a picture or a class."""
         away = batch.tensors["image"].double() - self.origin
@@ -67,23 +72,22 @@ class ClassMomentsMaker:
         return torch.where(both[:, None], rows, rows.new_zeros(())), torch.where(both, batch.tensors["class"], NOTHING)
 
     def draw(self, released: Tensor, std: float, prompts: Sequence[str], count: int, seed: int) -> list[Record]:
-        """Records for public texts, in turn; a text of no class is left out.
+        """Records for public texts, in turn, each of a class (``usable``).
 
         Args: released: as ``release_class_sums`` gives it; std: of its noise, on the diagonal of x x^T or on x.
         """
         found = fit(released, std, self.settings)
         of_class = classes_of(prompts, self.settings.classes)
-        usable = [(prompt, int(number)) for prompt, number in zip(prompts, of_class, strict=True) if number != NOTHING]
         generator = torch.Generator().manual_seed(seed)
         made: list[Record] = []
-        for start in range(0, count if usable else 0, _AT_ONCE):
-            asked = [usable[i % len(usable)] for i in range(start, min(start + _AT_ONCE, count))]
-            classes = torch.tensor([number for _, number in asked])
+        for start in range(0, count, _AT_ONCE):
+            asked = [i % len(prompts) for i in range(start, min(start + _AT_ONCE, count))]
+            classes = of_class[asked]
             normal = torch.randn(len(asked), self.entries - 1, generator=generator, dtype=torch.float64)
             away = found.means[classes] + torch.einsum("rd,rde->re", normal, found.roots[classes])
             pictures = self.codec.decode(self._latents(away + self.origin))
             made += [
-                Record(id=f"warm/{start + i}", unit=f"warm/{start + i:09d}", text=asked[i][0], image=picture)
+                Record(id=f"warm/{start + i}", unit=f"warm/{start + i:09d}", text=prompts[asked[i]], image=picture)
                 for i, picture in enumerate(pictures)
             ]
         return made
