@@ -1,158 +1,180 @@
-"""Copies of a picture inside one record's loss: against slow twins, and that nobody else's record enters."""
-
-from dataclasses import replace
+"""Augmentations: what each kind does, held against loops; a row never depends on another."""
 
 import pytest
 import torch
-from tests.models.conftest import SHAPE, TINY, disturbed, records
-from tests.models.test_model import losses, whole
 
 from sfumato.errors import UsageError
-from sfumato.models import augmentation
-from sfumato.models import model as models
-from sfumato.models.codecs.image import PictureCodec
-from sfumato.models.objectives import diffusion
-from sfumato.models.settings import Augmentation, Cosine, Diffusion, Pixels
-from sfumato.privacy.engine import DifferentialPrivacyEngine
-from sfumato.randomness import TestRandom
+from sfumato.models.augmentation import BRIGHTNESS, GAIN, SHIFT, augment, augment_sounds, copies
 
-HOW = Augmentation(shift=1.5, rotation=10, zoom=0.1, flip=True)
-MANY = replace(TINY, objective=Diffusion(noise_multiplicity=2, augmentation=HOW, augmentation_multiplicity=3))
+KINDS = ("flip", "shift", "crop", "rotate", "brightness")
 
 
-def pictures(rows: int = 3, channels: int = 2, side: int = 6) -> torch.Tensor:
-    return torch.rand(rows, channels, side, side + 1, generator=torch.Generator().manual_seed(0))
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def still(rows: int) -> dict[str, torch.Tensor]:
-    return {"shift": torch.zeros(rows, 2), "angle": torch.zeros(rows), "zoom": torch.ones(rows)}
+def pictures(rows: int, size: int = 16) -> torch.Tensor:
+    return torch.randn(rows, 2, size, size, generator=seeded(7))
 
 
-def test_a_whole_shift_moves_pixels_and_repeats_the_edge():
-    given = pictures()
-    shift = torch.tensor([[0.0, 0.0], [2.0, -1.0], [-3.0, 1.0]])
-    fast = augmentation.moved(given, **{**still(3), "shift": shift})
-    height, width = given.shape[-2:]
-    slow = torch.empty_like(given)
-    for r in range(3):
-        for y in range(height):
-            for x in range(width):
-                from_y = min(max(y - int(shift[r, 0]), 0), height - 1)
-                from_x = min(max(x - int(shift[r, 1]), 0), width - 1)
-                slow[r, :, y, x] = given[r, :, from_y, from_x]
-    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kinds", [(kind,) for kind in KINDS] + [KINDS])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kinds):
+    """Exactly: another picture in row 1, and every other row is the same to the last bit."""
+    one = pictures(5)
+    other = one.clone()
+    other[1] = 100.0
+    a, b = augment(one, kinds, seeded()), augment(other, kinds, seeded())
+    rest = [0, 2, 3, 4]
+    assert torch.equal(a[rest], b[rest])
+    assert a.shape == one.shape
+    assert not torch.equal(a[1], b[1])
 
 
-def test_a_quarter_turn_is_to_the_left_and_a_zoom_keeps_the_centre():
-    given = pictures(side=7)[..., :7]
-    turned = augmentation.moved(given, **{**still(3), "angle": torch.full((3,), torch.pi / 2)})
-    torch.testing.assert_close(turned, given.rot90(1, (-2, -1)), atol=1e-5, rtol=0)
-    twice = augmentation.moved(given, **{**still(3), "zoom": torch.full((3,), 2.0)})
-    torch.testing.assert_close(twice[..., 3, 3], given[..., 3, 3])
-    torch.testing.assert_close(twice[..., 3, 5], given[..., 3, 4])  # two from the centre now shows one from it
+def test_a_flip_is_the_mirror_picture_or_the_picture():
+    """Of 400 rows, binomial(400, .5) are mirrored; false-alarm probability 1e-6."""
+    from scipy.stats import binom
+
+    one = pictures(400, size=4)
+    changed = augment(one, ["flip"], seeded())
+    mirrored = [torch.equal(c, p.flip(-1)) for c, p in zip(changed, one, strict=True)]
+    same = [torch.equal(c, p) for c, p in zip(changed, one, strict=True)]
+    assert all(m != s for m, s in zip(mirrored, same, strict=True))
+    assert binom.ppf(5e-7, 400, 0.5) <= sum(mirrored) <= binom.ppf(1 - 5e-7, 400, 0.5)
 
 
-@pytest.mark.parametrize("kept", [4, 8])
-def test_a_flip_of_cosine_coefficients_is_the_other_sign_of_the_odd_columns(kept):
-    codec = PictureCodec(Cosine(kept=kept), (8, 8, 1), 0.5)
-    latents = torch.randn(50, kept * kept, generator=torch.Generator().manual_seed(1))
-    flipped = latents.view(50, kept, kept) * torch.where(torch.arange(kept) % 2 == 1, -1.0, 1.0)
-    made = codec.augmented(latents, Augmentation(flip=True), 1)[:, 0]
-    is_flipped = (made - flipped.flatten(1)).abs().amax(1) < 1e-4
-    is_same = (made - latents).abs().amax(1) < 1e-4
-    assert (is_flipped ^ is_same).all()
-    assert 10 < int(is_flipped.sum()) < 40  # outside: 1e-5 by chance, of a fixed seed none
+def slow_shift(picture: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Oracle: pixel by pixel."""
+    _, height, width = picture.shape
+    out = torch.empty_like(picture)
+    for y in range(height):
+        for x in range(width):
+            out[:, y, x] = picture[:, min(max(y - down, 0), height - 1), min(max(x - right, 0), width - 1)]
+    return out
 
 
-@pytest.mark.parametrize("settings", [Pixels(), Cosine(kept=5)], ids=["pixels", "cosine"])
-def test_copies_of_latents_are_those_of_their_pixels(settings):
-    codec = PictureCodec(settings, (8, 8, 1), 0.5)
-    latents = torch.randn(4, codec.scale.numel(), generator=torch.Generator().manual_seed(1))
-    fast = codec.augmented(latents, HOW, 3, torch.Generator().manual_seed(2))
-    pixels = codec.coder.pictures(latents.view(4, *codec.shape))
-    slow = augmentation.copies(pixels, HOW, 3, torch.Generator().manual_seed(2))
-    assert fast.shape == (4, 3, codec.scale.numel())
-    for copy in range(3):
-        torch.testing.assert_close(fast[:, copy], codec.coder.latents(slow[:, copy]).flatten(1))
-    if isinstance(settings, Pixels):
-        assert codec.augmented(latents[:0], HOW, 3).shape == (0, 3, 64)
+def test_a_shift_is_by_whole_pixels_and_takes_every_value():
+    one = pictures(300)
+    most = int(SHIFT * 16)
+    changed = augment(one, ["shift"], seeded())
+    seen = set()
+    for picture, moved in zip(one, changed, strict=True):
+        found = [
+            (down, right)
+            for down in range(-most, most + 1)
+            for right in range(-most, most + 1)
+            if torch.equal(slow_shift(picture, down, right), moved)
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) == (2 * most + 1) ** 2
 
 
-def test_no_copy_is_made_of_another_row():
-    given = pictures(4)
-    other = given.clone()
-    other[2] = 5.0
-    one, two = (augmentation.copies(of, HOW, 3, torch.Generator().manual_seed(3)) for of in (given, other))
-    assert one[[0, 1, 3]].equal(two[[0, 1, 3]])
-    assert not one[2].equal(two[2])
-    assert not one[0, 0].equal(one[0, 1])
+def test_a_crop_stays_within_the_values_and_a_flat_picture_stays_flat():
+    one = pictures(50)
+    changed = augment(one, ["crop", "rotate"], seeded())
+    assert (changed.amax((1, 2, 3)) <= one.amax((1, 2, 3)) + 1e-5).all()
+    assert (changed.amin((1, 2, 3)) >= one.amin((1, 2, 3)) - 1e-5).all()
+    flat = torch.full((3, 1, 8, 8), 0.3)
+    torch.testing.assert_close(augment(flat, ["crop", "rotate", "shift", "flip"], seeded()), flat)
 
 
-def test_the_loss_of_a_record_is_the_mean_over_its_copies_and_their_draws():
-    model = disturbed(models.build(MANY, picture_shape=SHAPE))
-    batch = whole(model.encode(records([2, 1])))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        keep = torch.rand(3) >= model.settings.objective.condition_dropout
-        drawn = model.image.augmented(batch.tensors["image"], HOW, 3)
-        sigma = diffusion.noise_levels(model.settings.objective, (3, 6))
-        noise = torch.randn(3, 6, 16)
-    with torch.no_grad():
-        condition = model.condition(batch.tensors["text"], batch.present["text"] & keep)
-        single = [
-            diffusion.record_losses(
-                model.denoiser, drawn[:, k // 2], condition, sigma[:, k : k + 1], noise[:, k : k + 1], model.scale,
-                model.settings.objective.sigma_data,
-            )
-            for k in range(6)
-        ]  # fmt: skip
-    torch.testing.assert_close(losses(model, batch), batch.per_unit(torch.stack(single).mean(0)))
-
-
-def test_no_units_loss_moves_with_anothers_picture():
-    model = disturbed(models.build(MANY, picture_shape=SHAPE))
-    given = records([2, 1, 3])
-    other = replace(given[2], image=255 - given[2].image)  # the only record of unit 1
-    before = losses(model, whole(model.encode(given)))
-    after = losses(model, whole(model.encode([*given[:2], other, *given[3:]])))
-    assert before[[0, 2]].tolist() == pytest.approx(after[[0, 2]].tolist(), rel=1e-6)
-    assert before[1].item() != pytest.approx(after[1].item(), rel=1e-3)
-
-
-def test_a_units_clipped_gradient_keeps_its_bound_and_an_empty_batch_is_noise():
-    """However many copies there are, a unit moves the sum by at most C: the private step with one unit and no noise."""
-    model = disturbed(models.build(MANY, picture_shape=SHAPE))
-    table = model.encode(records([1, 1]))
-    engine = DifferentialPrivacyEngine(
-        model,
-        max_grad_norm=1e-3,
-        noise_multiplier=0.0,
-        expected_batch_size=1.0,
-        sampling_rate=0.5,
-        random=TestRandom(0),
+def test_a_crop_magnifies_and_a_turn_keeps_the_middle():
+    ramp = torch.linspace(-1, 1, 32).expand(20, 1, 32, 32)
+    slope = (augment(ramp, ["crop"], seeded())[:, 0, 16, 20] - augment(ramp, ["crop"], seeded())[:, 0, 16, 12]) / (
+        ramp[:, 0, 16, 20] - ramp[:, 0, 16, 12]
     )
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
-    try:
-        for units, bound in (([0], 1e-3), ([1], 1e-3), ([], 0.0)):
-            before = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-            model.losses(table.batch(units, records_per_unit=1)).mean().backward()
-            optimizer.step()
-            after = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-            assert float((after - before).norm()) == pytest.approx(bound, rel=1e-2, abs=1e-9)  # of float32 weights
-            optimizer.zero_grad()
-    finally:
-        engine.detach()
+    assert (slope >= 0.8 - 1e-4).all()
+    assert (slope <= 1 + 1e-4).all()
+    turned = augment(ramp, ["rotate"], seeded())
+    torch.testing.assert_close(turned[:, 0, 15:17, 15:17].mean((1, 2)), torch.zeros(20), atol=1e-3, rtol=0)
+    assert (turned - ramp).abs().max() > 0.05
 
 
-def test_an_attack_looks_at_the_picture_as_it_is():
-    plain = disturbed(models.build(replace(MANY, objective=Diffusion(noise_multiplicity=2)), picture_shape=SHAPE))
-    many = disturbed(models.build(MANY, picture_shape=SHAPE))
-    rows = [m.row_losses(whole(m.encode(records([1, 1]))), 8, torch.Generator().manual_seed(0)) for m in (plain, many)]
-    assert rows[0].tolist() == pytest.approx(rows[1].tolist())
+def test_brightness_adds_one_number():
+    one = pictures(100)
+    added = (augment(one, ["brightness"], seeded()) - one).flatten(1)
+    assert (added.amax(1) - added.amin(1)).max() < 1e-5
+    assert added.abs().max() <= BRIGHTNESS + 1e-6
+    assert added[:, 0].std() > BRIGHTNESS / 3
 
 
-def test_settings_that_do_nothing_are_refused():
-    with pytest.raises(UsageError, match="changes nothing"):
-        Augmentation()
-    with pytest.raises(UsageError, match="copies that are all the same"):
-        replace(TINY, objective=Diffusion(augmentation_multiplicity=2))
+def test_a_kind_more_leaves_the_draws_of_the_others():
+    one = pictures(6)
+    shifted = augment(one, ["shift"], seeded())
+    both = augment(one, ["shift", "brightness"], seeded())
+    difference = (both - shifted).flatten(1)
+    assert (difference.amax(1) - difference.amin(1)).max() < 1e-5
+
+
+def test_gradients_go_through_and_nothing_asked_is_nothing_done():
+    one = pictures(3).requires_grad_()
+    augment(one, KINDS, seeded()).sum().backward()
+    assert one.grad is not None
+    assert one.grad.abs().sum() > 0
+    assert augment(one, [], seeded()) is one
+    assert augment(torch.zeros(0, 1, 8, 8), KINDS, seeded()).shape == (0, 1, 8, 8)
+
+
+def test_the_same_seed_gives_the_same_and_another_another():
+    one = pictures(4)
+    assert torch.equal(augment(one, KINDS, seeded(1)), augment(one, KINDS, seeded(1)))
+    assert not torch.equal(augment(one, KINDS, seeded(1)), augment(one, KINDS, seeded(2)))
+
+
+def test_copies_are_k_of_each_and_the_first_may_stay():
+    one = pictures(3)
+    many = copies(one, 4, ["shift", "flip"], seeded())
+    assert many.shape == (3, 4, 2, 16, 16)
+    assert torch.equal(many[:, 0], one)
+    assert not torch.equal(many[:, 1], many[:, 2])
+    assert not torch.equal(copies(one, 4, ["brightness"], seeded(), keep_first=False)[:, 0], one)
+    with pytest.raises(UsageError, match="count = 0"):
+        copies(one, 0, ["flip"], seeded())
+
+
+def sounds(rows: int, length: int = 64) -> torch.Tensor:
+    return torch.rand(rows, length, generator=seeded(3)) * 0.4 - 0.2
+
+
+@pytest.mark.parametrize("kinds", [("gain",), ("time_shift",), ("invert",), ("gain", "time_shift", "invert")])
+def test_a_sound_does_not_depend_on_the_sounds_beside_it(kinds):
+    one = sounds(4)
+    other = one.clone()
+    other[2] = 0.9
+    a, b = augment_sounds(one, kinds, seeded()), augment_sounds(other, kinds, seeded())
+    assert torch.equal(a[[0, 1, 3]], b[[0, 1, 3]])
+
+
+def test_sounds_are_scaled_turned_round_or_inverted():
+    one = sounds(200)
+    ratio = augment_sounds(one, ["gain"], seeded()) / one
+    assert (ratio.amax(1) - ratio.amin(1)).max() < 1e-4
+    decibels = 20 * ratio[:, 0].log10()
+    assert decibels.abs().max() <= GAIN + 1e-3
+    assert decibels.std() > GAIN / 3
+    rolled = augment_sounds(one, ["time_shift"], seeded())
+    for sound, moved in zip(one[:20], rolled, strict=False):
+        assert any(torch.equal(sound.roll(-k), moved) for k in range(64))
+    inverted = augment_sounds(one, ["invert"], seeded())
+    assert {round(float(v)) for v in (inverted / one).flatten()} == {-1, 1}
+    assert augment_sounds(torch.ones(1, 4), ["gain"], seeded()).max() <= 1
+    assert augment_sounds(torch.zeros(2, 0), ["time_shift"], seeded()).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds", "said"),
+    [
+        (torch.zeros(1, 1, 4, 4), ["mirror"], "kinds = mirror"),
+        (torch.zeros(1, 1, 4, 4), ["flip", "flip"], "kinds = flip, flip"),
+        (torch.zeros(1, 4, 4), ["flip"], "shape"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), ["flip"], "uint8"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, kinds, said):
+    with pytest.raises(UsageError, match=said):
+        augment(values, kinds, seeded())
+
+
+def test_sounds_of_another_shape_are_refused():
+    with pytest.raises(UsageError, match="shape"):
+        augment_sounds(torch.zeros(1, 1, 4), ["gain"], seeded())

@@ -104,28 +104,7 @@ class UNet:
     layers_per_block: int = 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Augmentation:
-    """What may be done to a picture without changing what its text says of it: public, fitted to nothing (``augmentation``).
-
-    Attributes:
-      shift: at most so many pixels, up or down and left or right.
-      rotation: at most so many degrees, either way.
-      zoom: larger or smaller by a factor of at most 1 + zoom.
-      flip: mirrored left to right, every other time. Not for letters, digits or sides of a body.
-    """
-
-    shift: float = 0.0
-    rotation: float = 0.0
-    zoom: float = 0.0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        checks.non_negative(shift=self.shift, rotation=self.rotation, zoom=self.zoom)
-        if not (self.shift or self.rotation or self.zoom or self.flip):
-            raise UsageError(
-                "augmentation · changes nothing", next="Give shift, rotation, zoom or flip; or leave it out."
-            )
+PictureKind = Literal["flip", "shift", "crop", "rotate", "brightness"]  # ``augmentation``
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +113,12 @@ class Diffusion:
 
     kind: Literal["diffusion"] = "diffusion"
     noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
-    augmentation: Augmentation | None = None  # of pictures, anew in every loss
-    augmentation_multiplicity: int = 1  # M copies of a record's picture inside its loss, each with K draws of its own
+    augmentations: tuple[
+        PictureKind, ...
+    ] = ()  # of pictures, anew in every loss; they must not change what a text says
+    augmentation_multiplicity: int = (
+        1  # M copies of a record's picture inside its loss, the first unchanged, each with K draws
+    )
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
     sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
@@ -285,8 +268,9 @@ class ModelSettings:
         checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
         checks.probability(condition_dropout=self.objective.condition_dropout)
         checks.positive(augmentation_multiplicity=self.objective.augmentation_multiplicity)
-        if self.objective.augmentation_multiplicity > 1 and self.objective.augmentation is None:
+        kinds, copies = self.objective.augmentations, self.objective.augmentation_multiplicity
+        if (copies > 1 and not kinds) or len(set(kinds)) != len(kinds):
             raise UsageError(
-                f"augmentation_multiplicity = {self.objective.augmentation_multiplicity} · copies that are all the same are draws",
-                next="Set model.objective.augmentation, or noise_multiplicity.",
+                f"augmentations = {list(kinds)}, augmentation_multiplicity = {copies} · several copies differ by kinds, each named once",
+                next="Name augmentations, such as [shift, rotate]; or draw more noise with noise_multiplicity.",
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import DataError, UsageError
 from sfumato.models import augmentation
-from sfumato.models.settings import Augmentation, Cosine, ImageCodec, Pixels
+from sfumato.models.settings import Cosine, ImageCodec, PictureKind, Pixels
 from sfumato.records import Modality, Record
 
 _AT_ONCE = 4096  # pictures encoded together
@@ -66,14 +66,16 @@ class PictureCodec:
         return torch.zeros(rows, self.scale.numel())
 
     def augmented(
-        self, encoded: Tensor, how: Augmentation, count: int, generator: torch.Generator | None = None
+        self, encoded: Tensor, kinds: Sequence[PictureKind], count: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``count`` changed copies of every picture: (R, D) -> (R, M, D), by way of its pixels, which are not kept.
+        """``count`` copies of every picture, (R, D) -> (R, M, D), by way of its pixels, which are not kept: one changed copy, or
+        the picture itself and changed ones.
 
-        Every copy is made of its own row alone (``augmentation.copies``); what a cosine codec leaves out stays left out.
+        Every copy is made of its own row alone (``augmentation``); what a cosine codec leaves out stays left out.
         """
         pictures = self.coder.pictures(encoded.reshape(-1, *self.shape))
-        changed = augmentation.copies(pictures, how, count, generator)
+        chance = torch.default_generator if generator is None else generator
+        changed = augmentation.copies(pictures, count, kinds, chance, keep_first=count > 1)
         return self.coder.latents(changed.flatten(0, 1)).reshape(len(encoded), count, self.scale.numel())
 
     def decode(self, encoded: Tensor) -> Sequence[np.ndarray]:

@@ -89,8 +89,8 @@ class DiffusionModel(Generative):
         if generator is None or draws is None:
             present = present & (torch.rand(rows) >= objective.condition_dropout)
             shape = (rows, objective.noise_multiplicity * objective.augmentation_multiplicity)
-            if objective.augmentation is not None:
-                changed = self.image.augmented(pictures, objective.augmentation, objective.augmentation_multiplicity)
+            if objective.augmentations:
+                changed = self.image.augmented(pictures, objective.augmentations, objective.augmentation_multiplicity)
                 pictures = changed.repeat_interleave(objective.noise_multiplicity, dim=1)  # (R, M K, D)
             sigma = diffusion.noise_levels(objective, shape)
             noise = torch.randn(*shape, self.scale.numel())
