@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
-from sfumato import releasing
+from sfumato import releasing, warming
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.models.settings import FrozenSentence, HashedWords, Terms
 from sfumato.privacy import ledger, planning
@@ -23,6 +23,7 @@ from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 from sfumato.privacy.private_plan import PrivatePlan
+from sfumato.privacy.warm_planning import before_steps, in_steps, warmed
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
 from sfumato.training import folder as folders
@@ -105,7 +106,9 @@ def check_parts(recipe: Recipe) -> None:
 
 
 def dimensions(recipe: Recipe) -> dict[str, int] | None:
-    """Of what is released, where the mechanism is a release."""
+    """Of what is released, where the mechanism is a release, or begins with one."""
+    if recipe.privacy.warm_start is not None:
+        return {"warm_start": warming.dimension(warming.maker_of(recipe, shapes_of(recipe).of_picture()))}
     return build(recipe).dimensions if recipe.privacy.mechanism in releasing.KIND else None
 
 
@@ -125,9 +128,11 @@ def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
 
 
 def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = None) -> None:
-    both = estimated(plan)
-    first = "" if both is None else f"an estimate of C for epsilon {both[0].epsilon():.3g}, then "
-    steps = plan if both is None else both[1]
+    named = {"mean_embedding": "a release to start from", "estimate": "an estimate of C"}
+    first = "".join(
+        f"{named[stage.mechanism(())['name']]} for epsilon {stage.epsilon():.3g}, then " for stage in before_steps(plan)
+    )
+    steps = in_steps(plan)
     if isinstance(steps, DpSgd) and isinstance(plan, PrivatePlan):
         progress(
             f"plan: {first}{steps.steps} steps over {plan.population} {plan.unit}s, sampling rate {steps.sampling_rate:.4g}, "
@@ -238,7 +243,14 @@ def train(
             progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
         else:
             model.tell_public(told_public(prepared))
-        steps, estimates = releasing.loop_plan(recipe, table) if released else plan, []
+        steps, estimates = releasing.loop_plan(recipe, table) if released else in_steps(plan), []
+        start = warmed(plan)
+        if start is not None:
+            stopped, for_release = warming.begin(
+                run, book, recipe, start, model, prepared.private, _prompts(prepared), progress
+            )
+            if stopped == "interrupted":
+                return stopped
         if estimated(plan) is not None:
             steps, estimates = _with_its_bound(run, recipe, plan, model, table, book, progress)
         assert isinstance(steps, DpSgd | NotPrivate)
@@ -267,11 +279,14 @@ def train(
         claim = guarantee(
             plan,
             book.spent() if isinstance(plan, PrivatePlan) else [],
-            boundary=boundary(
-                recipe,
-                released=releasing.boundary(recipe, model, plan) if released else (),
-                family=() if released else model.boundary(),
-            ),
+            boundary=[
+                *boundary(
+                    recipe,
+                    released=releasing.boundary(recipe, model, plan) if released else (),
+                    family=() if released else model.boundary(),
+                ),
+                *(warming.boundary(recipe, model.shapes.of_picture()) if start is not None else ()),
+            ],
             not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
             estimates=estimates,
@@ -418,8 +433,7 @@ def evaluate(
     from sfumato.models import model as models
 
     twin = None
-    both = estimated(plan)
-    steps = plan if both is None else both[1]
+    steps = in_steps(plan)
     if recipe.evaluation.twin and isinstance(steps, DpSgd):
         twin = _twin(run, recipe, steps, table, prepared, progress)
     progress("evaluation: generating and reading pictures")
@@ -469,6 +483,8 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
     model = build(recipe)
     model.tell_public(told_public(prepared))
     table = encode(model, recipe, prepared.private) if table is None else table
+    if recipe.privacy.warm_start is not None:
+        warming.load(run, model)  # what it costs to train privately from there on
     settings = replace(recipe.training, checkpoint_every_seconds=60.0)
     internal = run.path / "internal" / "twin"
     _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)

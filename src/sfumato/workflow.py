@@ -13,10 +13,10 @@ from sfumato import federating, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
-from sfumato.privacy.clip_estimate import estimated
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.warm_planning import before_steps, in_steps
 from sfumato.recipe import Recipe
 from sfumato.recipes import NAMED, named
 from sfumato.reports import to_dict
@@ -115,8 +115,7 @@ def plan(
 
 
 def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    both = estimated(found)
-    trains = found if both is None else both[1]
+    trains = in_steps(found)
     steps = isinstance(trains, DpSgd | NotPrivate)
     common = {
         "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
@@ -152,7 +151,7 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
         return {**spent, "releases": mechanism.get("stages", [mechanism])}
     return {
         **spent,
-        **({} if both is None else {"clip_estimate": both[0].mechanism(())}),
+        **{_FIRST[stage.mechanism(())["name"]]: stage.mechanism(()) for stage in before_steps(found)},
         "max_grad_norm": trains.max_grad_norm,
         "clipping": trains.clipping,
         "bands": trains.bands,
@@ -163,6 +162,9 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
             for part in plan_to_dict(trains).get("parts", [])
         ],
     }
+
+
+_FIRST = {"estimate": "clip_estimate", "mean_embedding": "warm_start"}  # what a plan's answer calls it
 
 
 def _public_population(recipe: Recipe) -> int:

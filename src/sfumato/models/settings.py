@@ -149,6 +149,7 @@ class UNet:
 
 
 Target = Literal["image", "audio"]
+PictureKind = Literal["flip", "shift", "crop", "rotate", "brightness"]  # ``augmentation``
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +159,8 @@ class Diffusion:
     Attributes:
       target: what is drawn; the other modalities of the model are conditions.
       noise_multiplicity: K draws of noise level and noise inside one example's loss (DPDM, eq. 6).
+      augmentations: of pictures, anew in every loss; they must not change what a text says.
+      augmentation_multiplicity: M copies of a record's picture inside its loss, the first unchanged, each with K draws.
       sigma_data: of a pixel; the other codecs bring their own scale.
       prediction: what the network is asked for. v: EDM's own, the velocity of Salimans & Ho 2022 up to its sign; x0: the clean
         latent; eps: the noise. The loss weighs each so that the network's error counts alike at every level.
@@ -168,6 +171,8 @@ class Diffusion:
     kind: Literal["diffusion"] = "diffusion"
     target: Target = "image"
     noise_multiplicity: int = 2
+    augmentations: tuple[PictureKind, ...] = ()
+    augmentation_multiplicity: int = 1
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
     sigma_data: float = 0.5
@@ -183,6 +188,7 @@ class Diffusion:
             sigma_min=self.sigma_min, condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
+        _check_augmentations(self.target, self.augmentations, self.augmentation_multiplicity)
         if self.sigma_max <= self.sigma_min:
             raise UsageError(
                 f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
@@ -194,7 +200,8 @@ class Diffusion:
 class Flow:
     """Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
 
-    Attributes: target, noise_multiplicity, condition_dropout, condition_width: as ``Diffusion`` has them.
+    Attributes: target, noise_multiplicity, augmentations, augmentation_multiplicity, condition_dropout, condition_width: as
+      ``Diffusion`` has them.
       logit_time_mean, logit_time_std: of the time of a draw, logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19); 0 is
         data, 1 is noise.
     """
@@ -202,6 +209,8 @@ class Flow:
     kind: Literal["flow"] = "flow"
     target: Target = "image"
     noise_multiplicity: int = 2
+    augmentations: tuple[PictureKind, ...] = ()
+    augmentation_multiplicity: int = 1
     logit_time_mean: float = 0.0
     logit_time_std: float = 1.0
     condition_dropout: float = 0.1
@@ -213,6 +222,20 @@ class Flow:
             condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
+        _check_augmentations(self.target, self.augmentations, self.augmentation_multiplicity)
+
+
+def _check_augmentations(target: Target, kinds: tuple[PictureKind, ...], copies: int) -> None:
+    checks.positive(augmentation_multiplicity=copies)
+    if kinds and target != "image":
+        raise UsageError(
+            f"augmentations = {list(kinds)} · change pictures, but the target is {target}", next="Leave them out."
+        )
+    if (copies > 1 and not kinds) or len(set(kinds)) != len(kinds):
+        raise UsageError(
+            f"augmentations = {list(kinds)}, augmentation_multiplicity = {copies} · several copies differ by kinds, each named once",
+            next="Name augmentations, such as [shift, rotate]; or draw more noise with noise_multiplicity.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -381,6 +404,84 @@ class RandomFeatures:
         checks.positive(width=self.width, longest=self.longest, signs=self.signs, length=self.length)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassMoments:
+    """Noisy sums over the records of every public class: how many, their pictures, and products of two entries of a picture.
+
+    Records are then drawn from a Gaussian for every class (``models.class_moments``).
+
+    Attributes:
+      classes: a text is of the first class that one of its terms ``more`` says, if none of ``less`` does.
+      image: what a picture's entries are; few, because products are many.
+      level: the grey level, of -1 to 1, that pictures are counted from; public.
+      longest: root mean square distance from it that pictures are shortened to; public.
+      products: False releases numbers and sums of pictures only ("central images").
+    """
+
+    kind: Literal["class_moments"] = "class_moments"
+    classes: tuple[TermAxis, ...] = ()
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    level: float = 0.0
+    longest: float = 0.6
+    products: bool = True
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+        names = [one.name for one in self.classes]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(
+                f"classes = {names} · must be at least one, each with a name of its own",
+                next="Fill model.warm_start.release.classes.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanGenerator:
+    """One noisy mean of random features of pictures x terms of texts, and a generator fitted to it (``models.from_mean``).
+
+    Attributes: steps, texts_at_once, learning_rate: of the generator's fitting.
+    """
+
+    text: Terms
+    kind: Literal["mean_embedding"] = "mean_embedding"
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    backbone: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    random_features: RandomFeatures = field(default_factory=RandomFeatures)
+    steps: int = 600
+    texts_at_once: int = 1_024
+    learning_rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(steps=self.steps, texts_at_once=self.texts_at_once, learning_rate=self.learning_rate)
+
+
+WarmRelease = Annotated[ClassMoments | MeanGenerator, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStart:
+    """What is released before the first private step, and how the model is trained on records drawn from it (``warming``).
+
+    Attributes:
+      records: drawn from the release.
+      steps, records_at_once, learning_rate: of the training on them.
+    """
+
+    release: WarmRelease
+    records: int = 20_000
+    steps: int = 800
+    records_at_once: int = 512
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            records=self.records,
+            steps=self.steps,
+            records_at_once=self.records_at_once,
+            learning_rate=self.learning_rate,
+        )
+
+
 ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
 AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
@@ -397,6 +498,7 @@ class ModelSettings:
     objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
+    warm_start: WarmStart | None = None  # with privacy.warm_start
 
     def __post_init__(self) -> None:
         self.sampling.check_for(self.objective.kind)

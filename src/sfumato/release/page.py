@@ -139,12 +139,12 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
         population=None if largest is None else guarantee["population"],
         largest_batch=largest,
     )
-    if any(stage.get("name") != "estimate" for stage in earlier):
+    if any(stage.get("name") not in ("estimate", "mean_embedding") for stage in earlier):
         return []
     before = [
         accounting.Event(
-            mechanism="gaussian" if stage["sampling_rate"] == 1 else "poisson_gaussian",
-            sampling_rate=float(stage["sampling_rate"]),
+            mechanism="gaussian" if stage.get("sampling_rate", 1) == 1 else "poisson_gaussian",
+            sampling_rate=float(stage.get("sampling_rate", 1)),
             noise_multiplier=float(stage["noise_multiplier"]),
         )
         for stage in earlier

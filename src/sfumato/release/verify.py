@@ -392,16 +392,21 @@ class _Bundle:
 
 
 def _training_of(mechanism: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The steps of a claim: all of it, or what comes after the estimate of C that the recipe asked for."""
-    stages = mechanism.get("stages")
-    if asked.get("max_grad_norm") != "auto":
+    """The steps of a claim: all of it, or what comes after the release and the estimate of C that the recipe asked for."""
+    wanted = ["mean_embedding"] if asked.get("warm_start") is not None else []
+    wanted += ["estimate"] if asked.get("max_grad_norm") == "auto" else []
+    if not wanted:
         return mechanism
-    if mechanism.get("name") == "composition" and isinstance(stages, list) and len(stages) == 2:
-        first, last = stages
-        if isinstance(first, dict) and first.get("name") == "estimate" and isinstance(last, dict):
-            if last.get("max_grad_norm") == "estimated":
-                return last
-    raise _failed("max_grad_norm: the recipe says 'auto', the claim has no estimate of it before its steps")
+    stages = mechanism.get("stages")
+    if mechanism.get("name") == "composition" and isinstance(stages, list) and all(isinstance(s, dict) for s in stages):
+        *first, last = stages
+        estimated = last.get("max_grad_norm") == "estimated"
+        if [stage.get("name") for stage in first] == wanted and estimated == (asked.get("max_grad_norm") == "auto"):
+            return last
+    what = {"mean_embedding": "warm_start", "estimate": "max_grad_norm: auto"}
+    raise _failed(
+        f"{', '.join(what[name] for name in wanted)}: the recipe asks for it, the claim's steps do not come after it"
+    )
 
 
 def _stages(plan: Any) -> Sequence[Any]:

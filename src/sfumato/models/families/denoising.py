@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sfumato.errors import UsageError
 from sfumato.models.backbones.mlp import ResidualMlp
 from sfumato.models.codecs import sentence
+from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.families.conditions import ConditionEncoder, Told, beside
 from sfumato.models.generative import Direction, Generative, write_json
 from sfumato.models.settings import Diffusion, Flow, FrozenSentence, Mlp, ModelSettings, Sampling, UNet
@@ -38,6 +39,11 @@ class Denoising(Generative):
             raise UsageError(
                 f"model.objective.target = {self.target} · {objective.kind} needs a codec of numbers for it",
                 next=f"Set model.{self.target}, or model.objective.target.",
+            )
+        if objective.augmentations and not isinstance(codec, PictureCodec):
+            raise UsageError(
+                f"model.objective.augmentations = {list(objective.augmentations)} · change pixels, or their cosine coefficients",
+                next="Leave them out, or set model.image to pixels or cosine.",
             )
         self.scale: Tensor = codec.scale
         widths = dict.fromkeys(MODALITIES, objective.condition_width)
@@ -81,7 +87,7 @@ class Denoising(Generative):
 
     @abstractmethod
     def latent_losses(self, clean: Tensor, condition: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
-        """(R,). Args: clean (R, D), condition (R, E), levels (R, K), noise (R, K, D)."""
+        """(R,). Args: clean (R, D), or (R, K, D) where each draw has its own; condition (R, E), levels (R, K), noise (R, K, D)."""
 
     @abstractmethod
     def drawn(self, condition: Tensor, start: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -108,21 +114,33 @@ class Denoising(Generative):
         return beside(parts, len(encoded[self.target]))
 
     def record_losses(self, batch: Batch, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
-        """(R,): each the mean over K draws of noise level and noise."""
-        rows, present = batch.num_rows, dict(batch.present)
+        """(R,): each the mean over K draws of noise level and noise, for every one of M copies of its picture.
+
+        An attack (``generator``) looks at the picture as it is.
+        """
+        objective = self.settings.objective
+        assert isinstance(objective, Diffusion | Flow)
+        rows, present, clean = batch.num_rows, dict(batch.present), batch.tensors[self.target]
         if generator is None or draws is None:
             for name in self.told:
                 present[name] = present[name] & (torch.rand(rows) >= self.dropout)
-            levels = self.levels((rows, self.draws))
-            noise = torch.randn(rows, self.draws, self.scale.numel())
+            draws = self.draws * objective.augmentation_multiplicity
+            if objective.augmentations:
+                pictures = self.codecs[self.target]
+                changed = pictures.augmented(clean, objective.augmentations, objective.augmentation_multiplicity)
+                clean = changed.repeat_interleave(self.draws, dim=1)  # (R, M K, D)
+            levels = self.levels((rows, draws))
+            noise = torch.randn(rows, draws, self.scale.numel())
         else:
             levels = self.even_levels(draws).expand(rows, -1)
             noise = torch.randn(rows, draws, self.scale.numel(), generator=generator)
-        return self._record_losses(batch, self.condition(batch.tensors, present), levels, noise)
+        return self._record_losses(batch, self.condition(batch.tensors, present), levels, noise, clean)
 
-    def _record_losses(self, batch: Batch, condition: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
-        """Args: condition (R, E), levels (R, K), noise (R, K, D)."""
-        values = self.latent_losses(batch.tensors[self.target], condition, levels, noise)
+    def _record_losses(
+        self, batch: Batch, condition: Tensor, levels: Tensor, noise: Tensor, clean: Tensor | None = None
+    ) -> Tensor:
+        """Args: condition (R, E), levels (R, K), noise (R, K, D), clean (R, K, D) in place of the batch's (R, D)."""
+        values = self.latent_losses(batch.tensors[self.target] if clean is None else clean, condition, levels, noise)
         return values * batch.present[self.target]  # a record without the target has nothing to lose
 
     def draw(

@@ -72,11 +72,12 @@ def record_losses(
     The weight is 1 / c_out^2, as EDM's (sigma^2 + scale^2) / (sigma scale)^2 is, times (scale / sigma_data)^2: an entry that is
     assumed to vary little counts little, so the noise of private training is not spent on it. For pixels the factor is 1.
 
-    Args: clean (R, D), condition (R, E), sigma (R, K), noise (R, K, D).
+    Args: clean (R, D), or (R, K, D) where every draw has its own copy of the record; condition (R, E), sigma (R, K),
+      noise (R, K, D).
     Returns: (R,).
     """
     draws = sigma.shape[1]
-    target = clean[:, None].expand(-1, draws, -1)
+    target = clean if clean.dim() == 3 else clean[:, None].expand(-1, draws, -1)
     told = condition[:, None].expand(-1, draws, -1)
     noisy = target + sigma[..., None] * noise
     estimate = denoise(backbone, noisy, sigma, told, scale, prediction)
