@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 4
-PATIENCE = 60.0  # seconds
+PATIENCE = 240.0  # seconds; the first call waits until the processes have loaded torch
 
 
 @lru_cache(maxsize=1)
