@@ -76,12 +76,14 @@ class Stored(Sequence[Record]):
     def as_own_units(self) -> "Stored":
         return Stored(self.folder, rows=self.rows, own_units=True)
 
-    def described(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """(id, unit, metadata) of each, without its text, picture and sound."""
+    def described(self, keys: Sequence[str] | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(id, unit, metadata) of each, without its text, picture and sound. Metadata without these keys may be left out."""
+        marks = None if keys is None else [json.dumps(key) for key in keys]
         for batch in self._batches(self.rows, ["id", "unit", "metadata"]):
             ids, units, metadata = (column.to_pylist() for column in batch.columns)
             for name, unit, values in zip(ids, ids if self.own_units else units, metadata, strict=True):
-                yield name, unit, json.loads(values)
+                told = marks is None or any(mark in values for mark in marks)
+                yield name, unit, json.loads(values) if told else {}
 
     def units(self) -> list[str]:
         column = "id" if self.own_units else "unit"
@@ -272,6 +274,23 @@ def _npy(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
     return file
 
 
+def remembered(records: Sequence[Record], purpose: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` finds by reading all records, as JSON; of stored records it is found once and kept beside them."""
+    if not isinstance(records, Stored):
+        return make()
+    file = records.folder / f"{purpose}-{records.key}.json"
+    if not file.is_file():
+        part = file.with_name(f".part-{os.getpid()}-{file.name}")
+        try:
+            part.unlink(missing_ok=True)
+            with _own_file(part) as out:
+                out.write(json.dumps(make()).encode())
+            part.rename(file)
+        except OSError as error:
+            raise places.no_room(file, error) from None
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def files_of(data: DataSettings, folder: Path | None) -> Iterator[Path]:
     """What a source reads, in order. Args: folder: of a built-in set; None where it is generated.
 
@@ -308,10 +327,13 @@ def select(records: Sequence[Record], which: Sequence[int] | np.ndarray) -> Sequ
     return records.select(which) if isinstance(records, Stored) else [records[i] for i in which]
 
 
-def described(records: Sequence[Record]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(id, unit, metadata) of each; of stored records without reading their pictures."""
+def described(
+    records: Sequence[Record], keys: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(id, unit, metadata) of each; of stored records without reading their pictures, and without metadata that have
+    none of the ``keys``."""
     if isinstance(records, Stored):
-        yield from records.described()
+        yield from records.described(keys)
         return
     for record in records:
         yield record.id, record.unit, record.metadata
