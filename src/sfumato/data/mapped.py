@@ -52,6 +52,9 @@ class Stored(Sequence[Record]):
         self.picture: tuple[int, ...] = tuple(described["picture"])
         self.rows = np.arange(described["records"], dtype=np.int64) if rows is None else rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _stored, (self.folder, self.rows, self.own_units)  # another process maps the same file
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -122,6 +125,10 @@ class Stored(Sequence[Record]):
                     sample_rate=row["rate"],
                     metadata=json.loads(row["metadata"]),
                 )
+
+
+def _stored(folder: Path, rows: np.ndarray, own_units: bool) -> Stored:
+    return Stored(folder, rows=rows, own_units=own_units)
 
 
 _COLUMNS = ("id", "unit", "text", "image", "audio", "rate", "metadata")
@@ -215,8 +222,6 @@ def encoded(
       encode: a model's; what it makes of a record must not depend on the records beside it.
       settings: everything that ``encode`` depends on.
     """
-    import torch
-
     words = json.dumps(settings, sort_keys=True, default=str)
     _, of, state = records.folder.name.split("-")
     key = hashlib.sha256(f"{records.key} {words}".encode()).hexdigest()[:16]
@@ -224,17 +229,30 @@ def encoded(
     if not (target / "described.json").is_file():
         with _Building(target) as part:
             _describe(part, _encode(part, records, encode))
-    names = json.loads((target / "described.json").read_text(encoding="utf-8"))
+    return MappedTable(target, records)
 
-    def mapped(file: str) -> Any:
-        # "c": the array is writable, which torch asks for, and what is written stays in this process
-        return torch.from_numpy(np.load(target / file, mmap_mode="c"))
 
-    return UnitTable(
-        {name: mapped(f"tensor-{i}.npy") for i, name in enumerate(names)},
-        records.units(),
-        {name: mapped(f"present-{i}.npy") for i, name in enumerate(names)},
-    )
+class MappedTable(UnitTable):
+    """A table over the files of a folder; it is handed to another process by its name."""
+
+    def __init__(self, folder: Path, records: Stored) -> None:
+        import torch
+
+        self._made_of = folder, records
+        names = json.loads((folder / "described.json").read_text(encoding="utf-8"))
+
+        def mapped(file: str) -> Any:
+            # "c": the array is writable, which torch asks for, and what is written stays in this process
+            return torch.from_numpy(np.load(folder / file, mmap_mode="c"))
+
+        super().__init__(
+            {name: mapped(f"tensor-{i}.npy") for i, name in enumerate(names)},
+            records.units(),
+            {name: mapped(f"present-{i}.npy") for i, name in enumerate(names)},
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedTable, self._made_of
 
 
 def _encode(part: Path, records: Stored, encode: Callable[[Sequence[Record]], UnitTable]) -> list[str]:
