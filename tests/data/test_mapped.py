@@ -94,9 +94,11 @@ def test_missing_modalities_and_sounds_survive(tmp_path):
 
 
 def test_only_the_owner_can_look_into_the_cache(folder):
+    root = folder()
+    cache_of(of(root)).mkdir(parents=True, mode=0o755)  # made by somebody else, open to everybody
     before = os.umask(0)
     try:
-        prepared = load(of(folder()), unit="person")
+        prepared = load(of(root), unit="person")
         mapped.encoded(prepared.private, encode, settings={})  # type: ignore[arg-type]
     finally:
         os.umask(before)

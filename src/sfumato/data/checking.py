@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def check(target: str | Path | DataSettings, *, unit_column: str | None = None) 
     }
 
 
-def readings(source: Source, *, units: Set[str] | None = None) -> Iterator[Record | tuple[Entry, DataError]]:
-    """Each record (of these units; None: of all), or the entry that cannot be read and why. Others are not decoded."""
+def readings(
+    source: Source, *, units: Set[str] | None = None, modalities: Collection[str] | None = None
+) -> Iterator[Record | tuple[Entry, DataError]]:
+    """Each record, or the entry that cannot be read and why. Args: only of these units, only with these modalities;
+    others are not decoded."""
     entries = getattr(source, "entries", None)
     if entries is None:
         yield from (record for record in source if units is None or record.unit in units)
@@ -64,7 +67,7 @@ def readings(source: Source, *, units: Set[str] | None = None) -> Iterator[Recor
         if units is not None and unit_of(entry) not in units:
             continue
         try:
-            yield entry.read()
+            yield entry.only(modalities).read()
         except DataError as error:
             yield entry, error
 

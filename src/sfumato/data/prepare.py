@@ -201,7 +201,7 @@ class _Reading:
         bad: list[DataError] = []
         rates: set[int] = set()
         count = 0
-        for reading in readings(source, units=self._sample(source)):
+        for reading in readings(source, units=self._sample(source), modalities=self.data.modalities):
             try:
                 record = self._complete(reading)
             except DataError as error:
