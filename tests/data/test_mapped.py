@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -93,9 +94,11 @@ def test_missing_modalities_and_sounds_survive(tmp_path):
 
 
 def test_only_the_owner_can_look_into_the_cache(folder):
+    root = folder()
+    cache_of(of(root)).mkdir(parents=True, mode=0o755)  # made by somebody else, open to everybody
     before = os.umask(0)
     try:
-        prepared = load(of(folder()), unit="person")
+        prepared = load(of(root), unit="person")
         mapped.encoded(prepared.private, encode, settings={})  # type: ignore[arg-type]
     finally:
         os.umask(before)
@@ -150,6 +153,21 @@ def test_writing_to_a_tensor_of_the_table_changes_nothing_on_disk(folder):
     table.tensors["image"].zero_()
     again = mapped.encoded(prepared.private, encode, settings={})  # type: ignore[arg-type]
     assert float(again.tensors["image"].sum()) > 0
+
+
+def test_another_process_is_told_the_files_not_the_tensors(folder):
+    prepared = load(of(folder(count=40, people=10)), unit="person")
+    assert isinstance(prepared.private, mapped.Stored)
+    table = mapped.encoded(prepared.private, wide, settings={})
+    told = pickle.dumps(table)
+    assert len(told) < 4_000 < table.tensors["image"].numel() * 4
+    again = pickle.loads(told)
+    torch.testing.assert_close(again.tensors["image"], table.tensors["image"])
+    assert again.unit_names == table.unit_names
+
+
+def wide(records: Sequence[Record]) -> UnitTable:
+    return UnitTable({"image": torch.rand(len(records), 1000)}, [r.unit for r in records])
 
 
 def test_a_codec_whose_rows_have_no_one_shape_is_refused(folder, monkeypatch):

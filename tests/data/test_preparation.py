@@ -101,6 +101,8 @@ def test_near_copies_of_pictures_words_and_sounds():
         record("u", audio=0.4 * sound + 1e-4 * other, sample_rate=8000),  # 7: near 6
         record("u", audio=other, sample_rate=8000),  # 8: another sound
     ]
+    against, _ = copies.without(private[1:], [private[0], private[6]], Deduplicate(within_units=False, near=True))
+    assert sorted(set(range(8)) - set(against.tolist())) == [0, 1, 5, 6]  # 1, 2, 6 itself and 7
     exact, _ = copies.without(private, [], Deduplicate())
     assert len(exact) == len(private)
     kept, counts = copies.without(private, [], Deduplicate(near=True))

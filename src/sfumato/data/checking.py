@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def check(target: str | Path | DataSettings, *, unit_column: str | None = None) 
     }
 
 
-def readings(source: Source, *, units: Set[str] | None = None) -> Iterator[Record | tuple[Entry, DataError]]:
-    """Each record (of these units; None: of all), or the entry that cannot be read and why. Others are not decoded."""
+def readings(
+    source: Source, *, units: Set[str] | None = None, modalities: Collection[str] | None = None
+) -> Iterator[Record | tuple[Entry, DataError]]:
+    """Each record, or the entry that cannot be read and why. Args: only of these units, only with these modalities;
+    others are not decoded."""
     entries = getattr(source, "entries", None)
     if entries is None:
         yield from (record for record in source if units is None or record.unit in units)
@@ -64,7 +67,7 @@ def readings(source: Source, *, units: Set[str] | None = None) -> Iterator[Recor
         if units is not None and unit_of(entry) not in units:
             continue
         try:
-            yield entry.read()
+            yield entry.only(modalities).read()
         except DataError as error:
             yield entry, error
 
@@ -234,7 +237,7 @@ def _odd(groups: dict[int, list[str]], name: str, next: str, code: str, level: s
             yield problem(record, error, level)
 
 
-def _standardised(thumbnails: list[np.ndarray]) -> np.ndarray:
+def standardised(thumbnails: list[np.ndarray]) -> np.ndarray:
     """(N, 257) unit rows whose inner products are correlations; flat pictures (the last column) are like each other."""
     rows = np.array(thumbnails, np.float32).reshape(len(thumbnails), 256)
     rows -= rows.mean(1, keepdims=True)
@@ -248,7 +251,7 @@ def _standardised(thumbnails: list[np.ndarray]) -> np.ndarray:
 _BITS_OF = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
 
-def _bits(values: np.ndarray) -> np.ndarray:
+def bits_set(values: np.ndarray) -> np.ndarray:
     """How many bits of each are set."""
     words = np.ascontiguousarray(values).view(np.uint16).reshape(len(values), 4)
     return _BITS_OF[words].sum(1)
@@ -260,7 +263,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: list[np.ndarray]) -> tuple[list[t
     Two hashes within 3 bits agree on one of their four 16-bit bands, so only pictures that share a band are compared.
     """
     found: dict[int, int] = {}
-    rows = _standardised(thumbnails)
+    rows = standardised(thumbnails)
     left = _MAX_PAIRS
     complete = True
     for band in range(4):
@@ -275,7 +278,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: list[np.ndarray]) -> tuple[list[t
                 continue
             for position in range(1, len(group)):
                 later, before = int(group[position]), group[:position]
-                close = before[_bits(hashes[before] ^ hashes[later]) <= NEAR_BITS]
+                close = before[bits_set(hashes[before] ^ hashes[later]) <= NEAR_BITS]
                 close = close[close < found.get(later, later)]
                 alike = close[rows[close] @ rows[later] >= NEAR_CORRELATION]
                 if len(alike):

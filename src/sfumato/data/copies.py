@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sfumato.data import media
-from sfumato.data.checking import NEAR_BITS, NEAR_CORRELATION, content_digest, near_pairs
+from sfumato.data.checking import NEAR_BITS, NEAR_CORRELATION, bits_set, content_digest, near_pairs, standardised
 from sfumato.data.settings import Deduplicate
 from sfumato.records import Record
 
@@ -42,8 +42,7 @@ def without(
         theirs = _Looks(near=rule.near)
         for record in public:
             theirs.add(record)
-        copies = theirs.then(looks).copies(before=len(theirs.units))
-        mine = copies[len(theirs.units) :]
+        mine = looks.copies_of(theirs)
         counts["copies of public records"] = int(mine.sum())
         left_out |= mine
     if rule.within_units:
@@ -81,49 +80,62 @@ class _Looks:
             self.hashes[kind].append(bits)
             self.thumbnails[kind].append(thumbnail)
 
-    def then(self, later: "_Looks") -> "_Looks":
-        """These, followed by others."""
-        both = _Looks(near=self.near)
-        both.units, both.keys = self.units + later.units, self.keys + later.keys
-        for kind in both.hashes:
-            both.hashes[kind] = self.hashes[kind] + later.hashes[kind]
-            both.thumbnails[kind] = self.thumbnails[kind] + later.thumbnails[kind]
-        return both
+    def copies_of(self, others: "_Looks") -> np.ndarray:
+        """(N,) bool: True for a record that copies one of ``others``; each is compared for itself, whatever the rest are."""
+        found = np.zeros(len(self.keys), dtype=bool)
+        buckets: defaultdict[bytes, list[int]] = defaultdict(list)
+        for place, key in enumerate(others.keys):
+            buckets[key].append(place)
+        known: dict[bytes, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+        for place, key in enumerate(self.keys):
+            if key not in buckets:
+                continue
+            if key not in known:
+                known[key] = {kind: others._rows(kind, buckets[key]) for kind in others._kinds(buckets[key][0])}
+            alike = np.ones(len(buckets[key]), dtype=bool)
+            for kind, (hashes, rows) in known[key].items():
+                mine = self._rows(kind, [place])
+                alike &= (bits_set(hashes ^ mine[0]) <= NEAR_BITS) & (rows @ mine[1][0] >= NEAR_CORRELATION)
+            found[place] = alike.any()
+        return found
 
-    def copies(self, *, groups: Sequence[str] | None = None, before: int | None = None) -> np.ndarray:
-        """(N,) bool: True for a record that copies an earlier one: of its group; one of the first ``before``."""
+    def copies(self, *, groups: Sequence[str] | None = None) -> np.ndarray:
+        """(N,) bool: True for a record that copies an earlier one, of its group where there are groups."""
         found = np.zeros(len(self.keys), dtype=bool)
         buckets: defaultdict[tuple[bytes, str], list[int]] = defaultdict(list)
         for place, key in enumerate(self.keys):
             buckets[key, "" if groups is None else groups[place]].append(place)
         for places in buckets.values():
-            if len(places) < 2 or (before is not None and places[0] >= before):
-                continue
-            for later, earlier in self._pairs(places):
-                if before is None or earlier < before:
-                    found[later] = True
+            found[self._pairs(places)] = True
         return found
 
-    def _pairs(self, places: list[int]) -> list[tuple[int, int]]:
-        """(later, the earliest that it copies) among places whose keys are equal."""
-        kinds = [kind for kind, pictures in self.thumbnails.items() if pictures and pictures[places[0]] is not None]
-        if not kinds:
-            return [(later, places[0]) for later in places[1:]]
-        first, *others = kinds
-        pairs, complete = near_pairs(
-            np.array([self.hashes[first][place] for place in places], np.uint64),
-            [self._thumbnail(first, place) for place in places],
+    def _kinds(self, place: int) -> list[str]:
+        """What else than the key must be near: pictures and sounds, where the record has them."""
+        return [kind for kind, pictures in self.thumbnails.items() if pictures and pictures[place] is not None]
+
+    def _rows(self, kind: str, places: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes (P,), and thumbnails (P, 257) whose inner products are correlations."""
+        hashes = np.array([self.hashes[kind][place] for place in places], np.uint64)
+        return hashes, standardised([self._thumbnail(kind, place) for place in places])
+
+    def _pairs(self, places: list[int]) -> list[int]:
+        """Those of some places with equal keys that copy an earlier one of them."""
+        kinds = self._kinds(places[0])
+        if not kinds or len(places) < 2:
+            return places[1:]
+        pairs, _ = near_pairs(
+            np.array([self.hashes[kinds[0]][place] for place in places], np.uint64),
+            [self._thumbnail(kinds[0], place) for place in places],
         )
-        assert complete or len(pairs)  # a group too large to compare whole is still compared in its smaller parts
         return [
-            (places[later], places[earlier])
+            places[later]
             for later, earlier in pairs
-            if all(self._alike(kind, places[later], places[earlier]) for kind in others)
+            if all(self._alike(kind, places[later], places[earlier]) for kind in kinds[1:])
         ]
 
     def _alike(self, kind: str, a: int, b: int) -> bool:
-        bits = (self.hashes[kind][a] ^ self.hashes[kind][b]).bit_count()
-        return bits <= NEAR_BITS and correlation(self._thumbnail(kind, a), self._thumbnail(kind, b)) >= NEAR_CORRELATION
+        hashes, rows = self._rows(kind, [a, b])
+        return bool(bits_set(hashes[:1] ^ hashes[1:])[0] <= NEAR_BITS and rows[0] @ rows[1] >= NEAR_CORRELATION)
 
     def _thumbnail(self, kind: str, place: int) -> np.ndarray:
         thumbnail = self.thumbnails[kind][place]
@@ -150,12 +162,3 @@ def outline(samples: np.ndarray) -> np.ndarray:
     loud = float(bands.max())
     level = 10 * np.log10(np.maximum(bands / loud, 1e-6)) if loud > 0 else np.full_like(bands, -60.0)
     return ((level + 60) * (255 / 60)).round().astype(np.uint8)[:, :, None]
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two thumbnails; two flat ones are alike."""
-    x, y = (value.astype(float).ravel() - value.mean() for value in (a, b))
-    lengths = np.linalg.norm(x), np.linalg.norm(y)
-    if min(lengths) < 16.0:
-        return 1.0 if max(lengths) < 16.0 else 0.0
-    return float(x @ y / (lengths[0] * lengths[1]))

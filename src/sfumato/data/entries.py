@@ -5,8 +5,8 @@ and report every problem, and a load can stop at the first bad ones; neither dro
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -97,6 +97,12 @@ class Entry:
     others: tuple[tuple[str, media.Media], ...] = ()  # further pictures and sounds, which only need to be readable
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: DataError | None = None
+
+    def only(self, modalities: Collection[str] | None) -> "Entry":
+        """The same with these modalities alone, so that the others are not decoded; None: with all."""
+        gone = [] if modalities is None else [name for name in MODALITIES if name not in modalities]
+        given = [name for name in gone if getattr(self, name) is not None]
+        return replace(self, **dict.fromkeys(given)) if given else self
 
     def read(self) -> Record:
         """Decodes it. Raises DataError for anything that is not as it should be."""

@@ -52,6 +52,9 @@ class Stored(Sequence[Record]):
         self.picture: tuple[int, ...] = tuple(described["picture"])
         self.rows = np.arange(described["records"], dtype=np.int64) if rows is None else rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _stored, (self.folder, self.rows, self.own_units)  # another process maps the same file
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -76,12 +79,14 @@ class Stored(Sequence[Record]):
     def as_own_units(self) -> "Stored":
         return Stored(self.folder, rows=self.rows, own_units=True)
 
-    def described(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """(id, unit, metadata) of each, without its text, picture and sound."""
+    def described(self, keys: Sequence[str] | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(id, unit, metadata) of each, without its text, picture and sound. Metadata without these keys may be left out."""
+        marks = None if keys is None else [json.dumps(key) for key in keys]
         for batch in self._batches(self.rows, ["id", "unit", "metadata"]):
             ids, units, metadata = (column.to_pylist() for column in batch.columns)
             for name, unit, values in zip(ids, ids if self.own_units else units, metadata, strict=True):
-                yield name, unit, json.loads(values)
+                told = marks is None or any(mark in values for mark in marks)
+                yield name, unit, json.loads(values) if told else {}
 
     def units(self) -> list[str]:
         column = "id" if self.own_units else "unit"
@@ -120,6 +125,10 @@ class Stored(Sequence[Record]):
                     sample_rate=row["rate"],
                     metadata=json.loads(row["metadata"]),
                 )
+
+
+def _stored(folder: Path, rows: np.ndarray, own_units: bool) -> Stored:
+    return Stored(folder, rows=rows, own_units=own_units)
 
 
 _COLUMNS = ("id", "unit", "text", "image", "audio", "rate", "metadata")
@@ -213,8 +222,6 @@ def encoded(
       encode: a model's; what it makes of a record must not depend on the records beside it.
       settings: everything that ``encode`` depends on.
     """
-    import torch
-
     words = json.dumps(settings, sort_keys=True, default=str)
     _, of, state = records.folder.name.split("-")
     key = hashlib.sha256(f"{records.key} {words}".encode()).hexdigest()[:16]
@@ -222,17 +229,30 @@ def encoded(
     if not (target / "described.json").is_file():
         with _Building(target) as part:
             _describe(part, _encode(part, records, encode))
-    names = json.loads((target / "described.json").read_text(encoding="utf-8"))
+    return MappedTable(target, records)
 
-    def mapped(file: str) -> Any:
-        # "c": the array is writable, which torch asks for, and what is written stays in this process
-        return torch.from_numpy(np.load(target / file, mmap_mode="c"))
 
-    return UnitTable(
-        {name: mapped(f"tensor-{i}.npy") for i, name in enumerate(names)},
-        records.units(),
-        {name: mapped(f"present-{i}.npy") for i, name in enumerate(names)},
-    )
+class MappedTable(UnitTable):
+    """A table over the files of a folder; it is handed to another process by its name."""
+
+    def __init__(self, folder: Path, records: Stored) -> None:
+        import torch
+
+        self._made_of = folder, records
+        names = json.loads((folder / "described.json").read_text(encoding="utf-8"))
+
+        def mapped(file: str) -> Any:
+            # "c": the array is writable, which torch asks for, and what is written stays in this process
+            return torch.from_numpy(np.load(folder / file, mmap_mode="c"))
+
+        super().__init__(
+            {name: mapped(f"tensor-{i}.npy") for i, name in enumerate(names)},
+            records.units(),
+            {name: mapped(f"present-{i}.npy") for i, name in enumerate(names)},
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedTable, self._made_of
 
 
 def _encode(part: Path, records: Stored, encode: Callable[[Sequence[Record]], UnitTable]) -> list[str]:
@@ -272,6 +292,23 @@ def _npy(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
     return file
 
 
+def remembered(records: Sequence[Record], purpose: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` finds by reading all records, as JSON; of stored records it is found once and kept beside them."""
+    if not isinstance(records, Stored):
+        return make()
+    file = records.folder / f"{purpose}-{records.key}.json"
+    if not file.is_file():
+        part = file.with_name(f".part-{os.getpid()}-{file.name}")
+        try:
+            part.unlink(missing_ok=True)
+            with _own_file(part) as out:
+                out.write(json.dumps(make()).encode())
+            part.rename(file)
+        except OSError as error:
+            raise places.no_room(file, error) from None
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def files_of(data: DataSettings, folder: Path | None) -> Iterator[Path]:
     """What a source reads, in order. Args: folder: of a built-in set; None where it is generated.
 
@@ -308,10 +345,13 @@ def select(records: Sequence[Record], which: Sequence[int] | np.ndarray) -> Sequ
     return records.select(which) if isinstance(records, Stored) else [records[i] for i in which]
 
 
-def described(records: Sequence[Record]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(id, unit, metadata) of each; of stored records without reading their pictures."""
+def described(
+    records: Sequence[Record], keys: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(id, unit, metadata) of each; of stored records without reading their pictures, and without metadata that have
+    none of the ``keys``."""
     if isinstance(records, Stored):
-        yield from records.described()
+        yield from records.described(keys)
         return
     for record in records:
         yield record.id, record.unit, record.metadata

@@ -158,8 +158,10 @@ def said(messages: list[dict[str, Any]]) -> str:
 
 def spoken(metadata: Mapping[str, Any]) -> str:
     """All that is said in a record's conversation; nothing where it has none of this shape."""
+    if "messages" not in metadata:
+        return ""
     try:
-        turns = _messages(metadata.get("messages"), "")
+        turns = _messages(metadata["messages"], "")
     except DataError:
         return ""
     return "\n".join(words(turn["content"]) for turn in turns)

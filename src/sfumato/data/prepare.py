@@ -201,7 +201,7 @@ class _Reading:
         bad: list[DataError] = []
         rates: set[int] = set()
         count = 0
-        for reading in readings(source, units=self._sample(source)):
+        for reading in readings(source, units=self._sample(source), modalities=self.data.modalities):
             try:
                 record = self._complete(reading)
             except DataError as error:
@@ -284,7 +284,7 @@ def _split(records: Sequence[Record], data: DataSettings) -> tuple[np.ndarray, n
     concepts = data.source in CONCEPTS
     group: list[str] = []
     splits_of: dict[str, dict[str, str]] = {}
-    for name, unit, metadata in mapped.described(records):
+    for name, unit, metadata in mapped.described(records, keys=("split", "concept")):
         group.append(str(metadata["concept"]) if concepts else unit)
         splits_of.setdefault(group[-1], {}).setdefault(split_of(metadata) or "train", name)
     for _, error in leaks(splits_of):
@@ -306,6 +306,6 @@ def _split(records: Sequence[Record], data: DataSettings) -> tuple[np.ndarray, n
 
 def _units_first(records: Sequence[Record], count: int, seed: int) -> Sequence[Record]:
     """The records of ``count`` units, by the hash of their name."""
-    units = [unit for _, unit, _ in mapped.described(records)]
+    units = [unit for _, unit, _ in mapped.described(records, keys=())]
     chosen = set(first_by_hash(units, count, seed))
     return mapped.select(records, np.flatnonzero([unit in chosen for unit in units]))
