@@ -350,6 +350,13 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
             sentences.append(
                 f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."
             )
+    if recipe.model.image is not None and recipe.model.image.kind == "vae":
+        from sfumato.models.codecs import vae
+
+        sentences.append(
+            "Declared public: the autoencoder of pictures, frozen, fitted to none of the private records; its sha256 is "
+            f"{vae.fingerprint(recipe.model.image.folder)}."
+        )
     if data.source == "clinic":
         sentences.append(
             "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."

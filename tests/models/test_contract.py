@@ -26,6 +26,8 @@ pytestmark = pytest.mark.parametrize("name", COMBINATIONS)
 
 def built(name: str) -> Generative:
     combination = COMBINATIONS[name]
+    if combination.prepare is not None:
+        combination.prepare()
     model = models.build(combination.settings, combination.shapes)
     disturbed(model)
     return model

@@ -20,7 +20,7 @@ EXPLAINED = {
     "data.languages": "clinic only: en, ru, zh",
     "data.seed": "of made-up data and of the split; of nothing private",
     "model": "Codecs (what becomes a tensor), a backbone (what learns), an objective (what it learns).",
-    "model.image": "pixels as they are, or kind: cosine with kept: 16 (the lowest frequencies only)",
+    "model.image": "pixels; kind: cosine with kept: 16 (the lowest frequencies only); or kind: vae with the folder of a PUBLIC autoencoder",
     "model.audio": "null without sounds; waveform, or kind: mel with bands: 32 (and kept: [12, 40], its outline only)",
     "model.text": "hashed_words is trained privately; frozen_sentence is a public encoder, outside the guarantee",
     "model.backbone": "mlp is fast on few cores; unet is the one of diffusers",
