@@ -71,8 +71,13 @@ def shapes_of(recipe: Recipe) -> Any:
     """The public sizes of what is modelled."""
     from sfumato.models.shapes import Shapes
 
-    side = recipe.data.image_size
-    return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
+    data, side = recipe.data, recipe.data.image_size
+    sounds = recipe.model.audio is not None
+    return Shapes(
+        picture=(side, side, data.channels) if recipe.model.image is not None else None,
+        samples=max(1, round(data.audio_seconds * data.sample_rate)) if sounds else None,
+        sample_rate=data.sample_rate if sounds else None,
+    )
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:

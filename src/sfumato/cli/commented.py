@@ -24,6 +24,8 @@ EXPLAINED = {
     "data.limit_units": "a number here tries the recipe on few units first",
     "data.image_size": "pixels per side after resizing",
     "data.channels": "1 grey, 3 colour",
+    "data.audio_seconds": "where the model has sounds: shorter ones end in silence, longer ones are cut",
+    "data.sample_rate": "hertz that sounds are modelled at; others are resampled",
     "data.languages": "clinic only: en, ru, zh",
     "data.seed": "of made-up data and of the split; of nothing private",
     "model": "Codecs (what becomes a tensor), a backbone (what learns), an objective (what it learns).",

@@ -12,6 +12,7 @@ from sfumato.recipes.clinic import (
     clinic_mean_embedding,
     clinic_records,
     clinic_shared_latents,
+    clinic_sound,
 )
 from sfumato.recipes.emoji import emoji
 from sfumato.recipes.mnist import fashion_mnist, mnist
@@ -19,6 +20,7 @@ from sfumato.recipes.mnist import fashion_mnist, mnist
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
     "clinic-records": clinic_records,
+    "clinic-sound": clinic_sound,
     "clinic-banded": clinic_banded,
     "clinic-latents": clinic_latents,
     "clinic-shared-latents": clinic_shared_latents,
