@@ -73,8 +73,13 @@ def shapes_of(recipe: Recipe) -> Any:
     """The public sizes of what is modelled."""
     from sfumato.models.shapes import Shapes
 
-    side = recipe.data.image_size
-    return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
+    data, side = recipe.data, recipe.data.image_size
+    sounds = recipe.model.audio is not None
+    return Shapes(
+        picture=(side, side, data.channels) if recipe.model.image is not None else None,
+        samples=max(1, round(data.audio_seconds * data.sample_rate)) if sounds else None,
+        sample_rate=data.sample_rate if sounds else None,
+    )
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -399,6 +404,13 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
             )
         case FrozenSentence(name=name):
             sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
+    if recipe.model.image is not None and recipe.model.image.kind == "vae":
+        from sfumato.models.codecs import vae
+
+        sentences.append(
+            "Declared public: the autoencoder of pictures, frozen, fitted to none of the private records; its sha256 is "
+            f"{vae.fingerprint(recipe.model.image.folder)}."
+        )
     if data.source == "clinic":
         sentences.append(
             "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."

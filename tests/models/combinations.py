@@ -3,11 +3,14 @@
 A family adds its rows: the smallest settings of each codec and backbone that it works with.
 """
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
 
 from sfumato.models.settings import (
@@ -21,6 +24,7 @@ from sfumato.models.settings import (
     ModelSettings,
     TermAxis,
     Terms,
+    VaeLatents,
     Variational,
     Waveform,
 )
@@ -35,6 +39,7 @@ EVERYTHING = Shapes(picture=SHAPE, samples=SAMPLES, sample_rate=SAMPLE_RATE)
 @dataclass(frozen=True, kw_only=True)
 class Combination:
     """Attributes:
+    prepare: called before the model is built.
     learning_rate: of Adam, for the test that training lowers the loss.
     largest: of the oracle's float64 and the engine's float32, how far apart, relative.
     outside: how the names of tensors begin that no private step moves: post-processing, or public.
@@ -42,6 +47,7 @@ class Combination:
     """
 
     settings: ModelSettings
+    prepare: Callable[[], object] | None = None
     shapes: Shapes = PICTURES
     learning_rate: float = 1e-2
     largest: float = 2e-5
@@ -52,6 +58,33 @@ class Combination:
 _TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
 _MEL = MelSpectrogram(bands=8, window=64, hop=32, iterations=4)  # 8 bands of 16 frames
 _SOUNDS = replace(TINY, image=None, audio=replace(_MEL, kept=(4, 6)))
+
+_VAE = tempfile.TemporaryDirectory(prefix="sfumato-vae-")  # removed when the tests end
+
+
+def vae_folder(folder: Path | None = None, *, channels: int = 3, **config: Any) -> Path:
+    """A small autoencoder of random weights, saved as diffusers saves one: 8 x 8 pictures become 2 x 4 x 4 latents."""
+    from diffusers import AutoencoderKL
+
+    folder = folder or Path(_VAE.name)
+    if not (folder / "config.json").is_file():
+        blocks: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 16),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vae = AutoencoderKL(
+                in_channels=channels,
+                out_channels=channels,
+                latent_channels=2,
+                norm_num_groups=4,
+                **{**blocks, **config},
+            )
+        vae.save_pretrained(folder)
+    return folder
+
 
 COMBINATIONS: dict[str, Combination] = {
     "diffusion-cosine-words-mlp": Combination(settings=TINY),
@@ -77,6 +110,9 @@ COMBINATIONS: dict[str, Combination] = {
     ),
     "diffusion-sound-of-text-and-image": Combination(
         settings=replace(TINY, audio=_MEL, objective=Diffusion(target="audio", condition_width=8)), shapes=EVERYTHING
+    ),
+    "diffusion-vae-words-mlp": Combination(
+        settings=replace(TINY, image=VaeLatents(folder=_VAE.name)), prepare=vae_folder
     ),
     "flow-cosine-words-mlp": Combination(settings=replace(TINY, objective=Flow(noise_multiplicity=3))),
     "flow-pixels-words-unet": Combination(settings=replace(TINY_UNET, objective=Flow())),

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.parametrize("name", COMBINATIONS)
 
 def built(name: str) -> Generative:
     combination = COMBINATIONS[name]
+    if combination.prepare is not None:
+        combination.prepare()
     model = models.build(combination.settings, combination.shapes)
     disturbed(model)
     model.tell_public(records([1] * 6, list(model.codecs), seed=9, shapes=model.shapes))

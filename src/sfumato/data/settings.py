@@ -99,6 +99,10 @@ class DataSettings:
     limit_units: int | None = None
     image_size: int = 32  # pixels per side after resizing
     channels: Literal[1, 3] = 1
+    audio_seconds: float = (
+        1.0  # of every sound, where the model has sounds: shorter ones end in silence, longer ones are cut
+    )
+    sample_rate: int = 4_000  # hertz that sounds are modelled at; others are resampled
     languages: tuple[Language, ...] = field(default=("en",))
     seed: int = 0  # of generated data and of the split; not of anything private
     store: Literal["memory", "mapped"] = "memory"
@@ -107,7 +111,9 @@ class DataSettings:
     balance: Balance | None = None
 
     def __post_init__(self) -> None:
-        checks.positive(units=self.units, image_size=self.image_size)
+        checks.positive(
+            units=self.units, image_size=self.image_size, audio_seconds=self.audio_seconds, sample_rate=self.sample_rate
+        )
         checks.non_negative(public_units=self.public_units)
         if self.limit_units is not None:
             checks.positive(limit_units=self.limit_units)

@@ -276,7 +276,13 @@ class Generative(nn.Module, ABC):
         from pydantic import TypeAdapter
 
         settings = TypeAdapter(ModelSettings).dump_python(self.settings, mode="json")
-        return {"format": 2, "shapes": asdict(self.shapes), "settings": settings}
+        described = {"format": 2, "shapes": asdict(self.shapes), "settings": settings}
+        frozen = self.frozen()
+        return {**described, "frozen": frozen} if frozen else described
+
+    def frozen(self) -> dict[str, str]:
+        """sha256 of the public weights that its codecs read from elsewhere, by modality: they are not saved with it."""
+        return {name: codec.fingerprint() for name, codec in self.codecs.items() if hasattr(codec, "fingerprint")}
 
     def named_tensors(self) -> Iterator[tuple[str, str]]:
         """(file relative to the model's folder, tensor name) of every tensor that ``save`` writes."""

@@ -67,6 +67,8 @@ def load(folder: Path | str) -> Any:
             of_release.restore(described, {part: load_file(folder / part / "model.safetensors") for part in parts})
             return of_release.eval()
         model = build(settings, TypeAdapter(Shapes).validate_python(described["shapes"]))
+        if model.frozen() != described.get("frozen", {}):
+            raise ValueError(f"frozen weights {model.frozen()}, made with {described.get('frozen', {})}")
         model.read(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise UsageError(

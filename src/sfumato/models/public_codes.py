@@ -18,7 +18,7 @@ from sfumato.errors import UsageError
 from sfumato.models.codecs import build as build_codecs
 from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.codecs.text_features import TextFeatures
-from sfumato.models.settings import Diffusion, FrozenSentence, HashedWords, ModelSettings, Terms
+from sfumato.models.settings import Diffusion, FrozenSentence, HashedWords, ModelSettings, Terms, VaeLatents
 from sfumato.models.shapes import Shapes
 from sfumato.records import Record, UnitTable, prompt
 
@@ -36,6 +36,11 @@ class PublicCodes:
             raise UsageError(
                 "model.image or model.text = none · what is released are latents of pictures and texts",
                 next="Set both.",
+            )
+        if isinstance(settings.image, VaeLatents):
+            raise UsageError(
+                "model.image.kind = vae · what is released are pixels or cosine coefficients: a clip of their length is public",
+                next="Set model.image: {kind: cosine}.",
             )
         if not isinstance(settings.objective, Diffusion):
             raise UsageError(

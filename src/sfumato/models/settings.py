@@ -31,6 +31,18 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VaeLatents:
+    """Images by a frozen ``AutoencoderKL`` of diffusers, from a local folder; named in the report by its sha256.
+
+    It must be public: one fitted on private records has a budget of its own, and is refused.
+    """
+
+    kind: Literal["vae"] = "vae"
+    folder: str
+    trained_on: Literal["public", "private"] = "public"  # your word; a model of private records is one too
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Waveform:
     """Sounds as they are, samples in [-1, 1]."""
 
@@ -482,7 +494,7 @@ class WarmStart:
         )
 
 
-ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
+ImageCodec = Annotated[Pixels | Cosine | VaeLatents, Field(discriminator="kind")]
 AudioCodec = Annotated[Waveform | MelSpectrogram, Field(discriminator="kind")]
 TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]

@@ -12,6 +12,7 @@ from sfumato.recipes.clinic import (
     clinic_mean_embedding,
     clinic_records,
     clinic_shared_latents,
+    clinic_sound,
 )
 from sfumato.recipes.emoji import emoji
 from sfumato.recipes.families import clinic_adversarial, clinic_variational
@@ -20,6 +21,7 @@ from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_la
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
     "clinic-records": clinic_records,
+    "clinic-sound": clinic_sound,
     "clinic-banded": clinic_banded,
     "clinic-latents": clinic_latents,
     "clinic-shared-latents": clinic_shared_latents,

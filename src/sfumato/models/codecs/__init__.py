@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sfumato.models.settings import Diffusion, ModelSettings
+from sfumato.models.settings import Diffusion, ModelSettings, VaeLatents
 from sfumato.models.shapes import Shapes
 from sfumato.records import Modality
 
@@ -11,12 +11,14 @@ PIXEL_STD = 0.5  # assumed, of a pixel in [-1, 1]
 
 def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
     """The codecs that the settings name, by modality."""
-    from sfumato.models.codecs import audio, image, text_features
+    from sfumato.models.codecs import audio, image, text_features, vae
 
     codecs: dict[Modality, Any] = {}
     if settings.text is not None:
         codecs["text"] = text_features.TextFeatures(settings.text)
-    if settings.image is not None:
+    if isinstance(settings.image, VaeLatents):
+        codecs["image"] = vae.VaeCodec(settings.image, shapes.of_picture())
+    elif settings.image is not None:
         codecs["image"] = image.PictureCodec(
             settings.image,
             shapes.of_picture(),

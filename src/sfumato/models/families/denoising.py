@@ -49,7 +49,7 @@ class Denoising(Generative):
         widths = dict.fromkeys(MODALITIES, objective.condition_width)
         if settings.text is not None and "text" in self.codecs and self.codecs["text"].kind == "features":
             widths["text"] = settings.text.width
-        self.told = {
+        self.told: dict[Modality, Told] = {
             name: Told(self.codecs[name], widths[name])
             for name in MODALITIES
             if name in self.codecs and name != self.target
@@ -103,7 +103,7 @@ class Denoising(Generative):
     def directions(self) -> tuple[Direction, ...]:
         return (Direction(tuple(self.told), (self.target,)),)
 
-    def condition(self, encoded: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+    def condition(self, encoded: Mapping[Any, Tensor], present: Mapping[Any, Tensor]) -> Tensor:
         """Encoded records -> (R, E); a missing part is zero, which is what "no condition" means to the denoiser."""
         parts = []
         for name, told in self.told.items():
@@ -198,7 +198,7 @@ class Denoising(Generative):
             "scheduler": ["diffusers" if scheduler == "EDMEulerScheduler" else "sfumato", scheduler],
         }
 
-    def _encoder_config(self, name: str) -> dict[str, Any]:
+    def _encoder_config(self, name: Modality) -> dict[str, Any]:
         text = self.settings.text
         frozen = sentence.fingerprint(text.name) if name == "text" and isinstance(text, FrozenSentence) else None
         return {
