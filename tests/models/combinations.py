@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
+from tests.models.token_models import SHORT, TINY_BYTES, TINY_SOUNDS, TINY_TOKENS
 
 from sfumato.models.settings import ModelSettings, TermAxis, Terms
 from sfumato.models.shapes import Shapes
@@ -41,6 +42,9 @@ COMBINATIONS: dict[str, Combination] = {
             image=TINY.image, text=_TERMS, backbone=TINY.backbone, objective=TINY.objective, sampling=TINY.sampling
         )
     ),
+    "autoregressive-words-patches": Combination(settings=TINY_TOKENS),
+    "autoregressive-bytes": Combination(settings=TINY_BYTES, shapes=Shapes()),
+    "autoregressive-bytes-patches-mu_law": Combination(settings=TINY_SOUNDS, shapes=SHORT),
 }
 
 
