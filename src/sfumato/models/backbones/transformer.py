@@ -74,6 +74,7 @@ def _begin(model: Any, sequences: Sequences) -> None:
     nn.init.normal_(words, std=0.5)
     nn.init.normal_(head, std=0.02)
     nn.init.zeros_(positions)
+    meanings = torch.zeros(len(positions))  # how many places a position can be, or be before
     # of a position that reads a token of the modality, x consists of: modality, token, place, next place
     modality_std, part_std = 0.5, 0.5
     length = math.sqrt(modality_std**2 + 3 * part_std**2)
@@ -94,6 +95,9 @@ def _begin(model: Any, sequences: Sequences) -> None:
         for start in sequences.starts_of(name):
             positions[start + 1 : start + 1 + len(places)] += here
             positions[start : start + len(places)] += following
+            meanings[start + 1 : start + 1 + len(places)] += 1
+            meanings[start : start + len(places)] += 1
+    positions /= (meanings / 2).clamp(min=1).sqrt()[:, None]
 
 
 def _projected(features: Tensor, width: int) -> Tensor:

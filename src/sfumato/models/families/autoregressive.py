@@ -108,7 +108,7 @@ class AutoregressiveModel(Generative):
         else:
             logits = transformer.of_nobody(self.transformer, ids[:, :-1])
         nll = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return nll.view(len(ids), -1)
+        return nll.view(len(ids), ids.shape[1] - 1)
 
     @torch.no_grad()
     def bits_per_byte(self, records: Sequence[Record]) -> float:
