@@ -127,7 +127,9 @@ COMBINATIONS |= {
         settings=replace(TINY_BYTES, image=TINY.image, backbone=_MLP, objective=Variational(latent=4))
     ),
     "alignment-tokens": Combination(
-        settings=replace(TINY_SOUNDS, backbone=_MLP, objective=Alignment(width=6, temperature=3.0)),
+        settings=replace(
+            TINY_SOUNDS, text=TINY_BYTES.text, backbone=_MLP, objective=Alignment(width=6, temperature=3.0)
+        ),
         shapes=SHORT,
         outside=("bank.",),
     ),
