@@ -8,7 +8,11 @@ from sfumato.recipes.clinic import FINDINGS, TERMS, clinic
 
 
 def clinic_variational() -> Recipe:
-    """Case histories and chest films in one latent: a variational autoencoder, product of experts, at the demo's epsilon."""
+    """Case histories and chest films in one latent: a variational autoencoder, mixture of products of experts.
+
+    Measured: epsilon 7.999, mean kappa .710 (kind .08: a nodule's blurred edge does not tell it from a cavity), 86 s of
+    processor time without audit. The films are means: where things are is right, what is small or fine is smoothed away.
+    """
     recipe = clinic()
     return replace(
         recipe,
