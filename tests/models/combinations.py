@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
+from tests.models.token_models import SHORT, TINY_BYTES, TINY_SOUNDS, TINY_TOKENS
 
 from sfumato.models.settings import (
     Adversarial,
@@ -155,6 +156,19 @@ COMBINATIONS |= {
     "variational-sounds-alone": Combination(
         settings=_variational(image=None, text=None, audio=Waveform()), shapes=EVERYTHING
     ),
+    "variational-tokens": Combination(
+        settings=replace(TINY_SOUNDS, backbone=_MLP, objective=Variational(latent=4)), shapes=SHORT
+    ),
+    "variational-bytes-to-pixels": Combination(
+        settings=replace(TINY_BYTES, image=TINY.image, backbone=_MLP, objective=Variational(latent=4))
+    ),
+    "alignment-tokens": Combination(
+        settings=replace(
+            TINY_SOUNDS, text=TINY_BYTES.text, backbone=_MLP, objective=Alignment(width=6, temperature=3.0)
+        ),
+        shapes=SHORT,
+        outside=("bank.",),
+    ),
     "alignment-words": Combination(
         settings=ModelSettings(image=TINY.image, text=_WORDS, backbone=_MLP, objective=Alignment(width=6)),
         outside=("bank.",),
@@ -173,6 +187,9 @@ COMBINATIONS |= {
     "adversarial-words": _adversarial(),
     "adversarial-all-three-hinge": _adversarial(audio=Waveform(), text=_TERMS, loss="hinge", fakes=3, largest=1e-4),
     "adversarial-pictures-alone": _adversarial(text=None),
+    "autoregressive-words-patches": Combination(settings=TINY_TOKENS),
+    "autoregressive-bytes": Combination(settings=TINY_BYTES, shapes=Shapes()),
+    "autoregressive-bytes-patches-mu_law": Combination(settings=TINY_SOUNDS, shapes=SHORT),
 }
 
 

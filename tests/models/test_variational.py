@@ -188,18 +188,23 @@ def test_words_are_a_draw_from_one_distribution():
     decoder = likelihoods.Words(5, 2, MLP)
     disturbed(decoder)
     z, lists = torch.randn(1, 1, 2), torch.tensor([[3, 0, 5, 5]])  # features 3 and 0; 5 pads
-    log = decoder.stack(z)[0, 0].log_softmax(0)
+    log = decoder.stack(z)[0, 0].log_softmax(0).detach()
     assert decoder.lost(z, lists).item() == pytest.approx(-float(log[3] + log[0]), rel=1e-5)
 
 
 def test_tokens_are_categorical_and_padding_is_a_token_of_its_own():
-    decoder, inputs = likelihoods.Categorical(3, 4, 2, MLP), likelihoods.Tokens(3, 4)
+    decoder, inputs = likelihoods.Categorical(3, 4, 2, MLP, pads=True), likelihoods.Tokens(3, 4)
     disturbed(decoder)
     z, told = torch.randn(2, 5, 2), torch.tensor([[1, 2, 4], [0, 4, 4]])
-    scores = decoder._scores(z).log_softmax(-1)
+    scores = decoder._scores(z).log_softmax(-1).detach()
     expected = [[-float(sum(scores[r, p, i, told[r, i]] for i in range(3))) for p in range(5)] for r in range(2)]
     assert decoder.lost(z, told).tolist() == [pytest.approx(row, rel=1e-5) for row in expected]
     assert decoder.likeliest(z).shape == (2, 5, 3)
+    with torch.no_grad():
+        decoder.head.bias[4] = 1e3
+    assert (decoder.likeliest(z) == 4).all()
+    decoder.kinds = 4  # of pictures and sounds: never padding
+    assert (decoder.likeliest(z) < 4).all()
     assert inputs(told).shape == (2, inputs.width)
 
 

@@ -48,17 +48,17 @@ class FromLatents(nn.Module):
                 f"model.backbone.kind = {settings.backbone.kind} · released latents are short rows of numbers",
                 next="Set model.backbone: {kind: mlp}.",
             )
+        if not isinstance(settings.objective, Diffusion):
+            raise UsageError(
+                f"model.objective.kind = {settings.objective.kind} · released latents are learnt by diffusion",
+                next="Set model.objective: {kind: diffusion}.",
+            )
+        self.objective = settings.objective
         self.settings = settings
         self.picture_shape = picture_shape
         self.codes = PublicCodes(settings, picture_shape)
         d, e = self.codes.dimensions["image"], self.codes.dimensions["text"]
         self.denoiser = ResidualMlp(d, e, width=settings.backbone.width, depth=settings.backbone.depth)
-        if not isinstance(settings.objective, Diffusion):
-            raise UsageError(
-                f"model.objective.kind = {settings.objective.kind} · latents are learnt by diffusion",
-                next="Set model.objective: {kind: diffusion}.",
-            )
-        self.draws_of_noise = settings.objective.noise_multiplicity
         self.noise = {"image": 1.0, "text": 1.0}
         shapes = {"mean_z": (d,), "mean_c": (e,), "slope": (d, e), "given_c": (d, d), "given_release": (d, d)}
         for name, shape in {**shapes, "posterior": (e, e)}.items():
@@ -99,7 +99,7 @@ class FromLatents(nn.Module):
 
     def losses(self, batch: Batch) -> Tensor:
         """(B,): each unit's mean over its rows and over K draws of noise."""
-        shape = (batch.num_rows, self.draws_of_noise)
+        shape = (batch.num_rows, self.objective.noise_multiplicity)
         ratio = self._ratios(torch.rand(shape))
         noise = torch.randn(*shape, self.mean_z.numel())
         return batch.per_unit(self._record_losses(batch, ratio, noise, "given_release"))
@@ -166,7 +166,7 @@ class FromLatents(nn.Module):
         """About what one row takes on its way through the network, float32."""
         assert isinstance(self.settings.backbone, Mlp)
         width = self.settings.backbone.width * (3 * self.settings.backbone.depth + 1)
-        return 16 * self.draws_of_noise * (width + 2 * self.mean_z.numel())
+        return 16 * self.objective.noise_multiplicity * (width + 2 * self.mean_z.numel())
 
     # -- on disk --
 

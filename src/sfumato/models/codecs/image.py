@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import DataError, UsageError
 from sfumato.models import augmentation
-from sfumato.models.settings import Cosine, PictureKind, Pixels
+from sfumato.models.settings import Cosine, PictureKind, PictureNumbers, Pixels
 from sfumato.records import Modality, Record
 
 _AT_ONCE = 4096  # pictures encoded together
@@ -25,7 +25,7 @@ _AT_ONCE = 4096  # pictures encoded together
 class PictureCodec:
     """Records' pictures as flat latents (R, D), and back."""
 
-    settings: Pixels | Cosine
+    settings: PictureNumbers
     picture_shape: tuple[int, int, int]
     sigma_data: float
     modality: ClassVar[Modality] = "image"
@@ -91,7 +91,7 @@ class ImageCoder:
     pixel of the picture shrunk to F x F. A picture is then band-limited: what is above frequency F is never modelled.
     """
 
-    settings: Pixels | Cosine
+    settings: PictureNumbers
     height: int
     width: int
     channels: int

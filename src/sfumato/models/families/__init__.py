@@ -1,7 +1,15 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Adversarial, Alignment, Diffusion, Flow, ModelSettings, Variational
+from sfumato.models.settings import (
+    Adversarial,
+    Alignment,
+    Autoregressive,
+    Diffusion,
+    Flow,
+    ModelSettings,
+    Variational,
+)
 from sfumato.models.shapes import Shapes
 
 
@@ -28,3 +36,7 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.alignment import AlignmentModel
 
             return AlignmentModel(settings, shapes)
+        case Autoregressive():
+            from sfumato.models.families.autoregressive import AutoregressiveModel
+
+            return AutoregressiveModel(settings, shapes)

@@ -21,7 +21,17 @@ from sfumato.models.codecs import sentence
 from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.families.conditions import ConditionEncoder, Told, beside
 from sfumato.models.generative import Direction, Generative, write_json
-from sfumato.models.settings import Diffusion, Flow, FrozenSentence, Mlp, ModelSettings, Sampling, UNet
+from sfumato.models.settings import (
+    Diffusion,
+    Flow,
+    FrozenSentence,
+    Mlp,
+    ModelSettings,
+    Sampling,
+    TextCondition,
+    Transformer,
+    UNet,
+)
 from sfumato.models.shapes import Shapes
 from sfumato.records import MODALITIES, Batch, Modality
 
@@ -47,7 +57,7 @@ class Denoising(Generative):
             )
         self.scale: Tensor = codec.scale
         widths = dict.fromkeys(MODALITIES, objective.condition_width)
-        if settings.text is not None and "text" in self.codecs and self.codecs["text"].kind == "features":
+        if isinstance(settings.text, TextCondition):
             widths["text"] = settings.text.width
         self.told: dict[Modality, Told] = {
             name: Told(self.codecs[name], widths[name])
@@ -64,6 +74,11 @@ class Denoising(Generative):
                 from sfumato.models.backbones.unet import UNetDenoiser
 
                 self.denoiser = UNetDenoiser(_as_picture(codec.shape), condition, unet)
+            case Transformer():
+                raise UsageError(
+                    f"model.backbone.kind = transformer · says tokens, {self.family} takes numbers away from noise",
+                    next="Set model.backbone.kind to mlp or unet, or model.objective.kind: autoregressive.",
+                )
 
     # -- what an objective says --
 

@@ -102,11 +102,11 @@ class Gaussian(Likelihood):
 
 
 class Categorical(Likelihood):
-    """Independent tokens; the padding of a short record is one token more."""
+    """Independent tokens; the padding of a short record is one token more, which only texts are made with."""
 
-    def __init__(self, length: int, vocabulary: int, latent: int, mlp: Mlp) -> None:
+    def __init__(self, length: int, vocabulary: int, latent: int, mlp: Mlp, *, pads: bool) -> None:
         super().__init__(latent, length * TOKEN_WIDTH, mlp)
-        self.length = length
+        self.length, self.kinds = length, vocabulary + pads
         self.head = nn.Linear(TOKEN_WIDTH, vocabulary + 1)
 
     def _scores(self, z: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Categorical(Likelihood):
         return -self._scores(z).log_softmax(-1).gather(-1, told).squeeze(-1).sum(-1)
 
     def likeliest(self, z: Tensor) -> Tensor:
-        return self._scores(z).argmax(-1)
+        return self._scores(z)[..., : self.kinds].argmax(-1)
 
 
 class ThreeValued(Likelihood):
@@ -153,7 +153,7 @@ def of(codec: Any, latent: int, mlp: Mlp) -> Likelihood:
         case "continuous":
             return Gaussian(codec.scale, latent, mlp)
         case "tokens":
-            return Categorical(codec.shape[0], codec.vocabulary, latent, mlp)
+            return Categorical(codec.shape[0], codec.vocabulary, latent, mlp, pads=codec.modality == "text")
         case _:
             return _of_features(codec, latent, mlp)
 
