@@ -11,7 +11,7 @@ PIXEL_STD = 0.5  # assumed, of a pixel in [-1, 1]
 
 def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
     """The codecs that the settings name, by modality."""
-    from sfumato.models.codecs import image, text_features
+    from sfumato.models.codecs import audio, image, text_features
 
     codecs: dict[Modality, Any] = {}
     if settings.text is not None:
@@ -22,4 +22,6 @@ def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
             shapes.of_picture(),
             PIXEL_STD if not isinstance(settings.objective, Diffusion) else settings.objective.sigma_data,
         )
+    if settings.audio is not None:
+        codecs["audio"] = audio.SoundCodec(settings.audio, *shapes.of_sound())
     return codecs

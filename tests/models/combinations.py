@@ -1,0 +1,93 @@
+"""Every family x codec that is built, by name: a row here, and the contract (``test_contract.py``) holds it to its word.
+
+A family adds its rows: the smallest settings of each codec and backbone that it works with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tests.models.conftest import SHAPE, TINY, TINY_UNET
+
+from sfumato.models.settings import Diffusion, Flow, MelSpectrogram, ModelSettings, TermAxis, Terms, Waveform
+from sfumato.models.shapes import Shapes
+from sfumato.records import MODALITIES, Modality, Record
+
+SAMPLES, SAMPLE_RATE = 400, 800
+PICTURES = Shapes(picture=SHAPE)
+EVERYTHING = Shapes(picture=SHAPE, samples=SAMPLES, sample_rate=SAMPLE_RATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Attributes:
+    learning_rate: of Adam, for the test that training lowers the loss.
+    largest: of the oracle's float64 and the engine's float32, how far apart, relative.
+    """
+
+    settings: ModelSettings
+    shapes: Shapes = PICTURES
+    learning_rate: float = 1e-2
+    largest: float = 2e-5
+
+
+_TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
+_MEL = MelSpectrogram(bands=8, window=64, hop=32, iterations=4)  # 8 bands of 16 frames
+_SOUNDS = replace(TINY, image=None, audio=replace(_MEL, kept=(4, 6)))
+
+COMBINATIONS: dict[str, Combination] = {
+    "diffusion-cosine-words-mlp": Combination(settings=TINY),
+    "diffusion-pixels-words-unet": Combination(settings=TINY_UNET),
+    "diffusion-cosine-terms-mlp": Combination(settings=replace(TINY, text=_TERMS)),
+    "diffusion-alone-mlp": Combination(settings=replace(TINY, text=None)),
+    "diffusion-alone-unet": Combination(settings=replace(TINY_UNET, text=None)),
+    "diffusion-x0": Combination(settings=replace(TINY, objective=Diffusion(prediction="x0"))),
+    "diffusion-eps": Combination(settings=replace(TINY, objective=Diffusion(prediction="eps"))),
+    "diffusion-outline-words-mlp": Combination(
+        settings=replace(_SOUNDS, objective=Diffusion(target="audio", noise_multiplicity=3)), shapes=EVERYTHING
+    ),
+    "diffusion-waveform-words-mlp": Combination(
+        settings=replace(_SOUNDS, audio=Waveform(), objective=Diffusion(target="audio")),
+        shapes=EVERYTHING,
+        largest=1e-4,  # samples vary by .1 only: at low noise the error is a small difference of float32 numbers
+    ),
+    "diffusion-mel-words-unet": Combination(
+        settings=replace(TINY_UNET, image=None, audio=_MEL, objective=Diffusion(target="audio")), shapes=EVERYTHING
+    ),
+    "diffusion-image-of-text-and-sound": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(condition_width=8)), shapes=EVERYTHING
+    ),
+    "diffusion-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(target="audio", condition_width=8)), shapes=EVERYTHING
+    ),
+    "flow-cosine-words-mlp": Combination(settings=replace(TINY, objective=Flow(noise_multiplicity=3))),
+    "flow-pixels-words-unet": Combination(settings=replace(TINY_UNET, objective=Flow())),
+    "flow-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Flow(target="audio", condition_width=8)), shapes=EVERYTHING
+    ),
+}
+
+
+def records(
+    counts: Sequence[int], modalities: Sequence[Modality], *, seed: int = 0, shapes: Shapes = EVERYTHING
+) -> list[Record]:
+    """Unit number i has counts[i] records of these modalities, all different; another seed, entirely other records."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for unit, count in enumerate(counts):
+        for number in range(count):
+            words = f"patient {unit} visit {number} number {rng.integers(1000)} " + ("left" if unit % 2 else "right")
+            picture = rng.integers(0, 256, shapes.picture or SHAPE, dtype=np.uint8)
+            samples, rate = shapes.samples or SAMPLES, shapes.sample_rate or SAMPLE_RATE
+            tone = np.sin(2 * np.pi * rng.uniform(20, rate / 2 - 20) * np.arange(samples) / rate + rng.uniform(0, 6))
+            sound = (0.4 * tone + 0.05 * rng.standard_normal(samples)).clip(-1, 1).astype(np.float32)
+            values = {"text": words, "image": picture, "audio": sound}
+            made.append(
+                Record(
+                    id=f"{unit}-{number}",
+                    unit=f"unit-{unit:03d}",
+                    sample_rate=rate if "audio" in modalities else None,
+                    **{name: values[name] for name in MODALITIES if name in modalities},
+                )
+            )
+    return made
