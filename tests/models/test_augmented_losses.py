@@ -1,7 +1,9 @@
 """Copies of a picture inside one record's loss: the mean over them, of nobody else's record, at the same clip and charge."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.models.conftest import SHAPE, TINY, disturbed, records
@@ -11,14 +13,24 @@ from sfumato.errors import UsageError
 from sfumato.models import augmentation
 from sfumato.models import model as models
 from sfumato.models.codecs.image import PictureCodec
-from sfumato.models.settings import Cosine, Diffusion, Flow, Pixels
+from sfumato.models.settings import Cosine, Diffusion, Flow, ModelSettings, Pixels
 from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.randomness import TestRandom
+from sfumato.records import Record
 
 KINDS = ("flip", "shift", "crop", "rotate")
 DIFFUSION = replace(TINY, objective=Diffusion(noise_multiplicity=2, augmentations=KINDS, augmentation_multiplicity=3))
 FLOW = replace(TINY, objective=Flow(noise_multiplicity=2, augmentations=KINDS, augmentation_multiplicity=3))
 BOTH = pytest.mark.parametrize("settings", [DIFFUSION, FLOW], ids=["diffusion", "flow"])
+
+
+def built(settings: ModelSettings) -> Any:
+    return disturbed(models.build(settings, picture_shape=SHAPE))
+
+
+def pixels_of(record: Record) -> np.ndarray:
+    assert record.image is not None
+    return record.image
 
 
 @pytest.mark.parametrize("kept", [4, 8])
@@ -49,7 +61,7 @@ def test_copies_of_latents_are_those_of_their_pixels(settings):
 
 @BOTH
 def test_the_loss_of_a_record_is_the_mean_over_its_copies_and_their_draws(settings):
-    model = disturbed(models.build(settings, picture_shape=SHAPE))
+    model = built(settings)
     batch = whole(model.encode(records([2, 1])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -68,9 +80,9 @@ def test_the_loss_of_a_record_is_the_mean_over_its_copies_and_their_draws(settin
 
 @BOTH
 def test_no_units_loss_moves_with_anothers_picture(settings):
-    model = disturbed(models.build(settings, picture_shape=SHAPE))
+    model = built(settings)
     given = records([2, 1, 3])
-    other = replace(given[2], image=255 - given[2].image)  # the only record of unit 1
+    other = replace(given[2], image=255 - pixels_of(given[2]))  # the only record of unit 1
     before = losses(model, whole(model.encode(given)))
     after = losses(model, whole(model.encode([*given[:2], other, *given[3:]])))
     assert before[[0, 2]].tolist() == pytest.approx(after[[0, 2]].tolist(), rel=1e-6)
@@ -80,7 +92,7 @@ def test_no_units_loss_moves_with_anothers_picture(settings):
 @BOTH
 def test_a_units_clipped_gradient_keeps_its_bound_and_an_empty_batch_is_noise(settings):
     """However many copies there are, a unit moves the sum by at most C: the private step with one unit and no noise."""
-    model = disturbed(models.build(settings, picture_shape=SHAPE))
+    model = built(settings)
     table = model.encode(records([1, 1]))
     engine = DifferentialPrivacyEngine(
         model,
@@ -106,8 +118,8 @@ def test_a_units_clipped_gradient_keeps_its_bound_and_an_empty_batch_is_noise(se
 @BOTH
 def test_an_attack_looks_at_the_picture_as_it_is(settings):
     objective = replace(settings.objective, augmentations=(), augmentation_multiplicity=1)
-    plain = disturbed(models.build(replace(settings, objective=objective), picture_shape=SHAPE))
-    many = disturbed(models.build(settings, picture_shape=SHAPE))
+    plain = built(replace(settings, objective=objective))
+    many = built(settings)
     rows = [m.row_losses(whole(m.encode(records([1, 1]))), 8, torch.Generator().manual_seed(0)) for m in (plain, many)]
     assert rows[0].tolist() == pytest.approx(rows[1].tolist())
 
@@ -119,4 +131,4 @@ def test_settings_that_make_no_sense_are_refused():
         {"augmentations": ("shift",), "target": "audio"},
     ):
         with pytest.raises(UsageError, match="copies of a picture that"):
-            Diffusion(**wrong)
+            Diffusion(**wrong)  # pyright: ignore[reportArgumentType]
