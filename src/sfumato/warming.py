@@ -42,14 +42,12 @@ def maker_of(recipe: Recipe, picture_shape: tuple[int, int, int]) -> Any:
 
     of = asked.release
     settings = ModelSettings(image=of.image, text=of.text, backbone=of.backbone, random_features=of.random_features)
-    made = models.build_for_release(FromMean.kind, settings, picture_shape=picture_shape, seed=recipe.training.seed)
-    return made
+    return models.build_for_release(FromMean.kind, settings, picture_shape=picture_shape, seed=recipe.training.seed)
 
 
 def dimension(maker: Any) -> int:
     """How many numbers are released."""
-    found = maker.dimension if hasattr(maker, "dimension") else maker.dimensions["mean"]
-    return int(found)
+    return maker.dimension if _by_class(maker) else maker.dimensions["mean"]
 
 
 def begin(
@@ -74,7 +72,7 @@ def begin(
     """
     random = random or SecretRandom()
     maker = maker_of(recipe, model.shapes.of_picture())
-    prompts = maker.usable(prompts) if hasattr(maker, "usable") else prompts
+    prompts = maker.usable(prompts) if _by_class(maker) else prompts
     if not prompts:  # before anything is charged
         raise UsageError(
             "warm_start · draws records for texts of public units, and none of these says a class; or there are none",
@@ -120,7 +118,7 @@ def boundary(recipe: Recipe, picture_shape: tuple[int, int, int]) -> list[str]:
     asked, maker = _settings(recipe), maker_of(recipe, picture_shape)
     share = recipe.privacy.warm_start
     assert share is not None  # the recipe sees to it
-    if hasattr(maker, "in_words"):
+    if _by_class(maker):
         what = maker.in_words()
     else:
         terms = ", ".join(axis.name for axis in maker.settings.text.axes)
@@ -136,17 +134,23 @@ def boundary(recipe: Recipe, picture_shape: tuple[int, int, int]) -> list[str]:
     ]
 
 
+def _by_class(maker: Any) -> bool:
+    """Else it is a ``FromMean``."""
+    from sfumato.models.class_moments import ClassMomentsMaker
+
+    return isinstance(maker, ClassMomentsMaker)
+
+
 def _settings(recipe: Recipe) -> Any:
     assert recipe.model.warm_start is not None  # the recipe sees to it
     return recipe.model.warm_start
 
 
 def _released(maker: Any, private: Sequence[Record], release: MeanEmbedding, random: Random) -> Any:
-    from sfumato.models.class_moments import ClassMomentsMaker
     from sfumato.privacy import latents
 
     table = maker.encode(private)
-    if isinstance(maker, ClassMomentsMaker):
+    if _by_class(maker):
         return latents.release_class_sums(
             table, maker.features, release, random, classes=maker.classes, products=maker.settings.products
         )
@@ -163,10 +167,8 @@ def _drawn(
     progress: Callable[[str], None],
 ) -> list[Record] | None:
     """Records that are nobody's; None where the fitting of the generator was interrupted."""
-    from sfumato.models.class_moments import ClassMomentsMaker
-
     asked, seed = _settings(recipe), recipe.training.seed
-    if isinstance(maker, ClassMomentsMaker):
+    if _by_class(maker):
         std = release.noise_multiplier * release.max_norm / release.population
         return maker.draw(released, std, prompts, asked.records, seed)
     table, of = maker.receive(released, prompts), asked.release

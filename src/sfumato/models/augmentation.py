@@ -1,7 +1,7 @@
 """Label-preserving changes of pictures and sounds: pure functions of tensors, each row by draws of its own.
 
 Used inside one example's loss (augmentation multiplicity: the mean over several changed copies, before its gradient is
-clipped), they cost no privacy: De et al. 2022, arXiv:2204.13650, section 3.2. A unit's gradient stays one vector of norm at most C, whatever
+clipped), they cost no privacy: De et al. 2022, arXiv:2204.13650, section 3.2. A unit's gradient stays one vector, at most C long, whatever
 K is and whatever was drawn: sampling, sensitivity and charge are those of one copy. Which kinds there are is a public setting; what
 was done is the loss's own chance, and is not released. No row is changed by what another row is;
 the draws come from the generator in a fixed number a row, whichever kinds are asked for, so that a kind more does not

@@ -284,8 +284,10 @@ class Diffusion:
     Attributes:
       target: what is drawn; the other modalities of the model are conditions.
       noise_multiplicity: K draws of noise level and noise inside one example's loss (DPDM, eq. 6).
-      augmentations: of pictures, anew in every loss; they must not change what a text says.
-      augmentation_multiplicity: M copies of a record's picture inside its loss, the first unchanged, each with K draws.
+      augmentations: what is done to a picture that is the target, anew in every loss (``augmentation``); public, and only what leaves
+        true what the conditions say of it.
+      augmentation_multiplicity: M copies of a record's own picture inside its loss, the first of them unchanged where M > 1, each
+        with K draws (De et al. 2022).
       sigma_data: of a pixel; the other codecs bring their own scale.
       prediction: what the network is asked for. v: EDM's own, the velocity of Salimans & Ho 2022 up to its sign; x0: the clean
         latent; eps: the noise. The loss weighs each so that the network's error counts alike at every level.
@@ -313,7 +315,7 @@ class Diffusion:
             sigma_min=self.sigma_min, condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
-        _check_augmentations(self.target, self.augmentations, self.augmentation_multiplicity)
+        _check_copies(self.target, self.augmentations, self.augmentation_multiplicity)
         if self.sigma_max <= self.sigma_min:
             raise UsageError(
                 f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
@@ -326,7 +328,7 @@ class Flow:
     """Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
 
     Attributes: target, noise_multiplicity, augmentations, augmentation_multiplicity, condition_dropout, condition_width: as
-      ``Diffusion`` has them.
+        ``Diffusion`` has them.
       logit_time_mean, logit_time_std: of the time of a draw, logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19); 0 is
         data, 1 is noise.
     """
@@ -347,19 +349,16 @@ class Flow:
             condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
-        _check_augmentations(self.target, self.augmentations, self.augmentation_multiplicity)
+        _check_copies(self.target, self.augmentations, self.augmentation_multiplicity)
 
 
-def _check_augmentations(target: Target, kinds: tuple[PictureKind, ...], copies: int) -> None:
+def _check_copies(target: Target, kinds: tuple[PictureKind, ...], copies: int) -> None:
     checks.positive(augmentation_multiplicity=copies)
-    if kinds and target != "image":
+    if (copies > 1 and not kinds) or len(set(kinds)) < len(kinds) or (kinds and target != "image"):
         raise UsageError(
-            f"augmentations = {list(kinds)} · change pictures, but the target is {target}", next="Leave them out."
-        )
-    if (copies > 1 and not kinds) or len(set(kinds)) != len(kinds):
-        raise UsageError(
-            f"augmentations = {list(kinds)}, augmentation_multiplicity = {copies} · several copies differ by kinds, each named once",
-            next="Name augmentations, such as [shift, rotate]; or draw more noise with noise_multiplicity.",
+            f"augmentations = {list(kinds)}, augmentation_multiplicity = {copies}, target = {target} · copies of a picture that "
+            "differ by what is named, each kind once",
+            next="Name kinds, such as [shift, rotate], where pictures are drawn; or draw more noise with noise_multiplicity.",
         )
 
 

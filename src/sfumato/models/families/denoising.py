@@ -50,12 +50,14 @@ class Denoising(Generative):
                 f"model.objective.target = {self.target} · {objective.kind} needs a codec of numbers for it",
                 next=f"Set model.{self.target}, or model.objective.target.",
             )
-        if objective.augmentations and not isinstance(codec, PictureCodec):
-            raise UsageError(
-                f"model.objective.augmentations = {list(objective.augmentations)} · change pixels, or their cosine coefficients",
-                next="Leave them out, or set model.image to pixels or cosine.",
-            )
         self.scale: Tensor = codec.scale
+        self.augmentations, self.copies = objective.augmentations, objective.augmentation_multiplicity
+        if self.augmentations and not isinstance(codec, PictureCodec):
+            raise UsageError(
+                f"model.objective.augmentations = {list(self.augmentations)} · are of pixels, which model.image.kind = "
+                f"{codec.settings.kind} cannot be led back to",
+                next="Leave them out, or set model.image: {kind: pixels} or {kind: cosine}.",
+            )
         widths = dict.fromkeys(MODALITIES, objective.condition_width)
         if isinstance(settings.text, TextCondition):
             widths["text"] = settings.text.width
@@ -102,7 +104,7 @@ class Denoising(Generative):
 
     @abstractmethod
     def latent_losses(self, clean: Tensor, condition: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
-        """(R,). Args: clean (R, D), or (R, K, D) where each draw has its own; condition (R, E), levels (R, K), noise (R, K, D)."""
+        """(R,). Args: clean (R, D), or (R, K, D) of copies; condition (R, E), levels (R, K), noise (R, K, D)."""
 
     @abstractmethod
     def drawn(self, condition: Tensor, start: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -133,17 +135,14 @@ class Denoising(Generative):
 
         An attack (``generator``) looks at the picture as it is.
         """
-        objective = self.settings.objective
-        assert isinstance(objective, Diffusion | Flow)
         rows, present, clean = batch.num_rows, dict(batch.present), batch.tensors[self.target]
         if generator is None or draws is None:
             for name in self.told:
                 present[name] = present[name] & (torch.rand(rows) >= self.dropout)
-            draws = self.draws * objective.augmentation_multiplicity
-            if objective.augmentations:
-                pictures = self.codecs[self.target]
-                changed = pictures.augmented(clean, objective.augmentations, objective.augmentation_multiplicity)
-                clean = changed.repeat_interleave(self.draws, dim=1)  # (R, M K, D)
+            draws = self.draws * self.copies
+            codec = self.codecs[self.target]
+            if self.augmentations and isinstance(codec, PictureCodec):
+                clean = codec.augmented(clean, self.augmentations, self.copies).repeat_interleave(self.draws, dim=1)
             levels = self.levels((rows, draws))
             noise = torch.randn(rows, draws, self.scale.numel())
         else:
@@ -154,7 +153,7 @@ class Denoising(Generative):
     def _record_losses(
         self, batch: Batch, condition: Tensor, levels: Tensor, noise: Tensor, clean: Tensor | None = None
     ) -> Tensor:
-        """Args: condition (R, E), levels (R, K), noise (R, K, D), clean (R, K, D) in place of the batch's (R, D)."""
+        """Args: condition (R, E), levels (R, K), noise (R, K, D); clean: copies (R, K, D) in place of the batch's (R, D)."""
         values = self.latent_losses(batch.tensors[self.target] if clean is None else clean, condition, levels, noise)
         return values * batch.present[self.target]  # a record without the target has nothing to lose
 

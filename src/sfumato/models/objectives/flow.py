@@ -51,11 +51,11 @@ def record_losses(
     """One loss per record: the mean over its K draws of the squared error of the velocity, in units of the data.
 
     An entry counts as scale^2 over its mean: one that is assumed to vary little counts little. Where all scales are equal that
-    is plain flow matching. Args: clean (R, D), or (R, K, D) where
-    each draw has its own; condition (R, E), time (R, K), noise (R, K, D). Returns: (R,).
+    is plain flow matching. Args: clean (R, D), or (R, K, D), a copy for every draw; condition (R, E), time (R, K), noise (R, K, D).
+    Returns: (R,).
     """
     draws = time.shape[1]
-    z = (clean if clean.dim() == 3 else clean[:, None].expand(-1, draws, -1)) / scale
+    z = clean / scale if clean.dim() == 3 else (clean / scale)[:, None].expand(-1, draws, -1)
     told = condition[:, None].expand(-1, draws, -1)
     wide = time[..., None]
     estimate = velocity(backbone, (1 - wide) * z + wide * noise, time, told)
