@@ -4,13 +4,13 @@ A family adds its rows: the smallest settings of each codec and backbone that it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
-from tests.models.token_models import SHORT, TINY_BYTES, TINY_SOUNDS, TINY_TOKENS
+from tests.models.token_models import SHORT, TINY_BYTES, TINY_MEL, TINY_SOUNDS, TINY_TOKENS
 
-from sfumato.models.settings import ModelSettings, TermAxis, Terms
+from sfumato.models.settings import Diffusion, Flow, MelSpectrogram, ModelSettings, TermAxis, Terms, Waveform
 from sfumato.models.shapes import Shapes
 from sfumato.records import MODALITIES, Modality, Record
 
@@ -33,17 +33,42 @@ class Combination:
 
 
 _TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
+_MEL = MelSpectrogram(bands=8, window=64, hop=32, iterations=4)  # 8 bands of 16 frames
+_SOUNDS = replace(TINY, image=None, audio=replace(_MEL, kept=(4, 6)))
 
 COMBINATIONS: dict[str, Combination] = {
     "diffusion-cosine-words-mlp": Combination(settings=TINY),
     "diffusion-pixels-words-unet": Combination(settings=TINY_UNET),
-    "diffusion-cosine-terms-mlp": Combination(
-        settings=ModelSettings(
-            image=TINY.image, text=_TERMS, backbone=TINY.backbone, objective=TINY.objective, sampling=TINY.sampling
-        )
+    "diffusion-cosine-terms-mlp": Combination(settings=replace(TINY, text=_TERMS)),
+    "diffusion-alone-mlp": Combination(settings=replace(TINY, text=None)),
+    "diffusion-alone-unet": Combination(settings=replace(TINY_UNET, text=None)),
+    "diffusion-x0": Combination(settings=replace(TINY, objective=Diffusion(prediction="x0"))),
+    "diffusion-eps": Combination(settings=replace(TINY, objective=Diffusion(prediction="eps"))),
+    "diffusion-outline-words-mlp": Combination(
+        settings=replace(_SOUNDS, objective=Diffusion(target="audio", noise_multiplicity=3)), shapes=EVERYTHING
+    ),
+    "diffusion-waveform-words-mlp": Combination(
+        settings=replace(_SOUNDS, audio=Waveform(), objective=Diffusion(target="audio")),
+        shapes=EVERYTHING,
+        largest=1e-4,  # samples vary by .1 only: at low noise the error is a small difference of float32 numbers
+    ),
+    "diffusion-mel-words-unet": Combination(
+        settings=replace(TINY_UNET, image=None, audio=_MEL, objective=Diffusion(target="audio")), shapes=EVERYTHING
+    ),
+    "diffusion-image-of-text-and-sound": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(condition_width=8)), shapes=EVERYTHING
+    ),
+    "diffusion-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Diffusion(target="audio", condition_width=8)), shapes=EVERYTHING
+    ),
+    "flow-cosine-words-mlp": Combination(settings=replace(TINY, objective=Flow(noise_multiplicity=3))),
+    "flow-pixels-words-unet": Combination(settings=replace(TINY_UNET, objective=Flow())),
+    "flow-sound-of-text-and-image": Combination(
+        settings=replace(TINY, audio=_MEL, objective=Flow(target="audio", condition_width=8)), shapes=EVERYTHING
     ),
     "autoregressive-words-patches": Combination(settings=TINY_TOKENS),
     "autoregressive-bytes": Combination(settings=TINY_BYTES, shapes=Shapes()),
+    "autoregressive-bytes-mel": Combination(settings=TINY_MEL, shapes=EVERYTHING),
     "autoregressive-bytes-patches-mu_law": Combination(settings=TINY_SOUNDS, shapes=SHORT),
 }
 

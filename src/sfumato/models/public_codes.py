@@ -18,7 +18,7 @@ from sfumato.errors import UsageError
 from sfumato.models.codecs import build as build_codecs
 from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.codecs.text_features import TextFeatures
-from sfumato.models.settings import FrozenSentence, HashedWords, ModelSettings, Terms
+from sfumato.models.settings import Diffusion, FrozenSentence, HashedWords, ModelSettings, Terms
 from sfumato.models.shapes import Shapes
 from sfumato.records import Record, UnitTable, prompt
 
@@ -36,6 +36,11 @@ class PublicCodes:
             raise UsageError(
                 "model.image or model.text = none · what is released are latents of pictures and texts",
                 next="Set both.",
+            )
+        if not isinstance(settings.objective, Diffusion):
+            raise UsageError(
+                f"model.objective.kind = {settings.objective.kind} · what was released is learnt from by diffusion",
+                next="Set model.objective: {kind: diffusion}.",
             )
         self.settings = settings
         codecs = build_codecs(settings, Shapes(picture=picture_shape))

@@ -31,6 +31,50 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waveform:
+    """Sounds as they are, samples in [-1, 1]."""
+
+    kind: Literal["waveform"] = "waveform"
+    std: float = 0.1  # assumed, of a sample
+
+    def __post_init__(self) -> None:
+        checks.positive(std=self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelSpectrogram:
+    """Sounds by the loudness of ``bands`` bands in each frame, fixed public filters, with an inversion one can listen to.
+
+    ``kept``: only the lowest cosine frequencies over (bands, frames): the outline of a sound in a few numbers. Their assumed
+    standard deviation is amplitude / (1 + r) ** decay at distance r from the mean, as ``Cosine`` has it for pictures.
+    """
+
+    kind: Literal["mel"] = "mel"
+    bands: int = 32
+    window: int = 256  # samples
+    hop: int = 64  # samples from frame to frame
+    floor_db: float = -80.0  # below a sine of amplitude 1; what is quieter is silence
+    std: float = 0.4  # assumed, of each band and frame, where -1 is silence and 1 is full scale; without kept
+    kept: tuple[int, int] | None = None
+    amplitude: float = 1.5
+    decay: float = 1.0
+    iterations: int = 32  # of Griffin-Lim, when a sound is made of it
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            bands=self.bands, hop=self.hop, std=self.std, amplitude=self.amplitude, iterations=self.iterations
+        )
+        checks.non_negative(decay=self.decay)
+        if self.window < 2 * self.hop or self.window % 2:
+            raise UsageError(
+                f"window = {self.window} · must be even and at least twice the hop, {self.hop}: frames must overlap",
+                next="Lengthen model.audio.window, or shorten model.audio.hop.",
+            )
+        if not self.floor_db < 0:
+            raise UsageError(f"floor_db = {self.floor_db} · must be below 0", next="For example -80.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PatchTokens:
     """Images as one token a patch: its lowest cosine frequencies, each on a grid of ``levels`` values in a public range.
 
@@ -65,6 +109,30 @@ class MuLaw:
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise UsageError(f"model.audio.levels = {self.levels} · must be 2 or more", next="256 is usual.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelTokens:
+    """Sounds as a few tokens a frame of their mel spectrogram: the frame's loudness and its lowest cosine frequencies over the
+    bands, each on a grid of values in a public range.
+
+    Attributes:
+      mel: of which spectrogram; its ``kept`` must be null.
+      levels: by token, of the mean, then of the lowest frequencies; a token's vocabulary is their product.
+      detail_range: of a frequency, where that of the mean is 1.
+    """
+
+    kind: Literal["mel_tokens"] = "mel_tokens"
+    mel: MelSpectrogram = field(default_factory=lambda: MelSpectrogram(hop=128))
+    levels: tuple[tuple[int, ...], ...] = ((8, 5, 5),)
+    detail_range: float = 0.3
+
+    def __post_init__(self) -> None:
+        checks.positive(detail_range=self.detail_range)
+        if self.mel.kept is not None:
+            raise UsageError(
+                f"model.audio.mel.kept = {self.mel.kept} · tokens say what is kept", next="Set it to null."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,23 +285,39 @@ class UNet:
     layers_per_block: int = 1
 
 
+Target = Literal["image", "audio"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diffusion:
-    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Attributes:
+      target: what is drawn; the other modalities of the model are conditions.
+      noise_multiplicity: K draws of noise level and noise inside one example's loss (DPDM, eq. 6).
+      sigma_data: of a pixel; the other codecs bring their own scale.
+      prediction: what the network is asked for. v: EDM's own, the velocity of Salimans & Ho 2022 up to its sign; x0: the clean
+        latent; eps: the noise. The loss weighs each so that the network's error counts alike at every level.
+      condition_dropout: chance, of each condition by itself, that a row's is dropped: for guidance, and for prompts without it.
+      condition_width: of what is made of a condition that is a picture or a sound; a text's width is its encoder's.
+    """
 
     kind: Literal["diffusion"] = "diffusion"
-    noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
+    target: Target = "image"
+    noise_multiplicity: int = 2
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
-    sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
+    sigma_data: float = 0.5
     sigma_min: float = 0.02
     sigma_max: float = 20.0
-    condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
+    prediction: Literal["v", "x0", "eps"] = "v"
+    condition_dropout: float = 0.1
+    condition_width: int = 64
 
     def __post_init__(self) -> None:
         checks.positive(
             noise_multiplicity=self.noise_multiplicity, log_sigma_std=self.log_sigma_std, sigma_data=self.sigma_data,
-            sigma_min=self.sigma_min,
+            sigma_min=self.sigma_min, condition_width=self.condition_width,
         )  # fmt: skip
         checks.probability(condition_dropout=self.condition_dropout)
         if self.sigma_max <= self.sigma_min:
@@ -241,6 +325,31 @@ class Diffusion:
                 f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
                 next="Raise model.objective.sigma_max.",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+
+    Attributes: target, noise_multiplicity, condition_dropout, condition_width: as ``Diffusion`` has them.
+      logit_time_mean, logit_time_std: of the time of a draw, logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19); 0 is
+        data, 1 is noise.
+    """
+
+    kind: Literal["flow"] = "flow"
+    target: Target = "image"
+    noise_multiplicity: int = 2
+    logit_time_mean: float = 0.0
+    logit_time_std: float = 1.0
+    condition_dropout: float = 0.1
+    condition_width: int = 64
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise_multiplicity=self.noise_multiplicity, logit_time_std=self.logit_time_std,
+            condition_width=self.condition_width,
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,23 +372,59 @@ class Autoregressive:
         checks.probability(condition_dropout=self.condition_dropout)
 
 
+Solver = Literal["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
+_SOLVERS = {"diffusion": ("heun", "euler", "dpmpp_2m", "ancestral"), "flow": ("heun", "euler", "midpoint")}
+_CHURNING = ("heun", "euler")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How records are drawn from the trained model; post-processing, changes no guarantee."""
+    """How records are drawn from the trained model; post-processing, changes no guarantee.
+
+    Attributes:
+      steps: of the solver; heun and midpoint look at the network twice in each.
+      guidance: 0 is the conditional model alone.
+      solver: diffusion: heun, euler, dpmpp_2m (Lu et al. 2022), ancestral (adds noise in each step); flow: heun, euler, midpoint.
+      churn, churn_min, churn_max, churn_noise: of a diffusion by heun or euler, noise that is added and taken away again:
+        S_churn, S_tmin, S_tmax, S_noise of EDM, algorithm 2; churn 0 adds none.
+      temperature: of tokens; 0 takes the likeliest.
+      top_k, top_p: of tokens, the likeliest k alone (0: all), and of these those that have this probability together.
+    """
 
     steps: int = 24
-    guidance: float = 1.5  # 0 is the conditional model alone
-    churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
-    temperature: float = 1.0  # of tokens; 0 takes the likeliest
-    top_k: int = 0  # of tokens, the likeliest k alone; 0: all
-    top_p: float = 1.0  # of tokens, the likeliest that have this probability together
+    guidance: float = 1.5
+    solver: Solver = "heun"
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float | None = None
+    churn_noise: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.positive(steps=self.steps)
-        checks.non_negative(guidance=self.guidance, churn=self.churn)
         checks.non_negative(temperature=self.temperature, top_k=self.top_k)
-        checks.probability(top_p=self.top_p)
         checks.positive(top_p=self.top_p)
+        checks.probability(top_p=self.top_p)
+        checks.positive(steps=self.steps, churn_noise=self.churn_noise)
+        checks.non_negative(guidance=self.guidance, churn=self.churn, churn_min=self.churn_min)
+
+    def check_for(self, objective: str) -> None:
+        """Raises UsageError where the solver is not one of the objective's, or cannot churn."""
+        known = _SOLVERS.get(objective)
+        if known is None:
+            return
+        if self.solver not in known:
+            raise UsageError(
+                f"model.sampling.solver = {self.solver} · of objective {objective} one of {', '.join(known)}",
+                next="Choose one of these.",
+            )
+        if self.churn > 0 and (objective != "diffusion" or self.solver not in _CHURNING):
+            raise UsageError(
+                f"model.sampling.churn = {self.churn} · is of a diffusion's solvers {' and '.join(_CHURNING)} only, not of "
+                f"{objective} by {self.solver}",
+                next="Set it to 0, or take another solver.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,13 +453,15 @@ class RandomFeatures:
 
 
 PictureNumbers = Pixels | Cosine
+SoundNumbers = Waveform | MelSpectrogram
+SoundTokens = MuLaw | MelTokens
 TextCondition = HashedWords | FrozenSentence | Terms  # features: nothing can be made of them
 TextTokens = Bytes | Words | Tokenizer
 ImageCodec = Annotated[PictureNumbers | PatchTokens, Field(discriminator="kind")]
+AudioCodec = Annotated[SoundNumbers | SoundTokens, Field(discriminator="kind")]
 TextEncoder = Annotated[TextCondition | TextTokens, Field(discriminator="kind")]
-AudioCodec = MuLaw
 Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
-Objective = Annotated[Diffusion | Autoregressive, Field(discriminator="kind")]
+Objective = Annotated[Diffusion | Flow | Autoregressive, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,3 +473,6 @@ class ModelSettings:
     objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
+
+    def __post_init__(self) -> None:
+        self.sampling.check_for(self.objective.kind)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.models.sequences import Sequences
 from sfumato.models.settings import Transformer
 
-_MARGIN = 5.0  # of a logit: a token of another modality begins about e^5 times less likely
+_MARGIN = 5.0  # of a logit: by how much a token of another modality begins less likely, before the layers blur it
 
 
 def build(settings: Transformer, sequences: Sequences) -> Any:

@@ -8,12 +8,15 @@ from sfumato.models.settings import (
     Diffusion,
     FrozenSentence,
     HashedWords,
+    MelSpectrogram,
+    MelTokens,
     ModelSettings,
     MuLaw,
     PatchTokens,
     Pixels,
     Terms,
     Tokenizer,
+    Waveform,
     Words,
 )
 from sfumato.models.shapes import Shapes
@@ -47,6 +50,14 @@ def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
                 image, shapes.of_picture(), of.sigma_data if isinstance(of, Diffusion) else PIXEL_STD
             )
     match settings.audio:
+        case Waveform() | MelSpectrogram() as audio:
+            from sfumato.models.codecs.audio import SoundCodec
+
+            codecs["audio"] = SoundCodec(audio, *shapes.of_sound())
+        case MelTokens() as audio:
+            from sfumato.models.codecs.sound_tokens import MelTokenCodec
+
+            codecs["audio"] = MelTokenCodec(audio, *shapes.of_sound())
         case MuLaw() as audio:
             from sfumato.models.codecs.sound_tokens import MuLawCodec
 

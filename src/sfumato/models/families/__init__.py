@@ -1,7 +1,7 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Autoregressive, Diffusion, ModelSettings
+from sfumato.models.settings import Autoregressive, Diffusion, Flow, ModelSettings
 from sfumato.models.shapes import Shapes
 
 
@@ -12,6 +12,10 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.diffusion import DiffusionModel
 
             return DiffusionModel(settings, shapes)
+        case Flow():
+            from sfumato.models.families.flow import FlowModel
+
+            return FlowModel(settings, shapes)
         case Autoregressive():
             from sfumato.models.families.autoregressive import AutoregressiveModel
 
