@@ -42,7 +42,19 @@ def quiet(line: str) -> None:
 def load(recipe: Recipe) -> Any:
     from sfumato.data import prepare
 
-    return prepare.load(recipe.data, unit=recipe.privacy.unit)
+    return prepare.load(recipe.data, unit=recipe.privacy.unit, private=recipe.privacy.mechanism != "none")
+
+
+def encode(model: Any, recipe: Recipe, records: Any) -> Any:
+    """Records as the model's table: in memory, or memory-mapped where the records are (``data.store: mapped``)."""
+    from sfumato import __version__
+    from sfumato.data import mapped
+
+    if not isinstance(records, mapped.Stored):
+        return model.encode(records)
+    described = recipes_file.to_mapping(recipe)
+    settings = {"version": __version__, "model": described["model"], "mechanism": recipe.privacy.mechanism}
+    return mapped.encoded(records, model.encode, settings=settings)
 
 
 def build(recipe: Recipe) -> Any:
@@ -73,6 +85,14 @@ def memory_left(recipe: Recipe) -> tuple[int, int]:
     return (there - batch) // recipe.performance.processes, sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def check_preparation(recipe: Recipe) -> None:
+    """Raises PrivacyRefused if the data would be prepared in a way that no guarantee for one unit covers."""
+    if recipe.privacy.mechanism != "none":
+        from sfumato.data import prepare
+
+        prepare.refuse_coupled(recipe.data)
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -433,7 +453,7 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
 
     progress("twin: the same training without privacy, to say what privacy costs (never released)")
     model = build(recipe)
-    table = model.encode(prepared.private) if table is None else table
+    table = encode(model, recipe, prepared.private) if table is None else table
     settings = replace(recipe.training, checkpoint_every_seconds=60.0)
     internal = run.path / "internal" / "twin"
     _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)
@@ -476,7 +496,7 @@ def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, prog
 
     progress("audit: attacking the model, and a model trained without noise")
     trained = models.load(run.model)
-    members, outsiders = trained.encode(prepared.private), trained.encode(prepared.public)
+    members, outsiders = encode(trained, recipe, prepared.private), trained.encode(prepared.public)
 
     def losses_of(model: Any) -> membership.RowLosses:
         def row_losses(batch: Any) -> Any:

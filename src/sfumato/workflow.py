@@ -85,6 +85,7 @@ def plan(
             training.expected_batch_size if expected_batch_size is None else expected_batch_size
         )
         sizes["steps"] = training.steps if steps is None else steps
+        stages.check_preparation(resolved)
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
         dimensions = stages.dimensions(resolved)
@@ -195,7 +196,7 @@ def train(
     progress(f"{wanted.name}: reading the data")
     prepared = stages.load(wanted)
     model = stages.build(wanted)
-    table = model.encode(prepared.private)
+    table = stages.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
         run = stages.begin(Path(out), wanted, plan, prepared)
