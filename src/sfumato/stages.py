@@ -366,6 +366,15 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
             sentences.append(
                 "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
             )
+        case "bytes":
+            sentences.append("Texts are read and said byte by byte: no vocabulary was fitted to anything.")
+        case "words":
+            sentences.append("Texts are read and said by a public list of words, which is in the recipe.")
+        case "tokenizer":
+            sentences.append(
+                f"Declared public: the vocabulary of the tokenizer {text.path}; whoever wrote the recipe says that it was fitted to "
+                "public texts alone."
+            )
         case "frozen_sentence":
             sentences.append(
                 f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."

@@ -285,3 +285,23 @@ def test_a_spectrogram_comes_back_by_its_outline():
 def test_tokens_say_what_is_kept_of_a_spectrogram():
     with pytest.raises(UsageError, match=r"model.audio.mel.kept = \(4, 4\)"):
         MelTokens(mel=MelSpectrogram(kept=(4, 4)))
+
+
+# ---- the phantom clinic's words ----
+
+
+def test_the_phrase_book_spells_a_history_in_few_pieces():
+    """45 tokens on average, 60 at most, and no letter of an English history alone but in numbers."""
+    from sfumato.data import histories
+    from sfumato.data.clinic import Clinic
+
+    codec = WordTexts(Words(words=histories.pieces("en"), longest=60))
+    found = list(Clinic(patients=60, public=True))
+    tokens = codec.tokens([record.text or "" for record in found])
+    assert np.mean([len(row) for row in tokens]) < 50
+    assert max(map(len, tokens)) < 60
+    assert codec.decode(codec.encode(found)[0]) == [record.text for record in found]
+    alone = {chr(token) for row in tokens for token in row if token < 256}
+    assert not {letter for letter in alone if letter.isalpha()} - {"A", "a"}
+    for language in ("ru", "zh"):
+        assert len(histories.pieces(language)) > 100

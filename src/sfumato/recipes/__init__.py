@@ -15,6 +15,7 @@ from sfumato.recipes.clinic import (
 )
 from sfumato.recipes.emoji import emoji
 from sfumato.recipes.mnist import fashion_mnist, mnist
+from sfumato.recipes.tokens import clinic_tokens, emails, wordnet
 
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
@@ -24,9 +25,12 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-shared-latents": clinic_shared_latents,
     "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
+    "clinic-tokens": clinic_tokens,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "emoji": emoji,
+    "wordnet": wordnet,
+    "emails": emails,
 }
 
 
