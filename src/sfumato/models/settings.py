@@ -124,6 +124,30 @@ class MuLaw:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MelTokens:
+    """Sounds as a few tokens a frame of their mel spectrogram: the frame's loudness and its lowest cosine frequencies over the
+    bands, each on a grid of values in a public range.
+
+    Attributes:
+      mel: of which spectrogram; its ``kept`` must be null.
+      levels: by token, of the mean, then of the lowest frequencies; a token's vocabulary is their product.
+      detail_range: of a frequency, where that of the mean is 1.
+    """
+
+    kind: Literal["mel_tokens"] = "mel_tokens"
+    mel: MelSpectrogram = field(default_factory=lambda: MelSpectrogram(hop=128))
+    levels: tuple[tuple[int, ...], ...] = ((8, 5, 5),)
+    detail_range: float = 0.3
+
+    def __post_init__(self) -> None:
+        checks.positive(detail_range=self.detail_range)
+        if self.mel.kept is not None:
+            raise UsageError(
+                f"model.audio.mel.kept = {self.mel.kept} · tokens say what is kept", next="Set it to null."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HashedWords:
     """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately.
 
@@ -491,8 +515,8 @@ class Sampling:
       solver: diffusion: heun, euler, dpmpp_2m (Lu et al. 2022), ancestral (adds noise in each step); flow: heun, euler, midpoint.
       churn, churn_min, churn_max, churn_noise: of a diffusion by heun or euler, noise that is added and taken away again:
         S_churn, S_tmin, S_tmax, S_noise of EDM, algorithm 2; churn 0 adds none.
-      temperature: of tokens; 0 takes the likeliest. top_k: the likeliest k alone; 0 is all. top_p: the likeliest that have
-        this probability together.
+      temperature: of tokens; 0 takes the likeliest.
+      top_k, top_p: of tokens, the likeliest k alone (0: all), and of these those that have this probability together.
     """
 
     steps: int = 24
@@ -507,11 +531,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        checks.non_negative(temperature=self.temperature, top_k=self.top_k)
+        checks.positive(top_p=self.top_p)
+        checks.probability(top_p=self.top_p)
         checks.positive(steps=self.steps, churn_noise=self.churn_noise)
         checks.non_negative(guidance=self.guidance, churn=self.churn, churn_min=self.churn_min)
-        checks.non_negative(temperature=self.temperature, top_k=self.top_k)
-        checks.probability(top_p=self.top_p)
-        checks.positive(top_p=self.top_p)
 
     def check_for(self, objective: str) -> None:
         """Raises UsageError where the solver is not one of the objective's, or cannot churn."""
@@ -635,11 +659,13 @@ class WarmStart:
 
 
 PictureNumbers = Pixels | Cosine
+SoundNumbers = Waveform | MelSpectrogram
+SoundTokens = MuLaw | MelTokens
 TextCondition = HashedWords | FrozenSentence | Terms  # features: nothing can be made of them
 TextTokens = Bytes | Words | Tokenizer
 ImageCodec = Annotated[PictureNumbers | VaeLatents | PatchTokens, Field(discriminator="kind")]
 TextEncoder = Annotated[TextCondition | TextTokens, Field(discriminator="kind")]
-AudioCodec = Annotated[Waveform | MelSpectrogram | MuLaw, Field(discriminator="kind")]
+AudioCodec = Annotated[SoundNumbers | SoundTokens, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
 Objective = Annotated[
     Diffusion | Flow | Variational | Adversarial | Alignment | Autoregressive, Field(discriminator="kind")

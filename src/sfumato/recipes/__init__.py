@@ -17,6 +17,7 @@ from sfumato.recipes.clinic import (
 from sfumato.recipes.emoji import emoji
 from sfumato.recipes.families import clinic_adversarial, clinic_variational
 from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
+from sfumato.recipes.tokens import clinic_tokens, emails, wordnet
 
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
@@ -29,11 +30,14 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-mean-embedding": clinic_mean_embedding,
     "clinic-variational": clinic_variational,
     "clinic-adversarial": clinic_adversarial,
+    "clinic-tokens": clinic_tokens,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "mnist-labels": mnist_labels,
     "fashion-labels": fashion_labels,
     "emoji": emoji,
+    "wordnet": wordnet,
+    "emails": emails,
 }
 
 

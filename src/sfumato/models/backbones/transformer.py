@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.models.sequences import Sequences
 from sfumato.models.settings import Transformer
 
-_MARGIN = 5.0  # of a logit: a token of another modality begins about e^5 times less likely
+_MARGIN = 8.0  # of a logit: by how much a token of another modality begins less likely, before the layers blur it
 
 
 def build(settings: Transformer, sequences: Sequences) -> Any:
@@ -54,7 +54,7 @@ def of_nobody(model: Any, ids: Tensor) -> Tensor:
     """(0, T) -> (0, T, V): an empty batch through every layer, so that it has a graph like any other. Attention, which
     ``transformers`` cannot compute for no rows, is left out: nothing is to be attended to."""
     body = model.transformer
-    x = body.wte(ids) + body.wpe(torch.arange(ids.shape[1], device=ids.device)[None])
+    x = body.wte(ids) + body.wpe(torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
     for block in body.h:
         queries = block.attn.c_attn(block.ln_1(x))[..., : x.shape[-1]]
         x = x + block.attn.c_proj(queries)

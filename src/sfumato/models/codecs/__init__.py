@@ -9,6 +9,7 @@ from sfumato.models.settings import (
     FrozenSentence,
     HashedWords,
     MelSpectrogram,
+    MelTokens,
     ModelSettings,
     MuLaw,
     PatchTokens,
@@ -54,12 +55,16 @@ def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
                 image, shapes.of_picture(), of.sigma_data if isinstance(of, Diffusion) else PIXEL_STD
             )
     match settings.audio:
-        case MuLaw() as audio:
-            from sfumato.models.codecs.sound_tokens import MuLawCodec
-
-            codecs["audio"] = MuLawCodec(audio, *shapes.of_sound())
         case Waveform() | MelSpectrogram() as audio:
             from sfumato.models.codecs.audio import SoundCodec
 
             codecs["audio"] = SoundCodec(audio, *shapes.of_sound())
+        case MelTokens() as audio:
+            from sfumato.models.codecs.sound_tokens import MelTokenCodec
+
+            codecs["audio"] = MelTokenCodec(audio, *shapes.of_sound())
+        case MuLaw() as audio:
+            from sfumato.models.codecs.sound_tokens import MuLawCodec
+
+            codecs["audio"] = MuLawCodec(audio, *shapes.of_sound())
     return codecs
