@@ -28,7 +28,7 @@ KINDS = {
     "stable_diffusion": small.write_stable_diffusion,
     "pixart": small.write_pixart,
 }
-LORA = Tuning(how="lora", rank=2, alpha=4.0)
+LORA = Tuning(how="lora", rank=2, alpha=4)
 TRAINED = {
     "llama": {"lora": LORA, "all": Tuning(how="all"), "dora": Tuning(how="dora", rank=2), "prompt": Tuning(how="prompt", tokens=3),
               "modules": Tuning(how="modules", targets=("model.layers.1", "lm_head"))},
