@@ -28,7 +28,7 @@ KINDS = {
     "stable_diffusion": small.write_stable_diffusion,
     "pixart": small.write_pixart,
 }
-LORA = Tuning(how="lora", rank=2, alpha=4.0)
+LORA = Tuning(how="lora", rank=2, alpha=4)
 TRAINED = {
     "llama": {"lora": LORA, "all": Tuning(how="all"), "dora": Tuning(how="dora", rank=2), "prompt": Tuning(how="prompt", tokens=3),
               "modules": Tuning(how="modules", targets=("model.layers.1", "lm_head"))},
@@ -175,7 +175,8 @@ def test_a_step_is_that_of_one_record_at_a_time(folder, records, kind):
         for record in chosen:
             loss = made.losses(made.model, made.collate([record]))
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), trained)]))
-        bound = 0.5 * float(min(row.norm() for row in rows))
+        norms = sorted(float(row.norm()) for row in rows)
+        bound = (norms[0] + norms[2]) / 2  # one is not clipped: where all are, a wrong scale does not show
         expected = clipped_sum(torch.stack(rows), bound) / 3
         engine = DifferentialPrivacyEngine(
             made.model,

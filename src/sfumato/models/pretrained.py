@@ -235,7 +235,14 @@ def _is_pipeline(name: Path | str) -> bool:
     except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise unreachable(name, error) from None
     except Exception as error:  # the client of the hub lets errors of its transport through, whatever that is
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.split(".")[0] not in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "requests",
+            "urllib3",
+        ):
             raise
         raise unreachable(name, error) from None
 

@@ -5,6 +5,7 @@ latent is noised at a random step, and the mean squared error of what the networ
 noise, which costs no privacy (Dockhorn et al. 2023, arXiv:2210.09929).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,24 @@ class TextToImage(Pretrained):
                 self.pipeline.save_pretrained(folder)
                 return
             network.save_pretrained(folder)
-            if self.tuning.how == "lora" and self._place == "unet" and hasattr(self.pipeline, "save_lora_weights"):
-                from diffusers.utils import convert_state_dict_to_diffusers
-                from peft import get_peft_model_state_dict
-
-                layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-                self.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            if self.tuning.how == "lora" and self._place == "unet":
+                self._write_lora(folder, network)
         except OSError as error:
             raise OutsideError(f"folder = {folder} · cannot be written ({error})", next="Free some space.") from None
+
+    def _write_lora(self, folder: Path | str, network: Any) -> None:
+        """As ``load_lora_weights`` reads it, where this version of ``diffusers`` keeps alpha beside it: without, the scale is lost."""
+        write = getattr(self.pipeline, "save_lora_weights", None)
+        if write is None or "unet_lora_adapter_metadata" not in inspect.signature(write).parameters:
+            return
+        from peft import get_peft_model_state_dict
+
+        own = "base_model.model."  # which peft puts before every name
+        layers = {name.removeprefix(own): tensor for name, tensor in get_peft_model_state_dict(network).items()}
+        settings = network.active_peft_config.to_dict()
+        write(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=_plain(settings))
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sets as lists, for a header of JSON."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}

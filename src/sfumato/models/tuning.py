@@ -28,7 +28,7 @@ class Tuning:
 
     how: How = "lora"
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     targets: tuple[str, ...] = ()
     tokens: int = 16
 

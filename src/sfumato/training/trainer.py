@@ -299,11 +299,12 @@ class PrivateTrainer(transformers.Trainer):
         return _Draws(self, self._steps_in_epoch(self.plan.expected_batch_size))
 
     def _rows_and_collator(self) -> tuple[Any, Callable[[list[Any]], Any]]:
-        rows, collate = self.train_dataset, self.data_collator
+        rows: Any = self.train_dataset
+        collate: Any = self.data_collator
         checks.refuse_collator(collate)
         if hasattr(rows, "remove_columns"):  # of ``datasets``
             if self.unit is not None:
-                rows = rows.remove_columns([self.unit])  # pyright: ignore
+                rows = rows.remove_columns([self.unit])
             rows = self._remove_unused_columns(rows, description="training")
         else:
             collate = self._get_collator_with_removed_columns(
@@ -354,8 +355,9 @@ class PrivateTrainer(transformers.Trainer):
         """
         assert self.engine is not None and self._parts is not None
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+        begin = getattr(self.optimizer, "train", None)
+        if callable(begin):
+            begin()
         part, total, count = inputs.first, 0.0, 0
         while True:
             if part.num_rows:
