@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import federating, stages
+from sfumato import federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import accounting, planning
@@ -198,7 +198,7 @@ def train(
     table = model.encode(prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
-        run = stages.begin(Path(out), wanted, plan, prepared)
+        run = stages.begin(Path(out), wanted, plan, prepared, model)
     else:
         plan = stages.plan_of(run)
         stages.require_same_data(run, prepared)
@@ -212,9 +212,9 @@ def train(
         if stopped == "interrupted":
             return {**stages.result(run), "stopped": stopped}
     if not run.report("quality").is_file():
-        stages.evaluate(run, wanted, plan, prepared, progress, table=table)
+        measuring.evaluate(run, wanted, plan, prepared, progress, table=table)
     if not run.report("audit").is_file():
-        stages.audit(run, wanted, plan, prepared, progress)
+        measuring.audit(run, wanted, plan, prepared, progress)
     reasons = stages.release(run, wanted, progress) if isinstance(plan, PrivatePlan) else []
     stages.render(run, public=False)
     return {**stages.result(run), "stopped": stopped, "reasons": reasons}
@@ -250,14 +250,14 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
 def evaluate(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Measures a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    stages.evaluate(found, recipe, plan, stages.load(recipe), progress)
+    measuring.evaluate(found, recipe, plan, stages.load(recipe), progress)
     return {"run": str(found.path), "quality": stages.quality_values(found), **stages.render(found, public=False)}
 
 
 def audit(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Attacks a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    result = stages.audit(found, recipe, plan, stages.load(recipe), progress)
+    result = measuring.audit(found, recipe, plan, stages.load(recipe), progress)
     stages.render(found, public=False)
     return {"run": str(found.path), **to_dict(result), "conformance": []}
 

@@ -45,6 +45,7 @@ class Generative(nn.Module, ABC):
     """
 
     family: ClassVar[str]  # the ``kind`` of its objective's settings
+    learns_from_rows: ClassVar[bool] = True  # as the models of releases say of themselves
 
     def __init__(self, settings: ModelSettings, shapes: Shapes) -> None:
         super().__init__()
