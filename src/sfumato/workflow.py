@@ -12,6 +12,7 @@ from typing import Any
 from sfumato import federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.generating import generate as generate  # the verb
 from sfumato.privacy import accounting, planning
 from sfumato.privacy.clip_estimate import estimated
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
@@ -280,31 +281,6 @@ def release(run: Path | str, *, policy: Path | str | None = None) -> dict[str, A
         "approved": not reasons,
         "reasons": reasons,
     }
-
-
-def generate(
-    run_or_bundle: Path | str, *, texts: Sequence[str], count: int = 1, out: Path | str = "generated", seed: int = 0
-) -> dict[str, Any]:
-    """Draws ``count`` pictures for each text. Spends nothing: it is post-processing."""
-    import numpy as np
-
-    from sfumato.models import model as models
-    from sfumato.training.watch import write_grid
-
-    if not texts or count < 1:
-        raise UsageError(f"texts = {list(texts)}, count = {count} · at least one of each", next='Give --text "…".')
-    folder = Path(run_or_bundle).resolve()
-    if not (folder / "model").is_dir():
-        raise UsageError(f"model = {folder} · has no folder model/", next="Give a finished run's folder, or a bundle.")
-    model = models.load(folder / "model")
-    wanted = [text for text in texts for _ in range(count)]
-    pictures = model.generate(wanted, seed=seed)
-    files = []
-    for i, picture in enumerate(pictures):
-        path = Path(out) / f"{i // count:03d}-{i % count:03d}.png"
-        write_grid(path, np.asarray(picture)[None], columns=1)
-        files.append(str(path))
-    return {"files": files, "model": str(folder / "model"), "texts": wanted, "watermarked": False}
 
 
 def runs(folder: Path | str = "runs") -> dict[str, Any]:
