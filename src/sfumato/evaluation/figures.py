@@ -207,6 +207,21 @@ class Maker:
             )
         return figures
 
+    def of_held_out(self, per_group: Sequence[float], by_letters: float, samples: int) -> Figure:
+        """Bits that the model itself needs for a byte of real held-out texts. Args: per_group: of groups of them."""
+        values = np.array(per_group)
+        half = 1.96 * float(values.std(ddof=1) / np.sqrt(len(values)))
+        mean = float(values.mean())
+        return self.figure(
+            "bits per byte of held-out texts",
+            (mean, max(0.0, mean - half), mean + half),
+            better="lower",
+            baseline={"public letter model": by_letters},
+            extractor="the model's own probabilities",
+            samples=samples,
+            note="told nothing else; perplexity per byte is 2 to this. Beside it the letter model, which learnt from public texts",
+        )
+
 
 def _both(made: Sequence[str], real: Sequence[str]) -> dict[str, Sequence[str]]:
     return {"made": made, "real": real}

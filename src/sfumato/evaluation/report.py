@@ -64,10 +64,10 @@ def evaluate(
         if min(len(asked.records), len(asked.learnt)) < FEWEST:
             notes.append(_too_few(direction, public))
             continue
-        found = bench.figures(asked, asked.made_by(model, seed), covered_by)
+        found = bench.figures(asked, asked.made_by(model, seed), model, covered_by)
         if twin is not None:
             made = asked.made_by(twin, seed)
-            beside = {figure.name: figure.value for figure in bench.figures(asked, made, covered_by)}
+            beside = {figure.name: figure.value for figure in bench.figures(asked, made, twin, covered_by)}
             found = [replace(f, baseline={**f.baseline, "non-private twin": beside[f.name]}) for f in found]
         figures += found
     return QualityReport(figures=figures, notes=[*notes, *bench.notes()])
@@ -205,7 +205,7 @@ class _Bench:
             self._letters = text.LetterModel(readers.texts_of(having[: readers.MOST_LETTERS]))
         return self._letters
 
-    def figures(self, asked: _Asked, made: list[Record], covered_by: Covered) -> list[Figure]:
+    def figures(self, asked: _Asked, made: list[Record], model: Sampler, covered_by: Covered) -> list[Figure]:
         direction = asked.direction
         maker = Maker(
             direction=str(direction),
@@ -219,6 +219,8 @@ class _Bench:
             figures += self._agreement(maker, asked, made, modality)
             figures += self._likeness(maker, asked, made, modality)
             figures += self._usefulness(maker, asked, made, modality)
+        if direction.wanted == ("text",) and hasattr(model, "bits_per_byte"):
+            figures.append(self._own_bits(maker, asked, model))
         figures += self._retrieval(maker, asked, made)
         figures += self._together(maker, asked, made)
         return figures
@@ -343,6 +345,14 @@ class _Bench:
             return []  # nothing to learn features from
         found = maker.of_sets(features(made), features(asked.records), name, NOUN[modality])
         return [replace(found, name=found.name + suffix)]
+
+    def _own_bits(self, maker: Maker, asked: _Asked, model: Any) -> Figure:
+        """Of the held-out texts, in ten groups: what the model itself thinks of them, told nothing else."""
+        few = asked.records[: readers.MOST_LETTERS]
+        groups = [[told(record, ("text",)) for record in few[start::10]] for start in range(10)]
+        letters = self.letters()
+        by_letters = float(np.mean([letters.bits_per_byte(said) for said in readers.texts_of(few)]))
+        return maker.of_held_out([model.bits_per_byte(group) for group in groups], by_letters, len(few))
 
     # -- can one learn from it? --
 

@@ -59,6 +59,9 @@ def load(folder: Path | str) -> Any:
     folder = Path(folder)
     try:
         described = json.loads((folder / "sfumato.json").read_text(encoding="utf-8"))
+        text = described["settings"].get("text") or {}
+        if text.get("kind") == "tokenizer":
+            text["path"] = str(folder / text["path"])  # it lies beside the weights
         settings = TypeAdapter(ModelSettings).validate_python(described["settings"])
         kind = described.get("kind")
         if kind is not None:

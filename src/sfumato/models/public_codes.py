@@ -39,9 +39,14 @@ class PublicCodes:
             )
         self.settings = settings
         codecs = build_codecs(settings, Shapes(picture=picture_shape))
+        if not isinstance(codecs["image"], PictureCodec) or not isinstance(codecs["text"], TextFeatures):
+            raise UsageError(
+                f"model.image.kind = {settings.image.kind}, model.text.kind = {settings.text.kind} · tokens are no latents",
+                next="Set model.image to pixels or cosine, and model.text to hashed_words, frozen_sentence or terms.",
+            )
         self.image: PictureCodec = codecs["image"]
         self.text: TextFeatures = codecs["text"]
-        self.text_settings = settings.text
+        self.text_settings = self.text.settings
         self.picture_shape = picture_shape
         self.scale = self.image.scale * math.sqrt(self.image.scale.numel())
         self._projection: Tensor | None = None

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-PUBLIC_BASELINES = ("real held-out", "shuffled captions", "shuffled conditions", "chance")
+PUBLIC_BASELINES = ("real held-out", "shuffled captions", "shuffled conditions", "chance", "public letter model")
 LEAVES = ("public", "charged", "post-processing")
 FIGURE_KEYS = (
     "name", "value", "low", "high", "better", "baseline", "extractor", "samples", "covered_by", "note", "direction",

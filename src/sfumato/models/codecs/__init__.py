@@ -2,7 +2,20 @@
 
 from typing import Any
 
-from sfumato.models.settings import Diffusion, ModelSettings
+from sfumato.models.settings import (
+    Bytes,
+    Cosine,
+    Diffusion,
+    FrozenSentence,
+    HashedWords,
+    ModelSettings,
+    MuLaw,
+    PatchTokens,
+    Pixels,
+    Terms,
+    Tokenizer,
+    Words,
+)
 from sfumato.models.shapes import Shapes
 from sfumato.records import Modality
 
@@ -11,15 +24,31 @@ PIXEL_STD = 0.5  # assumed, of a pixel in [-1, 1]
 
 def build(settings: ModelSettings, shapes: Shapes) -> dict[Modality, Any]:
     """The codecs that the settings name, by modality."""
-    from sfumato.models.codecs import image, text_features
-
     codecs: dict[Modality, Any] = {}
-    if settings.text is not None:
-        codecs["text"] = text_features.TextFeatures(settings.text)
-    if settings.image is not None:
-        codecs["image"] = image.PictureCodec(
-            settings.image,
-            shapes.of_picture(),
-            PIXEL_STD if not isinstance(settings.objective, Diffusion) else settings.objective.sigma_data,
-        )
+    match settings.text:
+        case Bytes() | Words() | Tokenizer() as text:
+            from sfumato.models.codecs import text_tokens
+
+            codecs["text"] = text_tokens.build(text)
+        case HashedWords() | FrozenSentence() | Terms() as text:
+            from sfumato.models.codecs.text_features import TextFeatures
+
+            codecs["text"] = TextFeatures(text)
+    match settings.image:
+        case PatchTokens() as image:
+            from sfumato.models.codecs.picture_tokens import PictureTokens
+
+            codecs["image"] = PictureTokens(image, shapes.of_picture())
+        case Pixels() | Cosine() as image:
+            from sfumato.models.codecs.image import PictureCodec
+
+            of = settings.objective
+            codecs["image"] = PictureCodec(
+                image, shapes.of_picture(), of.sigma_data if isinstance(of, Diffusion) else PIXEL_STD
+            )
+    match settings.audio:
+        case MuLaw() as audio:
+            from sfumato.models.codecs.sound_tokens import MuLawCodec
+
+            codecs["audio"] = MuLawCodec(audio, *shapes.of_sound())
     return codecs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import DataError, UsageError
-from sfumato.models.settings import Cosine, ImageCodec, Pixels
+from sfumato.models.settings import Cosine, PictureNumbers, Pixels
 from sfumato.records import Modality, Record
 
 _AT_ONCE = 4096  # pictures encoded together
@@ -24,7 +24,7 @@ _AT_ONCE = 4096  # pictures encoded together
 class PictureCodec:
     """Records' pictures as flat latents (R, D), and back."""
 
-    settings: ImageCodec
+    settings: PictureNumbers
     picture_shape: tuple[int, int, int]
     sigma_data: float
     modality: ClassVar[Modality] = "image"
@@ -77,7 +77,7 @@ class ImageCoder:
     pixel of the picture shrunk to F x F. A picture is then band-limited: what is above frequency F is never modelled.
     """
 
-    settings: ImageCodec
+    settings: PictureNumbers
     height: int
     width: int
     channels: int

@@ -1,7 +1,7 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Diffusion, ModelSettings
+from sfumato.models.settings import Autoregressive, Diffusion, ModelSettings
 from sfumato.models.shapes import Shapes
 
 
@@ -12,3 +12,7 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.diffusion import DiffusionModel
 
             return DiffusionModel(settings, shapes)
+        case Autoregressive():
+            from sfumato.models.families.autoregressive import AutoregressiveModel
+
+            return AutoregressiveModel(settings, shapes)

@@ -18,7 +18,7 @@ from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.codecs.text_features import TextFeatures
 from sfumato.models.generative import Direction, Generative, write_json
 from sfumato.models.objectives import diffusion
-from sfumato.models.settings import FrozenSentence, Mlp, ModelSettings, Sampling, UNet
+from sfumato.models.settings import Diffusion, FrozenSentence, Mlp, ModelSettings, Sampling, Transformer, UNet
 from sfumato.models.shapes import Shapes
 from sfumato.records import Batch, Modality
 
@@ -51,14 +51,16 @@ class DiffusionModel(Generative):
     def __init__(self, settings: ModelSettings, shapes: Shapes) -> None:
         super().__init__(settings, shapes)
         image, text = self.codecs.get("image"), self.codecs.get("text")
-        if not isinstance(image, PictureCodec) or not isinstance(text, TextFeatures) or settings.text is None:
+        assert isinstance(settings.objective, Diffusion)
+        self.objective = settings.objective
+        if not isinstance(image, PictureCodec) or not isinstance(text, TextFeatures):
             raise UsageError(
                 "model.objective.kind = diffusion · makes pictures of texts: it needs a picture codec and a text condition",
                 next="Set model.image and model.text.",
             )
         self.image, self.text = image, text
         self.scale = image.scale
-        condition = settings.text.width
+        condition = text.settings.width
         self.text_encoder = TextEncoder(text.width, condition, text.first_std())
         match settings.backbone:
             case Mlp(width=hidden, depth=depth):
@@ -67,6 +69,11 @@ class DiffusionModel(Generative):
                 from sfumato.models.backbones.unet import UNetDenoiser
 
                 self.denoiser = UNetDenoiser(image.shape, condition, unet)
+            case Transformer():
+                raise UsageError(
+                    "model.backbone.kind = transformer · says tokens, diffusion takes numbers away from noise",
+                    next="Set model.backbone.kind to mlp or unet, or model.objective.kind: autoregressive.",
+                )
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -81,7 +88,7 @@ class DiffusionModel(Generative):
 
     def record_losses(self, batch: Batch, generator: torch.Generator | None = None, draws: int | None = None) -> Tensor:
         """(R,): each the mean over K draws of noise level and noise."""
-        objective = self.settings.objective
+        objective = self.objective
         rows, present = batch.num_rows, batch.present["text"]
         if generator is None or draws is None:
             present = present & (torch.rand(rows) >= objective.condition_dropout)
@@ -104,7 +111,7 @@ class DiffusionModel(Generative):
             sigma,
             noise,
             self.scale,
-            self.settings.objective.sigma_data,
+            self.objective.sigma_data,
         )
         return values * batch.present["image"]  # a record without a picture has nothing to lose
 
@@ -119,7 +126,7 @@ class DiffusionModel(Generative):
         condition = self.condition(encoded["text"], present["text"])
         denoiser = diffusion.guided(self.denoiser, condition, self.scale, sampling.guidance)
         start = torch.randn(len(condition), self.scale.numel(), generator=generator)
-        return {"image": diffusion.sample(denoiser, start, self.settings.objective, sampling, generator)}
+        return {"image": diffusion.sample(denoiser, start, self.objective, sampling, generator)}
 
     # -- on disk: the folders of a diffusers pipeline --
 
@@ -149,7 +156,7 @@ class DiffusionModel(Generative):
         match self.settings.backbone:
             case UNet():
                 return "unet", self.denoiser.get_submodule("unet")
-            case Mlp():
+            case _:
                 return "denoiser", self.denoiser
 
     def _index(self, name: str) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class DiffusionModel(Generative):
         }
 
     def _scheduler(self) -> dict[str, Any]:
-        objective = self.settings.objective
+        objective = self.objective
         return {
             "_class_name": "EDMEulerScheduler",
             "sigma_min": objective.sigma_min,
