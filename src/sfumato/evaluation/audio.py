@@ -92,7 +92,8 @@ def threshold(scores: np.ndarray, present: np.ndarray) -> float:
     if present.all() or not present.any():
         raise UsageError("threshold · needs sounds with and without", next="Give more public sounds.")
     balanced = np.array([(scores[present] > cut).mean() + (scores[~present] <= cut).mean() for cut in cuts])
-    return float(cuts[np.flatnonzero(balanced == balanced.max())].mean())
+    best = np.flatnonzero(balanced == balanced.max())
+    return float(cuts[best[np.diff(order)[best].argmax()]]) if len(order) > 1 else float(cuts[0])
 
 
 def _loudness(sounds: np.ndarray, sample_rate: int, low: float, high: float) -> np.ndarray:

@@ -65,14 +65,19 @@ def rates_of(records: Sequence[Record]) -> np.ndarray:
     return np.array([float(record.metadata.get(HEART_RATE) or np.nan) for record in records])
 
 
-def shown(modality: Modality, names: Sequence[str]) -> tuple[str, ...]:
-    """Which facts a modality shows. Args: names: of the source's facts."""
+def audible(records: Sequence[Record]) -> bool:
+    """Whether the sounds have facts of their own."""
+    return bool(known(records, AUDIBLE))
+
+
+def shown(modality: Modality, names: Sequence[str], own: bool) -> tuple[str, ...]:
+    """Which facts a modality shows. Args: names: of the source's facts; own: the sounds have facts of their own."""
     of_pictures = tuple(name for name in names if name not in (*AUDIBLE, HEART_RATE))
     match modality:
         case "image":
             return of_pictures
         case "audio":
-            return (*AUDIBLE, *of_pictures)
+            return AUDIBLE if own else of_pictures
         case "text":
             return (*of_pictures, *AUDIBLE)
 
@@ -84,9 +89,7 @@ def make(
 
     Raises UsageError where pictures have several sizes, or sounds several sample rates.
     """
-    facts = known(learnt, shown(modality, names))
-    if modality == "audio" and any(name in facts for name in AUDIBLE):
-        facts = {name: values for name, values in facts.items() if name in AUDIBLE}  # pictures show the others
+    facts = known(learnt, shown(modality, names, audible(learnt)))
     match modality:
         case "text":
             return _of_texts(learnt, facts)
@@ -190,6 +193,6 @@ def murmur_by_energy(learnt: Sequence[Record]) -> Callable[[Sequence[Record]], l
     return lambda records: ["yes" if score > cut else "no" for score in scores(records)]
 
 
-def told_by(given: Sequence[Modality], names: Sequence[str]) -> set[str]:
+def told_by(given: Sequence[Modality], names: Sequence[str], own: bool) -> set[str]:
     """The facts that the condition of a direction shows."""
-    return {fact for modality in given for fact in shown(modality, names)}
+    return {fact for modality in given for fact in shown(modality, names, own)}

@@ -229,7 +229,7 @@ class _Bench:
 
     def _facts(self, asked: _Asked, modality: Modality) -> readers.Facts:
         """The facts that both the condition and ``modality`` show, as they were asked."""
-        common = readers.told_by(asked.direction.given, self.names)
+        common = readers.told_by(asked.direction.given, self.names, readers.audible(self.learnt))
         names = [fact for fact in self.reader(modality).facts if fact in common]
         return readers.known(asked.records, names)
 
@@ -292,6 +292,8 @@ class _Bench:
         return figures
 
     def _has_facts(self, asked: _Asked) -> bool:
+        if not asked.direction.given:
+            return any(self.reader(name).facts for name in asked.direction.wanted)
         return any(self._facts(asked, name) for name in asked.direction.wanted)
 
     def _together(self, maker: Maker, asked: _Asked, made: list[Record]) -> list[Figure]:

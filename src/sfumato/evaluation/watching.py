@@ -221,7 +221,8 @@ def _watched_facts(
         needed = (*direction.given, *direction.wanted)
         ours = [record for record in taught if report.has(record, wanted)]
         told = [record for record in asked if all(report.has(record, name) for name in needed)][:ASKED]
-        common = readers.told_by(direction.given, names) & set(readers.shown(wanted, names))
+        own = readers.audible(ours)
+        common = readers.told_by(direction.given, names, own) & set(readers.shown(wanted, names, own))
         if not readers.known(ours, sorted(common)) or len(told) < report.FEWEST:
             continue
         short = EvaluationSettings(judge_seconds=settings.watch_seconds)

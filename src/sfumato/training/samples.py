@@ -105,7 +105,7 @@ def write_records(stem: Path, modality: Modality, records: Sequence[Record]) -> 
         case "image":
             pictures = [record.image for record in records if record.image is not None]
             path = stem.with_name(stem.name + ".png")
-            write_grid(path, np.stack(pictures), columns=COLUMNS)
+            write_grid(path, np.stack(pictures), columns=min(COLUMNS, len(pictures)))
             return [path]
         case "audio":
             sounds = [record.audio for record in records if record.audio is not None]
