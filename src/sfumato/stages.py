@@ -15,6 +15,7 @@ from sfumato import measuring, releasing
 from sfumato import recipe as recipes_file
 from sfumato.building import build
 from sfumato.errors import DataError, PrivacyRefused
+from sfumato.models.settings import FrozenSentence, HashedWords, Terms
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
@@ -308,22 +309,20 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
-    match text.kind if text is not None else None:
-        case _ if released or text is None:
+    match text:
+        case _ if released:
             pass  # nothing of it is trained, and the sentences above name it
-        case "terms":
+        case Terms():
             sentences.append(
                 "Texts are read by a public list of terms, which is in the recipe; the layers after it are trained inside the "
                 "guarantee."
             )
-        case "hashed_words":
+        case HashedWords():
             sentences.append(
                 "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
             )
-        case "frozen_sentence":
-            sentences.append(
-                f"The sentence encoder {text.name} is public and frozen; only the layers after it are trained."
-            )
+        case FrozenSentence(name=name):
+            sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
     if data.source == "clinic":
         sentences.append(
             "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."

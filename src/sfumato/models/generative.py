@@ -99,10 +99,16 @@ class Generative(nn.Module, ABC):
     def encode(self, records: Sequence[Record]) -> UnitTable:
         """Records as the tensors that ``losses`` wants, grouped by unit."""
         tensors, present = self._encoded(records)
-        return UnitTable(dict(tensors), [record.unit for record in records], dict(present))
+        return UnitTable(
+            {str(name): tensor for name, tensor in tensors.items()},
+            [record.unit for record in records],
+            {str(name): there for name, there in present.items()},
+        )
 
     def _encoded(self, records: Sequence[Record]) -> tuple[dict[Modality, Tensor], dict[Modality, Tensor]]:
-        both = {name: codec.encode(records) for name, codec in self.codecs.items()}
+        both: dict[Modality, tuple[Tensor, Tensor]] = {
+            name: codec.encode(records) for name, codec in self.codecs.items()
+        }
         return {name: pair[0] for name, pair in both.items()}, {name: pair[1] for name, pair in both.items()}
 
     # -- the objective --
