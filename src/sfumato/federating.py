@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import stages
+from sfumato import measuring, stages
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import ledger
 from sfumato.privacy.guarantee import guarantee
@@ -32,7 +32,6 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     from sfumato.federation.local import load_trained
     from sfumato.federation.simulate import simulate
     from sfumato.training.rounds import LocalTraining
-    from sfumato.training.watch import write_grid
 
     federation = recipe.federation
     train_steps = LocalTraining(recipe.training, recipe.performance)  # refuses what a site cannot do, before any folder
@@ -45,19 +44,17 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
             next="Use `sfumato train`, or another family.",
         )
     members = _members(recipe, prepared, model)
-    folder = stages.begin(out, recipe, members[0].plan, prepared)
+    folder = stages.begin(out, recipe, members[0].plan, prepared, model)
     members = [replace(site, ledger=folder.path / site.ledger) for site in members]
     stages.mark_begun(folder, recipe)
     progress(f"{recipe.name}: writing to {folder.path}")
-    captions = folder.read_json("samples/captions.json")
+    samples = stages.samples(folder, recipe, model, prepared)
 
     def on_round(result: Any, state: Any) -> None:
         load_trained(model, state)
         sites = f"{len(result.sites)} of {len(members)} sites"
         progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps")
-        if captions:
-            pictures = model.generate(captions, seed=recipe.training.seed)
-            write_grid(folder.samples / f"step-{result.round:06d}.png", pictures, columns=6)
+        samples.picture(result.round, model)
 
     began, processor = time.monotonic(), time.process_time()
     result = simulate(
@@ -73,12 +70,12 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     _require_any(result)
     load_trained(model, result.state)
     model.eval()
-    stages.write_model(folder, model, recipe)
+    stages.write_model(folder, model, recipe, prepared)
     described = result.to_dict()
     folder.write_json("reports/federation.json", _report(described))
     folder.write_json("reports/cost.json", to_dict(_cost(members, result, model, seconds, processor)))
     folder.write_json("reports/privacy.json", to_dict(_claim(recipe, members)))
-    stages.evaluate(folder, recipe, members[0].plan, prepared, progress)
+    measuring.evaluate(folder, recipe, members[0].plan, prepared, progress)
     return {
         **_answer(folder, described),
         "quality": stages.quality_values(folder),

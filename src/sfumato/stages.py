@@ -8,29 +8,28 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sfumato import measuring, releasing, warming
 from sfumato import recipe as recipes_file
-from sfumato import releasing, warming
+from sfumato.building import build, told_public
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.models.settings import Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.privacy.warm_planning import before_steps, in_steps, warmed
 from sfumato.recipe import Recipe
-from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
+from sfumato.reports import CostReport, Guarantee, to_dict
 from sfumato.training import folder as folders
 from sfumato.training.folder import RunFolder
 
 Progress = Callable[[str], None]
-GRID = 18  # pictures in a sample grid
 ESTIMATES = "estimates.json"  # in a run's folder: what was estimated and paid for
 
 
@@ -45,41 +44,6 @@ def load(recipe: Recipe) -> Any:
     from sfumato.data import prepare
 
     return prepare.load(recipe.data, unit=recipe.privacy.unit, private=recipe.privacy.mechanism != "none")
-
-
-def encode(model: Any, recipe: Recipe, records: Any) -> Any:
-    """Records as the model's table: in memory, or memory-mapped where the records are (``data.store: mapped``)."""
-    from sfumato import __version__
-    from sfumato.data import mapped
-
-    if not isinstance(records, mapped.Stored):
-        return model.encode(records)
-    described = recipes_file.to_mapping(recipe)
-    settings = {"version": __version__, "model": described["model"], "mechanism": recipe.privacy.mechanism}
-    return mapped.encoded(records, model.encode, settings=settings)
-
-
-def build(recipe: Recipe) -> Any:
-    from sfumato.models import model
-
-    shapes, seed = shapes_of(recipe), recipe.training.seed
-    kind = releasing.KIND.get(recipe.privacy.mechanism)
-    if kind is not None:
-        return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
-    return model.build(recipe.model, shapes, seed=seed)
-
-
-def shapes_of(recipe: Recipe) -> Any:
-    """The public sizes of what is modelled."""
-    from sfumato.models.shapes import Shapes
-
-    data, side = recipe.data, recipe.data.image_size
-    sounds = recipe.model.audio is not None
-    return Shapes(
-        picture=(side, side, data.channels) if recipe.model.image is not None else None,
-        samples=max(1, round(data.audio_seconds * data.sample_rate)) if sounds else None,
-        sample_rate=data.sample_rate if sounds else None,
-    )
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -173,13 +137,13 @@ def _parts_in_words(plan: DpSgd) -> str:
     return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
-def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:
+def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any, model: Any) -> RunFolder:
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
     run.write_json("plan.json", plan_to_dict(plan))
     run.write_json("data_card.json", prepared.card)
-    _examples(run, prepared)
+    samples(run, recipe, model, prepared).begin()
     return run
 
 
@@ -208,23 +172,11 @@ def require_same_data(run: RunFolder, prepared: Any) -> None:
         )
 
 
-def _examples(run: RunFolder, prepared: Any) -> list[str]:
-    """Captions for the sample grids, of public records, beside the pictures that they really belong to."""
-    from sfumato.training.watch import write_grid
+def samples(run: RunFolder, recipe: Recipe, model: Any, prepared: Any) -> Any:
+    """What shows the model's directions on public examples, the same at every call."""
+    from sfumato.training.samples import Samples
 
-    chosen, units = [], set()
-    for record in prepared.public:
-        if record.unit not in units and record.text and record.image is not None:
-            chosen.append(record)
-            units.add(record.unit)
-    chosen = chosen[:: max(1, len(chosen) // GRID)][:GRID]
-    if chosen:
-        import numpy as np
-
-        write_grid(run.samples / "real.png", np.stack([record.image for record in chosen]), columns=6)
-    captions = [record.text for record in chosen]
-    run.write_json("samples/captions.json", captions)
-    return captions
+    return Samples(run.samples, model.directions, prepared.public, seed=recipe.training.seed)
 
 
 # -- training --
@@ -262,8 +214,11 @@ def train(
         watchers: list[watch.Watcher] = [
             watch.Line(progress, unspent="post-processing" if released else "not private"),
             watch.MetricsFile(run.path / "metrics.jsonl"),
-            watch.Pictures(run.samples, run.read_json("samples/captions.json"), seed=recipe.training.seed),
+            samples(run, recipe, model, prepared),
         ]
+        quality = measuring.quality_watch(run, recipe, plan, model, prepared, progress)
+        if quality is not None:
+            watchers.append(quality)
         if recipe.training.tensorboard:
             watchers.append(watch.Board(run.path / "tensorboard"))
         trained = loop.train(
@@ -279,7 +234,9 @@ def train(
         )
         if trained.stopped == "interrupted":
             return trained.stopped
-        write_model(run, model, recipe)
+        if quality is not None:
+            quality.picture(trained.charged, model)  # the last weights, too
+        write_model(run, model, recipe, prepared)
         run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
         claim = guarantee(
             plan,
@@ -333,14 +290,6 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
         + (f", {trained.processes} processes" if trained.processes > 1 else ""),
         processes=trained.processes,
     )
-
-
-def told_public(prepared: Any) -> list[Any]:
-    """The public records that no figure is measured on."""
-    from sfumato.evaluation import report
-
-    usable = [record for record in prepared.public if record.image is not None and record.text]
-    return report.halves(usable or prepared.public, 0)[0]
 
 
 def _prompts(prepared: Any) -> list[str]:
@@ -427,16 +376,13 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
     return sentences
 
 
-def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
-    """The weights, a last grid, and by what each tensor is covered."""
+def write_model(run: RunFolder, model: Any, recipe: Recipe, prepared: Any) -> None:
+    """The weights, the last samples, and by what each tensor is covered."""
     from sfumato.models.generative import Generative
     from sfumato.release import provenance
-    from sfumato.training.watch import write_grid
 
     model.save(run.model)
-    captions = run.read_json("samples/captions.json")
-    if captions:
-        write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    samples(run, recipe, model, prepared).write("final", model)
     if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
@@ -445,177 +391,6 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
 
 
 # -- after training --
-
-
-def evaluate(
-    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress, *, table: Any = None
-) -> QualityReport:
-    from sfumato.evaluation import report
-    from sfumato.models import model as models
-
-    twin = None
-    steps = in_steps(plan)
-    if recipe.evaluation.twin and isinstance(steps, DpSgd):
-        twin = _twin(run, recipe, steps, table, prepared, progress)
-    progress("evaluation: generating and reading pictures")
-    trained = models.load(run.model)
-    quality = report.evaluate(
-        lambda captions: trained.generate(captions, seed=1),
-        prepared.public,
-        prepared.facts,
-        recipe.evaluation,
-        covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
-        twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
-    )
-    worth = _worth(quality)
-    notes = [*([worth] if worth else []), *quality.notes]
-    for warning in planning.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
-        if warning["code"] in ("few_units", "epsilon_small"):
-            notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
-    for note in notes[: len(notes) - len(quality.notes)]:
-        progress(f"quality: {note}")
-    quality = replace(quality, notes=notes)
-    run.write_json("reports/quality.json", to_dict(quality))
-    return quality
-
-
-def _worth(quality: QualityReport) -> str:
-    """How much of what real pictures say of their texts the generated ones say; guessing says nothing."""
-    shares = []
-    for figure in quality.figures:
-        real, guess = figure.baseline.get("real held-out"), figure.baseline.get("shuffled captions")
-        if real is not None and guess is not None and real > guess and figure.name != "kappa: mean":
-            shares.append((figure.name, (figure.value - guess) / (real - guess)))
-    if not shares:
-        return ""
-    best, worst = max(shares, key=lambda s: s[1]), min(shares, key=lambda s: s[1])
-    mean = sum(share for _, share in shares) / len(shares)
-    return (
-        f"Where real held-out pictures stand for 100 % and shuffled captions for 0 %, the generated ones reach {mean:.0%} on "
-        f"average: best {best[0]}, {best[1]:.0%}; worst {worst[0]}, {worst[1]:.0%}."
-    )
-
-
-def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any, progress: Progress) -> Any:
-    """The same model, data, steps and batches without clipping and noise. Internal: it protects nobody."""
-    from sfumato.training import watch
-
-    progress("twin: the same training without privacy, to say what privacy costs (never released)")
-    model = build(recipe)
-    model.tell_public(told_public(prepared))
-    table = encode(model, recipe, prepared.private) if table is None else table
-    if recipe.privacy.warm_start is not None:
-        warming.load(run, model)  # what it costs to train privately from there on
-    settings = replace(recipe.training, checkpoint_every_seconds=60.0)
-    internal = run.path / "internal" / "twin"
-    _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)
-    captions = run.read_json("samples/captions.json")
-    if captions:
-        watch.write_grid(internal / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
-    return model
-
-
-def _train_openly(
-    model: Any, table: Any, plan: TrainingPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
-) -> None:
-    """Trains as ``plan`` says, without its privacy. Raises KeyboardInterrupt where Ctrl-C ended it: half of it is no answer."""
-    from sfumato.training import loop, watch
-
-    trained = loop.train(
-        model,
-        table,
-        NotPrivate(
-            population=plan.population,
-            expected_batch_size=plan.expected_batch_size,
-            steps=plan.steps,
-            unit=plan.unit,
-            records_per_unit=plan.records_per_unit,
-        ),
-        settings,
-        recipe.performance,
-        checkpoints=checkpoints,
-        watchers=[watch.Line(progress)],
-    )
-    if trained.stopped == "interrupted":
-        raise KeyboardInterrupt
-
-
-def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress) -> Any:
-    import torch
-
-    from sfumato.auditing import membership, report
-    from sfumato.models import model as models
-
-    progress("audit: attacking the model, and a model trained without noise")
-    trained = models.load(run.model)
-    members, outsiders = encode(trained, recipe, prepared.private), trained.encode(prepared.public)
-
-    def losses_of(model: Any) -> membership.RowLosses:
-        def row_losses(batch: Any) -> Any:
-            with torch.no_grad():
-                return model.row_losses(batch, recipe.audit.draws, torch.Generator().manual_seed(0))
-
-        return row_losses
-
-    def control() -> tuple[Any, Any]:
-        return _control_scores(run, recipe, plan, prepared, losses_of, progress)
-
-    audit = report.audit(
-        losses_of(trained),
-        members,
-        outsiders,
-        recipe.audit,
-        delta=plan.delta if isinstance(plan, PrivatePlan) else None,
-        claimed_epsilon=claim_of(run).epsilon,
-        control=control,
-        records_per_unit=plan.records_per_unit,
-    )
-    run.write_json("reports/audit.json", to_dict(audit))
-    return audit
-
-
-CONTROL_UNITS = 300  # few, so that a model without noise learns them by heart; all of them where there are fewer
-CONTROL_STEPS = 400  # of half the units each: 160 steps on 120 patients gave an AUC of .69, 400 one of .96
-
-
-def _control_scores(
-    run: RunFolder,
-    recipe: Recipe,
-    plan: PrivacyPlan,
-    prepared: Any,
-    losses_of: Callable[[Any], Any],
-    progress: Progress,
-) -> tuple[Any, Any]:
-    """Scores of members and non-members of a model that was trained without noise on few units: it must be caught."""
-    import numpy as np
-
-    from sfumato.auditing import membership
-
-    names = sorted({record.unit for record in prepared.private})[:CONTROL_UNITS]
-    kept = set(names)
-    model = build(recipe)
-    inside = model.encode([record for record in prepared.private if record.unit in kept])
-    outside = model.encode(prepared.public)
-    if releasing.is_release(plan):
-        inside = model.control_table(inside)
-    else:
-        model.tell_public(told_public(prepared))
-    few = NotPrivate(
-        population=inside.num_units,
-        expected_batch_size=inside.num_units / 2,
-        steps=CONTROL_STEPS,
-        unit=plan.unit,
-        records_per_unit=plan.records_per_unit,
-    )
-    settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
-    if recipe.privacy.mechanism in ("dp_sgd", "none", "latents"):  # of the others the mean itself is attacked
-        _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
-    units = np.arange(inside.num_units)
-    others = np.arange(min(outside.num_units, 2 * inside.num_units))
-    return (
-        membership.scores(losses_of(model), inside, units=units, records_per_unit=plan.records_per_unit),
-        membership.scores(losses_of(model), outside, units=others, records_per_unit=plan.records_per_unit),
-    )
 
 
 def release(run: RunFolder, recipe: Recipe, progress: Progress) -> list[dict[str, str]]:

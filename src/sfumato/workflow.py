@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import federating, stages
+from sfumato import federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.generating import generate as generate  # the verb
 from sfumato.privacy import accounting, planning
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
@@ -201,7 +202,7 @@ def train(
     table = stages.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
-        run = stages.begin(Path(out), wanted, plan, prepared)
+        run = stages.begin(Path(out), wanted, plan, prepared, model)
     else:
         plan = stages.plan_of(run)
         stages.require_same_data(run, prepared)
@@ -215,9 +216,9 @@ def train(
         if stopped == "interrupted":
             return {**stages.result(run), "stopped": stopped}
     if not run.report("quality").is_file():
-        stages.evaluate(run, wanted, plan, prepared, progress, table=table)
+        measuring.evaluate(run, wanted, plan, prepared, progress, table=table)
     if not run.report("audit").is_file():
-        stages.audit(run, wanted, plan, prepared, progress)
+        measuring.audit(run, wanted, plan, prepared, progress)
     reasons = stages.release(run, wanted, progress) if isinstance(plan, PrivatePlan) else []
     stages.render(run, public=False)
     return {**stages.result(run), "stopped": stopped, "reasons": reasons}
@@ -253,14 +254,14 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
 def evaluate(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Measures a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    stages.evaluate(found, recipe, plan, stages.load(recipe), progress)
+    measuring.evaluate(found, recipe, plan, stages.load(recipe), progress)
     return {"run": str(found.path), "quality": stages.quality_values(found), **stages.render(found, public=False)}
 
 
 def audit(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Attacks a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    result = stages.audit(found, recipe, plan, stages.load(recipe), progress)
+    result = measuring.audit(found, recipe, plan, stages.load(recipe), progress)
     stages.render(found, public=False)
     return {"run": str(found.path), **to_dict(result), "conformance": []}
 
@@ -283,31 +284,6 @@ def release(run: Path | str, *, policy: Path | str | None = None) -> dict[str, A
         "approved": not reasons,
         "reasons": reasons,
     }
-
-
-def generate(
-    run_or_bundle: Path | str, *, texts: Sequence[str], count: int = 1, out: Path | str = "generated", seed: int = 0
-) -> dict[str, Any]:
-    """Draws ``count`` pictures for each text. Spends nothing: it is post-processing."""
-    import numpy as np
-
-    from sfumato.models import model as models
-    from sfumato.training.watch import write_grid
-
-    if not texts or count < 1:
-        raise UsageError(f"texts = {list(texts)}, count = {count} · at least one of each", next='Give --text "…".')
-    folder = Path(run_or_bundle).resolve()
-    if not (folder / "model").is_dir():
-        raise UsageError(f"model = {folder} · has no folder model/", next="Give a finished run's folder, or a bundle.")
-    model = models.load(folder / "model")
-    wanted = [text for text in texts for _ in range(count)]
-    pictures = model.generate(wanted, seed=seed)
-    files = []
-    for i, picture in enumerate(pictures):
-        path = Path(out) / f"{i // count:03d}-{i % count:03d}.png"
-        write_grid(path, np.asarray(picture)[None], columns=1)
-        files.append(str(path))
-    return {"files": files, "model": str(folder / "model"), "texts": wanted, "watermarked": False}
 
 
 def runs(folder: Path | str = "runs") -> dict[str, Any]:

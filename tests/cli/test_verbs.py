@@ -138,7 +138,8 @@ def test_generate(workflow, sfu):
     assert ran.json["files"] == ["generated/0.png"]
     ((_, positional, named),) = workflow.asked
     assert positional == (Path("runs/x/last"),)
-    assert named == {"texts": ["a seven", "a two"], "count": 2, "out": Path("generated"), "seed": 7}
+    nothing = {"images": [], "audios": [], "want": []}
+    assert named == {"texts": ["a seven", "a two"], "count": 2, "out": Path("generated"), "seed": 7, **nothing}
     assert "generated/0.png" in sfu("generate", "runs/x/last", "--text", "a").out
 
 

@@ -24,13 +24,14 @@ from sfumato.models.generative import ROWS_AT_ONCE
 from sfumato.models.objectives import released
 from sfumato.models.public_codes import PublicCodes
 from sfumato.models.settings import Diffusion, Mlp, ModelSettings, Sampling
+from sfumato.models.text_to_image import TextToImage
 from sfumato.records import Batch, Record, UnitTable
 
 LEAST, MOST = 1.02, 60.0  # levels of diffusion, in units of the release's noise
 QUIET = 1e-3  # noise of a model that is to be caught: a latent has length about 1
 
 
-class FromLatents(nn.Module):
+class FromLatents(nn.Module, TextToImage):
     """``encode`` makes the latents that are to be released; ``receive`` takes what was released; then it can be trained."""
 
     kind = "from_latents"

@@ -62,6 +62,7 @@ class Generative(nn.Module, ABC):
 
     family: ClassVar[str]  # the ``kind`` of its objective's settings
     needs_public: ClassVar[bool] = False  # it cannot train before ``tell_public``
+    learns_from_rows: ClassVar[bool] = True  # as the models of releases say of themselves
 
     def __init__(self, settings: ModelSettings, shapes: Shapes) -> None:
         super().__init__()
