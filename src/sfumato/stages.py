@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato import measuring, releasing, warming
 from sfumato import recipe as recipes_file
-from sfumato.building import build, told_public
+from sfumato.building import build, shapes_of, told_public
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.models.settings import Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import federating, measuring, stages
+from sfumato import building, federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.generating import generate as generate  # the verb
@@ -199,7 +199,7 @@ def train(
     progress(f"{wanted.name}: reading the data")
     prepared = stages.load(wanted)
     model = stages.build(wanted)
-    table = stages.encode(model, wanted, prepared.private)
+    table = building.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
         run = stages.begin(Path(out), wanted, plan, prepared, model)
