@@ -17,6 +17,7 @@ def main(folder: Path) -> None:
         gradient_accumulation_steps=1,
         save_strategy="steps",
         save_steps=2,
+        optim="sgd",
     )
     size = args.world_size
     private = plan(population=12, expected_batch_size=12.0, steps=3, noise_multiplier=0.0, max_grad_norm=0.5)
