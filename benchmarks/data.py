@@ -129,7 +129,7 @@ def stage(name: str, folder: Path, store: str, pictures: bool, steps: int) -> di
     def table(records: Any) -> Any:
         return mapped.encoded(records, encode, settings={}) if store == "mapped" else encode(list(records))
 
-    ready = None if name in ("prepare", "open") else load() if name == "encode" else table(load())
+    ready: Any = None if name in ("prepare", "open") else load() if name == "encode" else table(load())
     peak = Peak()
     peak.start()
     began = time.process_time()

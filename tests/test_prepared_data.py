@@ -76,6 +76,8 @@ def test_a_recipe_with_prepared_data_is_read_from_yaml(tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(to_yaml(recipe))
     assert load(file) == recipe
+    bare = replace(recipe, privacy=replace(recipe.privacy, population=None))
     prepared = stages.load(load(file))
+    assert workflow._public_population(bare) == len({record.unit for record in prepared.private})
     assert prepared.card["left_out"]["thinned"] > 0
     assert all(record.audio is not None for record in prepared.private)

@@ -173,9 +173,10 @@ def _public_population(recipe: Recipe) -> int:
     data, privacy = recipe.data, recipe.privacy
     if privacy.population is not None:
         return privacy.population
-    if data.source == "clinic" and privacy.unit == "person":
+    whole = data.deduplicate is None and data.balance is None
+    if whole and data.source == "clinic" and privacy.unit == "person":
         return min(data.units, data.limit_units or data.units)
-    if data.source in PUBLIC_POPULATION:
+    if whole and data.source in PUBLIC_POPULATION:
         return min(PUBLIC_POPULATION[data.source], data.limit_units or PUBLIC_POPULATION[data.source])
     return len({record.unit for record in stages.load(recipe).private})
 

@@ -172,3 +172,23 @@ def test_objects_are_loaded_by_patient(tmp_path):
         modalities=("text", "image"),
     )
     assert {r.text for r in load(told, unit="person").private} <= {f"study {i}" for i in range(6)}
+
+
+def test_every_object_that_pydicom_brings_is_read_or_is_a_data_error():
+    """Real ones: several scanners, compressed pixels, broken values, no pixels, several frames."""
+    files = Path(pydicom.__file__).parent / "data" / "test_files"
+    if not files.is_dir():
+        pytest.skip("this pydicom brings no files")
+    read = 0
+    for entry in Dicom(files, tags=TAGS).entries():
+        try:
+            record = entry.read()
+        except DataError as error:
+            assert error.code in ("unit", "unreadable", "frames", "missing_column", "huge")
+            assert error.next
+        else:
+            read += 1
+            assert record.image.dtype == np.uint8
+            assert record.image.shape[2] in (1, 3)
+            assert set(record.metadata) <= set(TAGS)
+    assert read > 50

@@ -4,7 +4,9 @@ The patient's id becomes the unit. Of the other tags only the listed ones (by ke
 person directly cannot be listed. Names burnt into the pixels cannot be found here: look at the pictures.
 """
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,41 +62,45 @@ class Dicom(Entries):
             name = file.relative_to(self.root).as_posix()
             try:
                 stay_inside(self.root, file, name)
-                header = self._header(file, name, (unit, *self.tags, *([self.how.text] if self.how.text else [])))
+                told = self._header(file, name, (unit, *self.tags, *([self.how.text] if self.how.text else [])))
             except DataError as problem:
                 yield Entry(id=name, unit=None, problem=problem)
                 continue
-            metadata = {tag: _plain(header[tag].value) for tag in self.tags if tag in header and tag != self.how.text}
             values: dict[str, Any] = {}
             if self.how.text is not None and "text" in self.how.modalities:
-                text = str(header.get(self.how.text) or "")
+                text = str(told.get(self.how.text) or "")
                 if text or not self.how.may_lack:
                     values["text"] = text
             if "image" in self.how.modalities:
                 values["image"] = lambda file=file, name=name: self._picture(file, name)
-            yield Entry(id=name, unit=str(header.get(unit) or ""), metadata=metadata, **values)
+            metadata = {tag: told[tag] for tag in self.tags if tag in told and tag != self.how.text}
+            yield Entry(id=name, unit=str(told.get(unit) or ""), metadata=metadata, **values)
 
-    def _header(self, file: Path, name: str, tags: tuple[str, ...]) -> Any:
-        """Only these tags; no pixels."""
+    def _header(self, file: Path, name: str, tags: tuple[str, ...]) -> dict[str, Any]:
+        """Only these tags, and their values as plain ones (they are decoded when they are asked for); no pixels."""
         try:
-            return self._pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
+            with _quiet():
+                header = self._pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
+                return {tag: _plain(header[tag].value) for tag in tags if tag in header}
         except Exception as error:  # a damaged file can raise nearly anything inside the parser
             raise _unreadable(name, error) from None
 
     def _picture(self, file: Path, name: str) -> np.ndarray:
         """(H, W, 1 or 3) uint8: rescaled, windowed as the file says, else from its darkest to its brightest value."""
         size = self._header(file, name, _NEEDED)
-        if "Rows" not in size or "Columns" not in size:
+        if not isinstance(size.get("Rows"), int) or not isinstance(size.get("Columns"), int):
             raise missing_column("PixelData", ["no picture in it"], name)
-        media.refuse_size(int(size.Columns), int(size.Rows), name)
-        if int(size.get("NumberOfFrames") or 1) > 1:
+        media.refuse_size(size["Columns"], size["Rows"], name)
+        frames = str(size.get("NumberOfFrames", 1))
+        if frames not in ("1", "None", ""):
             raise DataError(
-                f"{name}: frames = {size.NumberOfFrames} · a record is one picture",
+                f"{name}: frames = {frames} · a record is one picture",
                 next="Save each frame as an object of its own.",
                 code="frames",
             )
         try:
-            return self._window(self._pydicom.dcmread(file))
+            with _quiet():
+                return self._window(self._pydicom.dcmread(file))
         except Exception as error:
             raise _unreadable(name, error) from None
 
@@ -127,6 +133,14 @@ def _first(value: Any) -> float | None:
     return float(value if isinstance(value, int | float | str) else value[0])
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Values that break the standard in small ways are warned of by the parser; that is not what a check looks for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _to_bytes(values: np.ndarray) -> np.ndarray:
     """From the least value to the greatest as 0 to 255; a flat picture is black."""
     low, high = float(values.min()), float(values.max())
@@ -135,7 +149,9 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
 
 def _plain(value: Any) -> Any:
     """Numbers and strings stay; everything else (several values, sequences) as its words."""
-    return value if isinstance(value, int | float | str) and type(value) in (int, float, str) else str(value)
+    if isinstance(value, int):
+        return int(value)
+    return value if type(value) in (float, str) else str(value)
 
 
 def _files(path: Path) -> list[Path]:
