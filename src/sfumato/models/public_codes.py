@@ -47,6 +47,12 @@ class PublicCodes:
                 f"model.objective.kind = {settings.objective.kind} · what was released is learnt from by diffusion",
                 next="Set model.objective: {kind: diffusion}.",
             )
+        if settings.sampling.solver != "heun" or settings.sampling.churn > 0:
+            raise UsageError(
+                f"model.sampling.solver = {settings.sampling.solver}, churn = {settings.sampling.churn} · what was released has "
+                "one way to be drawn from",
+                next="Leave both out.",
+            )
         self.settings = settings
         codecs = build_codecs(settings, Shapes(picture=picture_shape))
         if not isinstance(codecs["image"], PictureCodec) or not isinstance(codecs["text"], TextFeatures):

