@@ -527,7 +527,8 @@ TextCondition = HashedWords | FrozenSentence | Terms  # features: nothing can be
 TextTokens = Bytes | Words | Tokenizer
 ImageCodec = Annotated[PictureNumbers | PatchTokens, Field(discriminator="kind")]
 TextEncoder = Annotated[TextCondition | TextTokens, Field(discriminator="kind")]
-AudioCodec = Annotated[Waveform | MelSpectrogram | MuLaw, Field(discriminator="kind")]
+SoundNumbers = Waveform | MelSpectrogram
+AudioCodec = Annotated[SoundNumbers | MuLaw, Field(discriminator="kind")]
 Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
 Objective = Annotated[
     Diffusion | Flow | Variational | Adversarial | Alignment | Autoregressive, Field(discriminator="kind")

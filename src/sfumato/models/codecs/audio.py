@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.errors import DataError, UsageError
 from sfumato.models.codecs.image import cosine_matrix
 from sfumato.models.codecs.spectrogram import Spectrogram
-from sfumato.models.settings import AudioCodec, MelSpectrogram, Waveform
+from sfumato.models.settings import MelSpectrogram, SoundNumbers, Waveform
 from sfumato.records import Modality, Record
 
 _AT_ONCE = 256  # sounds encoded together
@@ -35,7 +35,7 @@ class SoundCodec:
     cosine frequencies of that picture over (bands, frames), scaled as ``codecs.image`` scales them.
     """
 
-    settings: AudioCodec
+    settings: SoundNumbers
     samples: int
     sample_rate: int
     modality: ClassVar[Modality] = "audio"

@@ -182,7 +182,7 @@ class Denoising(Generative):
         match self.settings.backbone:
             case UNet():
                 return "unet", self.denoiser.get_submodule("unet")
-            case Mlp():
+            case _:
                 return "denoiser", self.denoiser
 
     def _index(self, name: str) -> dict[str, Any]:
