@@ -31,7 +31,13 @@ def clinic_variational() -> Recipe:
 
 
 def clinic_adversarial() -> Recipe:
-    """A generator of chest films against a private discriminator, told case histories by a public list of terms."""
+    """A generator of chest films against a private discriminator, told case histories by a public list of terms.
+
+    Measured: epsilon 7.999, mean kappa .390 (side .37, zone .44, kind .01, heart .42, effusion .09, view 1.0), 84 s of
+    processor time without audit. The films have the right view and outline, and the noise of a generator that is not done: worse
+    than the other families at the same epsilon and cost. Two updates for each step of the discriminator: in 600 steps, fewer
+    (one for three, with the logistic loss) reached .06. Bie et al. find the reverse, with many thousands of updates.
+    """
     recipe = clinic_variational()
     return replace(
         recipe,
