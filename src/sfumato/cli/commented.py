@@ -31,7 +31,7 @@ EXPLAINED = {
     "model.audio": "null without sounds; waveform, or kind: mel with bands: 32 (kept: [12, 40]: its outline); tokens: mel_tokens, mu_law",
     "model.text": "hashed_words is trained privately; frozen_sentence is public, outside the guarantee; tokens: bytes, words, tokenizer",
     "model.backbone": "mlp is fast on few cores; unet is the one of diffusers; transformer says tokens",
-    "model.objective": "diffusion (Karras et al. 2022) or kind: flow, target: image or audio, told the rest; autoregressive: tokens, any of any",
+    "model.objective": "diffusion (Karras et al. 2022) or kind: flow, target: image or audio, told the rest; autoregressive: any of any",
     "model.random_features": "of mechanism mean_embedding: what the mean is of",
     "model.sampling": "how records are drawn afterwards; changes no guarantee",
     "privacy": "The guarantee. These lines say everything that it depends on, together with steps and batch size below.",
