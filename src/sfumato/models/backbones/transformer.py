@@ -27,6 +27,7 @@ def build(settings: Transformer, sequences: Sequences) -> Any:
     bos, eos, pad = (special[name] for name in ("<bos>", "<eos>", "<pad>"))
     model = GPT2LMHeadModel(
         GPT2Config(
+            architectures=["GPT2LMHeadModel"],
             vocab_size=sequences.vocabulary,
             n_positions=sequences.length,
             n_embd=settings.width,
