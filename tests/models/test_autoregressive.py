@@ -231,6 +231,24 @@ def test_a_new_model_knows_which_tokens_belong_together():
         assert own.mean() - others > 1.0, name
 
 
+def test_a_new_model_has_a_head_that_reads_each_modality():
+    """In every layer, of the last position's attention: most of the m-th head's lies on tokens of the m-th modality."""
+    settings = replace(TINY_SOUNDS, backbone=Transformer(width=96, depth=2, heads=3))
+    model = models.build(settings, SHORT)
+    of = model.sequences
+    batch = whole(model, records([1] * 4, ["text", "image", "audio"], shapes=SHORT))
+    ids, _ = of.interleave(batch.tensors, batch.present, torch.tensor([[0, 1, 2]] * 4), model.weights)
+    model.transformer.set_attn_implementation("eager")
+    with torch.no_grad():
+        layers = model.transformer(input_ids=ids, output_attentions=True).attentions
+    for layer in layers:
+        for head, name in enumerate(of.names):
+            first = of.first[name]
+            mine = (ids >= first) & (ids < first + of.codecs[name].vocabulary) | (ids == of.start(name))
+            share = (layer[:, head, -1] * mine).sum(1)
+            assert (share > 0.6).all(), (name, share)
+
+
 def test_alike_tokens_begin_alike():
     model = models.build(replace(TINY_TOKENS, backbone=Transformer(width=64, depth=1, heads=2)), PICTURES)
     words = model.transformer.transformer.wte.weight.detach()

@@ -259,7 +259,7 @@ def pieces(language: str) -> tuple[str, ...]:
     for phrase in _strings([getattr(LANGUAGES[language], f.name) for f in fields(Phrases)]):
         for word in re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", re.sub(r"{[^}]*}", " ", phrase)):
             found |= {f" {word}", _capital(word)}
-    found |= {f" {digit}" for digit in range(10)} | {"-year-old", " cm", " mm", ". ", ": ", ", "}
+    found |= {f" {digit}" for digit in range(10)} | {"-year-old", " cm", " mm", ". "}
     return tuple(sorted(piece for piece in found if len(piece.encode()) > 1))
 
 

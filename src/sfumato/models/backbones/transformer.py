@@ -16,6 +16,7 @@ from sfumato.models.sequences import Sequences
 from sfumato.models.settings import Transformer
 
 _MARGIN = 8.0  # of a logit: by how much a token of another modality begins less likely, before the layers blur it
+_SHARP = 6.0  # of a score: what a head that reads one modality has for its tokens, before the layers blur it
 
 
 def build(settings: Transformer, sequences: Sequences) -> Any:
@@ -26,6 +27,7 @@ def build(settings: Transformer, sequences: Sequences) -> Any:
     bos, eos, pad = (special[name] for name in ("<bos>", "<eos>", "<pad>"))
     model = GPT2LMHeadModel(
         GPT2Config(
+            architectures=["GPT2LMHeadModel"],
             vocab_size=sequences.vocabulary,
             n_positions=sequences.length,
             n_embd=settings.width,
@@ -89,6 +91,7 @@ def _begin(model: Any, sequences: Sequences) -> None:
         words[mine] += vector
         words[sequences.start(name)] += vector
         head[mine] += vector * (_MARGIN * length / (width * modality_std**2))
+        _read_evenly(model, sequences.names.index(name), vector, sequences.places(name))
         places = codec.places()
         places = _waves(sequences.places(name)) if places is None else places
         here, following = (_projected(places, width) * part_std for _ in range(2))
@@ -98,6 +101,27 @@ def _begin(model: Any, sequences: Sequences) -> None:
             meanings[start + 1 : start + 1 + len(places)] += 1
             meanings[start : start + len(places)] += 1
     positions /= (meanings / 2).clamp(min=1).sqrt()[:, None]
+
+
+@torch.no_grad()
+def _read_evenly(model: Any, head: int, vector: Tensor, places: int) -> None:
+    """In every layer one head begins by reading all tokens of one modality alike: a bag of words, or of patches.
+
+    Its scores are sharp in the modality's vector and in nothing else; what it reads comes out at about unit scale.
+    """
+    config = model.config
+    if head >= config.n_head:
+        return
+    width, of_head = config.n_embd, config.n_embd // config.n_head
+    mine = slice(head * of_head, (head + 1) * of_head)
+    for block in model.transformer.h:
+        queries, keys, values = block.attn.c_attn.weight.split(width, dim=1)
+        queries[:, mine] = 0.0
+        block.attn.c_attn.bias[:width][mine][0] = math.sqrt(of_head)
+        keys[:, mine][:, 0] = _SHARP * vector / vector.square().sum()
+        # not the modality's own vector, which all of them have
+        values[:, mine] -= torch.outer(vector, vector @ values[:, mine]) / vector.square().sum()
+        block.attn.c_proj.weight[mine] *= math.sqrt(places) / 2
 
 
 def _projected(features: Tensor, width: int) -> Tensor:

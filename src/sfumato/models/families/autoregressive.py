@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import OutsideError, UsageError
 from sfumato.models.backbones import transformer
-from sfumato.models.generative import ROWS_AT_ONCE, Direction, Generative, write_json
+from sfumato.models.generative import ROWS_AT_ONCE, Direction, Generative, plain, write_json
 from sfumato.models.sequences import SPECIAL, Sequences
 from sfumato.models.settings import Autoregressive, ModelSettings, Sampling, Transformer
 from sfumato.models.shapes import Shapes
@@ -212,7 +212,12 @@ class AutoregressiveModel(Generative):
     def write(self, folder: Path) -> None:
         if folder.is_file():
             raise OutsideError(f"model = {folder} · is a file", next="Give a folder.")
-        self.transformer.save_pretrained(folder)
+        from safetensors.torch import save_file
+
+        # as save_pretrained does, without its progress bar
+        self.transformer.config.save_pretrained(folder)
+        self.transformer.generation_config.save_pretrained(folder)
+        save_file(plain(self.transformer), folder / "model.safetensors", metadata={"format": "pt"})
         text = self.codecs.get("text")
         if text is None:
             return
