@@ -1,7 +1,8 @@
-"""From a recipe to its fresh model."""
+"""From a recipe to its fresh model, and to the table that it trains on."""
 
 from typing import Any
 
+from sfumato import recipe as recipes_file
 from sfumato import releasing
 from sfumato.recipe import Recipe
 
@@ -22,3 +23,15 @@ def shapes_of(recipe: Recipe) -> Any:
 
     side = recipe.data.image_size
     return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
+
+
+def encode(model: Any, recipe: Recipe, records: Any) -> Any:
+    """Records as the model's table: in memory, or memory-mapped where the records are (``data.store: mapped``)."""
+    from sfumato import __version__
+    from sfumato.data import mapped
+
+    if not isinstance(records, mapped.Stored):
+        return model.encode(records)
+    described = recipes_file.to_mapping(recipe)
+    settings = {"version": __version__, "model": described["model"], "mechanism": recipe.privacy.mechanism}
+    return mapped.encoded(records, model.encode, settings=settings)

@@ -42,7 +42,7 @@ def quiet(line: str) -> None:
 def load(recipe: Recipe) -> Any:
     from sfumato.data import prepare
 
-    return prepare.load(recipe.data, unit=recipe.privacy.unit)
+    return prepare.load(recipe.data, unit=recipe.privacy.unit, private=recipe.privacy.mechanism != "none")
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -55,6 +55,14 @@ def memory_left(recipe: Recipe) -> tuple[int, int]:
     return (there - batch) // recipe.performance.processes, sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def check_preparation(recipe: Recipe) -> None:
+    """Raises PrivacyRefused if the data would be prepared in a way that no guarantee for one unit covers."""
+    if recipe.privacy.mechanism != "none":
+        from sfumato.data import prepare
+
+        prepare.refuse_coupled(recipe.data)
 
 
 def check_parts(recipe: Recipe) -> None:

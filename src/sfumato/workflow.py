@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import federating, measuring, stages
+from sfumato import building, federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.generating import generate as generate  # the verb
@@ -86,6 +86,7 @@ def plan(
             training.expected_batch_size if expected_batch_size is None else expected_batch_size
         )
         sizes["steps"] = training.steps if steps is None else steps
+        stages.check_preparation(resolved)
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
         dimensions = stages.dimensions(resolved)
@@ -195,8 +196,8 @@ def train(
         progress(f"{wanted.name}: there is no run to resume in {out}; a new one begins")
     progress(f"{wanted.name}: reading the data")
     prepared = stages.load(wanted)
-    model = stages.build(wanted)
-    table = model.encode(prepared.private)
+    model = building.build(wanted)
+    table = building.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
         run = stages.begin(Path(out), wanted, plan, prepared, model)
