@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato import stages, workflow
+from sfumato import building, stages, workflow
 from sfumato.data import mapped
 from sfumato.data.settings import Balance, DataSettings, Deduplicate
 from sfumato.errors import PrivacyRefused
@@ -32,9 +32,9 @@ def test_the_models_table_is_the_same_from_disk(monkeypatch):
     tables = []
     for store in ("memory", "mapped"):
         recipe = small(store=store)
-        prepared, model = stages.load(recipe), stages.build(recipe)
-        tables.append(stages.encode(model, recipe, prepared.private))
-        again = stages.encode(model, recipe, prepared.private)
+        prepared, model = stages.load(recipe), building.build(recipe)
+        tables.append(building.encode(model, recipe, prepared.private))
+        again = building.encode(model, recipe, prepared.private)
         torch.testing.assert_close(again.tensors["image"], tables[-1].tensors["image"])
     slow, fast = tables
     assert isinstance(fast, mapped.MappedTable)

@@ -1,4 +1,4 @@
-"""From a recipe to its fresh model, and to what the model is told."""
+"""From a recipe to its fresh model, to what the model is told, and to the table that it trains on."""
 
 from typing import Any
 

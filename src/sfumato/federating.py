@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import measuring, stages
+from sfumato import building, measuring, stages
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import ledger
 from sfumato.privacy.guarantee import guarantee
@@ -37,7 +37,7 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     train_steps = LocalTraining(recipe.training, recipe.performance)  # refuses what a site cannot do, before any folder
     progress(f"{recipe.name}: reading the data")
     prepared = stages.load(recipe)
-    model = stages.build(recipe)
+    model = building.build(recipe)
     if getattr(model, "needs_public", False):
         raise UsageError(
             f"model.objective.kind = {model.family} · needs more than the tensors that sites exchange",
@@ -59,7 +59,7 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     began, processor = time.monotonic(), time.process_time()
     result = simulate(
         members,
-        build=lambda: stages.build(recipe),
+        build=lambda: building.build(recipe),
         train_steps=train_steps,
         rounds=federation.rounds,
         local_steps=federation.local_steps,

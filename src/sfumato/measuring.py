@@ -74,20 +74,25 @@ def evaluate(
 
 
 def _worth(quality: QualityReport) -> str:
-    """How much of what real pictures say of their texts the generated ones say; guessing says nothing."""
-    shares = []
+    """How much of what real records say of their conditions the generated ones say; guessing says nothing."""
+    shares: dict[str, list[tuple[str, float]]] = {}
     for figure in quality.figures:
-        real, guess = figure.baseline.get("real held-out"), figure.baseline.get("shuffled captions")
-        if real is not None and guess is not None and real > guess and figure.name != "kappa: mean":
-            shares.append((figure.name, (figure.value - guess) / (real - guess)))
-    if not shares:
-        return ""
-    best, worst = max(shares, key=lambda s: s[1]), min(shares, key=lambda s: s[1])
-    mean = sum(share for _, share in shares) / len(shares)
-    return (
-        f"Where real held-out pictures stand for 100 % and shuffled captions for 0 %, the generated ones reach {mean:.0%} on "
-        f"average: best {best[0]}, {best[1]:.0%}; worst {worst[0]}, {worst[1]:.0%}."
-    )
+        real = figure.baseline.get("real held-out")
+        guess = figure.baseline.get("shuffled captions", figure.baseline.get("shuffled conditions"))
+        if real is not None and guess is not None and real > guess and not figure.name.endswith("kappa: mean"):
+            name = figure.name.removeprefix(f"{figure.direction}: ")
+            shares.setdefault(figure.direction, []).append((name, (figure.value - guess) / (real - guess)))
+    said = []
+    for direction, found in shares.items():
+        best, worst = max(found, key=lambda s: s[1]), min(found, key=lambda s: s[1])
+        mean = sum(share for _, share in found) / len(found)
+        first = "Where real held-out records stand for 100 % and shuffled conditions for 0 %, the generated ones reach "
+        begin = first if not said else ""
+        at = f"{direction}: " if len(shares) > 1 else ""
+        said.append(
+            f"{begin}{at}{mean:.0%} on average: best {best[0]}, {best[1]:.0%}; worst {worst[0]}, {worst[1]:.0%}."
+        )
+    return " ".join(said)
 
 
 def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any, progress: Progress) -> Any:

@@ -199,7 +199,7 @@ def train(
         progress(f"{wanted.name}: there is no run to resume in {out}; a new one begins")
     progress(f"{wanted.name}: reading the data")
     prepared = stages.load(wanted)
-    model = stages.build(wanted)
+    model = building.build(wanted)
     table = building.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
