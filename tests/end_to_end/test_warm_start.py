@@ -14,7 +14,7 @@ import yaml
 from tests.end_to_end.test_releases import AXES, TINY, rebuilt
 from tests.test_workflow import Interrupt
 
-from sfumato import stages, warming, workflow
+from sfumato import measuring, stages, warming, workflow
 from sfumato.cli.plan import _words
 from sfumato.errors import BudgetExhausted, LedgerError, UsageError
 from sfumato.privacy.ledger import show
@@ -63,8 +63,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def trains_only(monkeypatch):
     """Nothing is measured, attacked or released after the training: that is not what these tests are about."""
-    for name in ("evaluate", "audit", "render"):
-        monkeypatch.setattr(stages, name, lambda *args, **rest: None)
+    for module, name in ((measuring, "evaluate"), (measuring, "audit"), (stages, "render")):
+        monkeypatch.setattr(module, name, lambda *args, **rest: None)
     monkeypatch.setattr(stages, "release", lambda *args: [])
 
 

@@ -72,6 +72,7 @@ def _dimensions(plan: "PrivatePlan") -> dict[str, int]:
                 found["categories"] = stage.categories
             case MeanEmbedding():
                 found |= {"mean": stage.dimension, "image": found.get("image", stage.dimension)}
+                found["warm_start"] = stage.dimension
             case _:
                 pass
     if "shared" in found:  # the sum of both; how it is shared out changes nothing that the plan says
