@@ -94,3 +94,14 @@ def test_the_clippings_of_the_page_on_privacy_are_there():
 
     exec(calls, {"Engine": engine, "model": Model(), "AdaptiveClip": sfumato.AdaptiveClip, "Part": sfumato.Part})
     assert len(made) == 3
+
+
+def test_the_training_scripts_of_the_page_on_models_of_others_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (script,) = (
+        e for e in re.findall(r"```python\n(.*?)```", _text("docs/pretrained.md"), flags=re.DOTALL) if "Trainer(" in e
+    )
+    printed = []
+    exec(script, {"print": lambda *values: printed.extend(values)})
+    assert 7.9 < printed[0] <= 8.0 and printed[1] < 1 / 400
+    assert (tmp_path / "model" / "model.safetensors").is_file() and (tmp_path / "run" / "ledger.db").is_file()

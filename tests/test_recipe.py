@@ -204,3 +204,12 @@ def test_fuzz_any_assignment(assignment):
     except UsageError:
         return
     _tolerated(values)
+
+
+@pytest.mark.parametrize("name", ["clinic-tokens", "wordnet", "emails"])
+def test_a_recipe_of_tokens_is_written_and_read_the_same(name, tmp_path):
+    from sfumato.recipes import named
+
+    recipe = named(name)
+    (tmp_path / "r.yaml").write_text(recipes.to_yaml(recipe))
+    assert recipes.load(tmp_path / "r.yaml") == recipe

@@ -474,9 +474,9 @@ def test_generate_writes_every_picture_that_was_asked_for(finished, tmp_path):
 
 
 def test_what_generate_cannot_do_is_refused(finished, tmp_path):
-    with pytest.raises(UsageError, match="at least one of each"):
+    with pytest.raises(UsageError, match="told = nothing · this model knows text→image"):
         workflow.generate(finished[2]["run"], texts=[], out=tmp_path)
-    with pytest.raises(UsageError, match="at least one of each"):
+    with pytest.raises(UsageError, match="count = 0 · must be at least 1"):
         workflow.generate(finished[2]["run"], texts=["a"], count=0, out=tmp_path)
     with pytest.raises(UsageError, match="has no folder model/"):
         workflow.generate(tmp_path, texts=["a"], out=tmp_path)

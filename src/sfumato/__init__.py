@@ -20,6 +20,8 @@ _HOME = {
     "DpAdamBC": "sfumato.training.dp_adam",
     "Part": "sfumato.privacy.gradients.groups",
     "DpSgd": "sfumato.privacy.plan",
+    "PrivacySettings": "sfumato.privacy.settings",
+    "PrivateTrainer": "sfumato.training.trainer",
     "NotPrivate": "sfumato.privacy.plan",
     "Ledger": "sfumato.privacy.ledger",
     "Recipe": "sfumato.recipe",
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
     from sfumato.privacy.ledger import Ledger as Ledger
     from sfumato.privacy.plan import DpSgd as DpSgd
     from sfumato.privacy.plan import NotPrivate as NotPrivate
+    from sfumato.privacy.settings import PrivacySettings as PrivacySettings
     from sfumato.recipe import Recipe as Recipe
     from sfumato.records import Batch as Batch
     from sfumato.records import Record as Record
     from sfumato.records import UnitTable as UnitTable
     from sfumato.training.dp_adam import DpAdamBC as DpAdamBC
+    from sfumato.training.trainer import PrivateTrainer as PrivateTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import stages
-from sfumato.errors import PrivacyRefused
+from sfumato import building, measuring, stages
+from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.privacy import ledger
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.plan import NotPrivate
@@ -32,32 +32,34 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     from sfumato.federation.local import load_trained
     from sfumato.federation.simulate import simulate
     from sfumato.training.rounds import LocalTraining
-    from sfumato.training.watch import write_grid
 
     federation = recipe.federation
     train_steps = LocalTraining(recipe.training, recipe.performance)  # refuses what a site cannot do, before any folder
     progress(f"{recipe.name}: reading the data")
     prepared = stages.load(recipe)
-    model = stages.build(recipe)
+    model = building.build(recipe)
+    if getattr(model, "needs_public", False):
+        raise UsageError(
+            f"model.objective.kind = {model.family} · needs more than the tensors that sites exchange",
+            next="Use `sfumato train`, or another family.",
+        )
     members = _members(recipe, prepared, model)
-    folder = stages.begin(out, recipe, members[0].plan, prepared)
+    folder = stages.begin(out, recipe, members[0].plan, prepared, model)
     members = [replace(site, ledger=folder.path / site.ledger) for site in members]
     stages.mark_begun(folder, recipe)
     progress(f"{recipe.name}: writing to {folder.path}")
-    captions = folder.read_json("samples/captions.json")
+    samples = stages.samples(folder, recipe, model, prepared)
 
     def on_round(result: Any, state: Any) -> None:
         load_trained(model, state)
         sites = f"{len(result.sites)} of {len(members)} sites"
         progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps")
-        if captions:
-            pictures = model.generate(captions, seed=recipe.training.seed)
-            write_grid(folder.samples / f"step-{result.round:06d}.png", pictures, columns=6)
+        samples.picture(result.round, model)
 
     began, processor = time.monotonic(), time.process_time()
     result = simulate(
         members,
-        build=lambda: stages.build(recipe),
+        build=lambda: building.build(recipe),
         train_steps=train_steps,
         rounds=federation.rounds,
         local_steps=federation.local_steps,
@@ -68,12 +70,12 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     _require_any(result)
     load_trained(model, result.state)
     model.eval()
-    stages.write_model(folder, model, recipe)
+    stages.write_model(folder, model, recipe, prepared)
     described = result.to_dict()
     folder.write_json("reports/federation.json", _report(described))
     folder.write_json("reports/cost.json", to_dict(_cost(members, result, model, seconds, processor)))
     folder.write_json("reports/privacy.json", to_dict(_claim(recipe, members)))
-    stages.evaluate(folder, recipe, members[0].plan, prepared, progress)
+    measuring.evaluate(folder, recipe, members[0].plan, prepared, progress)
     return {
         **_answer(folder, described),
         "quality": stages.quality_values(folder),
@@ -83,14 +85,17 @@ def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
 
 def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
     """The sites, each with a plan over all rounds for its own units, a share of the batch that is its share of the units,
-    and the place of its ledger within the run's folder."""
+    and the place of its ledger within the run's folder. In one process they have one key, this user's, as a run has."""
     from sfumato.federation.local import Site
     from sfumato.federation.simulate import site_plan, split_by_site
+    from sfumato.release import keys
 
     federation = recipe.federation
     split = split_by_site(prepared.private, federation.sites)
     tables = {name: model.encode(records) for name, records in split.items()}
-    total = sum(table.num_units for table in tables.values())
+    populations = federation.populations or tuple(table.num_units for table in tables.values())
+    total = sum(populations)
+    key = keys.existing()  # a key is made at the first release, not here
     accounts = prepared.account_home / ".sfumato"
     sites = [
         Site(
@@ -99,13 +104,14 @@ def _members(recipe: Recipe, prepared: Any, model: Any) -> "list[Site]":
             plan=site_plan(
                 recipe.privacy,
                 federation,
-                expected_batch_size=max(1.0, recipe.training.expected_batch_size * table.num_units / total),
-                population=table.num_units,
+                expected_batch_size=max(1.0, recipe.training.expected_batch_size * population / total),
+                population=population,
             ),
             ledger=Path("sites") / f"site-{number}" / "ledger.db",
             account=accounts / f"account-site-{number}-of-{federation.sites}.db",
+            sign=keys.signer(key) if key is not None else None,
         )
-        for number, (name, table) in enumerate(tables.items(), start=1)
+        for number, ((name, table), population) in enumerate(zip(tables.items(), populations, strict=True), start=1)
     ]
     return [replace(site, account_limit=stages.account_limit(recipe, site.plan)) for site in sites]
 

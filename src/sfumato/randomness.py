@@ -36,6 +36,10 @@ class Random(Protocol):
 
     def integers(self, count: int, high: int) -> np.ndarray: ...
 
+    def apart(self) -> "Random":
+        """Another stream of the same kind, for chance of another kind: what is drawn from one does not move the other."""
+        ...
+
 
 class _KeyStream:
     """The bytes of one AES-256-CTR key stream, each given out once; safe to share between threads."""
@@ -103,6 +107,9 @@ class SecretRandom(_KeyStream):
             self._process = os.getpid()
             self._set_key(os.urandom(32))
 
+    def apart(self) -> "SecretRandom":
+        return SecretRandom()
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
             "SecretRandom · cannot be copied, pickled or put into a checkpoint: noise drawn twice cancels exactly",
@@ -116,5 +123,10 @@ class TestRandom(_KeyStream):
     __test__ = False  # not a test class, whatever pytest thinks of the name
     for_release = False
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
+        self._seed = seed
         super().__init__(hashlib.sha256(f"sfumato test source {seed}".encode()).digest())
+
+    def apart(self) -> "TestRandom":
+        """Repeatable: the same for the same seed, whatever was drawn before."""
+        return TestRandom(f"{self._seed}, apart")

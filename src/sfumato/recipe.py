@@ -43,6 +43,12 @@ class Recipe:
                 f"name = {self.name!r} · letters, digits, '-', '_' and '.' only, not starting with a dot",
                 next="Choose a name that can be a folder.",
             )
+        if (self.privacy.warm_start is None) != (self.model.warm_start is None):
+            given, missing = ("privacy", "model") if self.model.warm_start is None else ("model", "privacy")
+            raise UsageError(
+                f"{given}.warm_start · says half of it: {missing}.warm_start is missing",
+                next="privacy.warm_start says what share is spent, model.warm_start on what. Give both, or none.",
+            )
 
 
 def from_mapping(values: Any) -> Recipe:

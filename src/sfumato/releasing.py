@@ -256,9 +256,9 @@ def once(
         )
         scratch = folder / f".{name}-{os.getpid()}"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch)
-        _sync(scratch)
+        sync(scratch)
         scratch.replace(path)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise OutsideError(
             f"{path} · could not be written ({error}); the release is charged, and lost",
@@ -276,7 +276,8 @@ def _is_left(book: Ledger, plan: PrivatePlan) -> bool:
     return not spent
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What is written there survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,7 @@ class Guarantee:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One measured number."""
+    """One measured number. Figures of directions other than text→image have the direction before their name."""
 
     name: str
     value: float
@@ -46,6 +46,7 @@ class Figure:
     samples: int = 0
     covered_by: Covered = "post-processing"
     note: str = ""
+    direction: str = ""  # "text→image": what was asked for, told what
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,28 +8,28 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sfumato import measuring, releasing, warming
 from sfumato import recipe as recipes_file
-from sfumato import releasing
+from sfumato.building import build, shapes_of, told_public
 from sfumato.errors import DataError, PrivacyRefused
-from sfumato.models.settings import FrozenSentence, HashedWords, Terms
+from sfumato.models.settings import Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.privacy.plan_json import plan_from_dict, plan_to_dict
 from sfumato.privacy.private_plan import PrivatePlan
+from sfumato.privacy.warm_planning import before_steps, in_steps, warmed
 from sfumato.recipe import Recipe
-from sfumato.reports import CostReport, Guarantee, QualityReport, to_dict
+from sfumato.reports import CostReport, Guarantee, to_dict
 from sfumato.training import folder as folders
 from sfumato.training.folder import RunFolder
 
 Progress = Callable[[str], None]
-GRID = 18  # pictures in a sample grid
 ESTIMATES = "estimates.json"  # in a run's folder: what was estimated and paid for
 
 
@@ -43,25 +43,7 @@ def quiet(line: str) -> None:
 def load(recipe: Recipe) -> Any:
     from sfumato.data import prepare
 
-    return prepare.load(recipe.data, unit=recipe.privacy.unit)
-
-
-def build(recipe: Recipe) -> Any:
-    from sfumato.models import model
-
-    shapes, seed = shapes_of(recipe), recipe.training.seed
-    kind = releasing.KIND.get(recipe.privacy.mechanism)
-    if kind is not None:
-        return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
-    return model.build(recipe.model, shapes, seed=seed)
-
-
-def shapes_of(recipe: Recipe) -> Any:
-    """The public sizes of what is modelled."""
-    from sfumato.models.shapes import Shapes
-
-    side = recipe.data.image_size
-    return Shapes(picture=(side, side, recipe.data.channels) if recipe.model.image is not None else None)
+    return prepare.load(recipe.data, unit=recipe.privacy.unit, private=recipe.privacy.mechanism != "none")
 
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
@@ -76,6 +58,14 @@ def memory_left(recipe: Recipe) -> tuple[int, int]:
     )
 
 
+def check_preparation(recipe: Recipe) -> None:
+    """Raises PrivacyRefused if the data would be prepared in a way that no guarantee for one unit covers."""
+    if recipe.privacy.mechanism != "none":
+        from sfumato.data import prepare
+
+        prepare.refuse_coupled(recipe.data)
+
+
 def check_parts(recipe: Recipe) -> None:
     """Raises UsageError if the recipe's parts are not those of its model: before a plan is made, not at the first step."""
     if recipe.privacy.parts:
@@ -85,7 +75,9 @@ def check_parts(recipe: Recipe) -> None:
 
 
 def dimensions(recipe: Recipe) -> dict[str, int] | None:
-    """Of what is released, where the mechanism is a release."""
+    """Of what is released, where the mechanism is a release, or begins with one."""
+    if recipe.privacy.warm_start is not None:
+        return {"warm_start": warming.dimension(warming.maker_of(recipe, shapes_of(recipe).of_picture()))}
     return build(recipe).dimensions if recipe.privacy.mechanism in releasing.KIND else None
 
 
@@ -105,9 +97,11 @@ def make_plan(recipe: Recipe, table: Any) -> PrivacyPlan:
 
 
 def say_plan(plan: PrivacyPlan, progress: Progress, *, parameters: int | None = None) -> None:
-    both = estimated(plan)
-    first = "" if both is None else f"an estimate of C for epsilon {both[0].epsilon():.3g}, then "
-    steps = plan if both is None else both[1]
+    named = {"mean_embedding": "a release to start from", "estimate": "an estimate of C"}
+    first = "".join(
+        f"{named[stage.mechanism(())['name']]} for epsilon {stage.epsilon():.3g}, then " for stage in before_steps(plan)
+    )
+    steps = in_steps(plan)
     if isinstance(steps, DpSgd) and isinstance(plan, PrivatePlan):
         progress(
             f"plan: {first}{steps.steps} steps over {plan.population} {plan.unit}s, sampling rate {steps.sampling_rate:.4g}, "
@@ -143,13 +137,13 @@ def _parts_in_words(plan: DpSgd) -> str:
     return f" ({', '.join(f'{name} {value:.4g}' for name, value in noise.items())})" if noise else ""
 
 
-def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> RunFolder:
+def begin(out: Path, recipe: Recipe, plan: PrivacyPlan, prepared: Any, model: Any) -> RunFolder:
     """A new run's folder. It counts as a run, and can be resumed, once ``mark_begun`` was called: when its ledger exists."""
     run = folders.fresh(out, recipe.name)
     run.write_text("recipe.yaml", recipes_file.to_yaml(recipe))
     run.write_json("plan.json", plan_to_dict(plan))
     run.write_json("data_card.json", prepared.card)
-    _examples(run, prepared)
+    samples(run, recipe, model, prepared).begin()
     return run
 
 
@@ -178,23 +172,11 @@ def require_same_data(run: RunFolder, prepared: Any) -> None:
         )
 
 
-def _examples(run: RunFolder, prepared: Any) -> list[str]:
-    """Captions for the sample grids, of public records, beside the pictures that they really belong to."""
-    from sfumato.training.watch import write_grid
+def samples(run: RunFolder, recipe: Recipe, model: Any, prepared: Any) -> Any:
+    """What shows the model's directions on public examples, the same at every call."""
+    from sfumato.training.samples import Samples
 
-    chosen, units = [], set()
-    for record in prepared.public:
-        if record.unit not in units and record.text and record.image is not None:
-            chosen.append(record)
-            units.add(record.unit)
-    chosen = chosen[:: max(1, len(chosen) // GRID)][:GRID]
-    if chosen:
-        import numpy as np
-
-        write_grid(run.samples / "real.png", np.stack([record.image for record in chosen]), columns=6)
-    captions = [record.text for record in chosen]
-    run.write_json("samples/captions.json", captions)
-    return captions
+    return Samples(run.samples, model.directions, prepared.public, seed=recipe.training.seed)
 
 
 # -- training --
@@ -216,15 +198,27 @@ def train(
         if released:
             table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
             progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
-        steps, estimates = releasing.loop_plan(recipe, table) if released else plan, []
+        else:
+            model.tell_public(told_public(prepared))
+        steps, estimates = releasing.loop_plan(recipe, table) if released else in_steps(plan), []
+        start = warmed(plan)
+        if start is not None:
+            stopped, for_release = warming.begin(
+                run, book, recipe, start, model, prepared.private, _prompts(prepared), progress
+            )
+            if stopped == "interrupted":
+                return stopped
         if estimated(plan) is not None:
             steps, estimates = _with_its_bound(run, recipe, plan, model, table, book, progress)
         assert isinstance(steps, DpSgd | NotPrivate)
         watchers: list[watch.Watcher] = [
             watch.Line(progress, unspent="post-processing" if released else "not private"),
             watch.MetricsFile(run.path / "metrics.jsonl"),
-            watch.Pictures(run.samples, run.read_json("samples/captions.json"), seed=recipe.training.seed),
+            samples(run, recipe, model, prepared),
         ]
+        quality = measuring.quality_watch(run, recipe, plan, model, prepared, progress)
+        if quality is not None:
+            watchers.append(quality)
         if recipe.training.tensorboard:
             watchers.append(watch.Board(run.path / "tensorboard"))
         trained = loop.train(
@@ -240,12 +234,21 @@ def train(
         )
         if trained.stopped == "interrupted":
             return trained.stopped
-        write_model(run, model, recipe)
+        if quality is not None:
+            quality.picture(trained.charged, model)  # the last weights, too
+        write_model(run, model, recipe, prepared)
         run.write_json("reports/cost.json", to_dict(cost_of(trained, model, processor)))
         claim = guarantee(
             plan,
             book.spent() if isinstance(plan, PrivatePlan) else [],
-            boundary=boundary(recipe, released=releasing.boundary(recipe, model, plan) if released else ()),
+            boundary=[
+                *boundary(
+                    recipe,
+                    released=releasing.boundary(recipe, model, plan) if released else (),
+                    family=() if released else model.boundary(),
+                ),
+                *(warming.boundary(recipe, model.shapes.of_picture()) if start is not None else ()),
+            ],
             not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),
             estimates=estimates,
@@ -290,11 +293,8 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
 
 
 def _prompts(prepared: Any) -> list[str]:
-    """The texts of the public units that no figure is measured on."""
-    from sfumato.evaluation import report
-
-    usable = [record for record in prepared.public if record.image is not None and record.text]
-    return [str(record.text) for record in report.halves(usable, 0)[0]]
+    """Their texts."""
+    return [str(record.text) for record in told_public(prepared) if record.text]
 
 
 def _ledger(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any) -> Ledger:
@@ -321,8 +321,11 @@ def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | No
     return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
-def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
-    """Args: released: sentences on what was released, where the training saw nothing else."""
+def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[str] = ()) -> list[str]:
+    """Args:
+    released: sentences on what was released, where the training saw nothing else.
+    family: what the model's family says itself of its networks.
+    """
     data, text = recipe.data, recipe.model.text
     trained = (
         "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
@@ -330,6 +333,7 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
     )
     sentences = [
         *(released or [trained]),
+        *family,
         f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
         "quality and are shown in the report.",
         "Declared public: the recipe, its settings, and the choice of them.",
@@ -349,6 +353,22 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
             )
         case FrozenSentence(name=name):
             sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
+        case Bytes():
+            sentences.append("Texts are read and said byte by byte: no vocabulary was fitted to anything.")
+        case Words():
+            sentences.append("Texts are read and said by a public list of words, which is in the recipe.")
+        case Tokenizer(path=path):
+            sentences.append(
+                f"Declared public: the vocabulary of the tokenizer {path}; whoever wrote the recipe says that it was fitted to "
+                "public texts alone."
+            )
+    if recipe.model.image is not None and recipe.model.image.kind == "vae":
+        from sfumato.models.codecs import vae
+
+        sentences.append(
+            "Declared public: the autoencoder of pictures, frozen, fitted to none of the private records; its sha256 is "
+            f"{vae.fingerprint(recipe.model.image.folder)}."
+        )
     if data.source == "clinic":
         sentences.append(
             "The records are generated: a phantom, nobody's data. The guarantee is exercised, nobody needs it."
@@ -356,191 +376,21 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = ()) -> list[str]:
     return sentences
 
 
-def write_model(run: RunFolder, model: Any, recipe: Recipe) -> None:
-    """The weights, a last grid, and by what each tensor is covered."""
+def write_model(run: RunFolder, model: Any, recipe: Recipe, prepared: Any) -> None:
+    """The weights, the last samples, and by what each tensor is covered."""
     from sfumato.models.generative import Generative
     from sfumato.release import provenance
-    from sfumato.training.watch import write_grid
 
     model.save(run.model)
-    captions = run.read_json("samples/captions.json")
-    if captions:
-        write_grid(run.samples / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
+    samples(run, recipe, model, prepared).write("final", model)
     if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
-    trained = set(model.named_tensors())  # all of it by the mechanism; what the model cannot name stays uncovered
-    provenance.write_taint(run.path, lambda file, name: "dp-sgd" if (file, name) in trained else "constant")
+    origins = model.origins()  # what the model cannot name stays uncovered
+    provenance.write_taint(run.path, lambda file, name: origins.get((file, name), "constant"))
 
 
 # -- after training --
-
-
-def evaluate(
-    run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress, *, table: Any = None
-) -> QualityReport:
-    from sfumato.evaluation import report
-    from sfumato.models import model as models
-
-    twin = None
-    both = estimated(plan)
-    steps = plan if both is None else both[1]
-    if recipe.evaluation.twin and isinstance(steps, DpSgd):
-        twin = _twin(run, recipe, steps, table, prepared, progress)
-    progress("evaluation: generating and reading pictures")
-    trained = models.load(run.model)
-    quality = report.evaluate(
-        lambda captions: trained.generate(captions, seed=1),
-        prepared.public,
-        prepared.facts,
-        recipe.evaluation,
-        covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
-        twin=None if twin is None else lambda captions: twin.generate(captions, seed=1),
-    )
-    worth = _worth(quality)
-    notes = [*([worth] if worth else []), *quality.notes]
-    for warning in planning.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
-        if warning["code"] in ("few_units", "epsilon_small"):
-            notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
-    for note in notes[: len(notes) - len(quality.notes)]:
-        progress(f"quality: {note}")
-    quality = replace(quality, notes=notes)
-    run.write_json("reports/quality.json", to_dict(quality))
-    return quality
-
-
-def _worth(quality: QualityReport) -> str:
-    """How much of what real pictures say of their texts the generated ones say; guessing says nothing."""
-    shares = []
-    for figure in quality.figures:
-        real, guess = figure.baseline.get("real held-out"), figure.baseline.get("shuffled captions")
-        if real is not None and guess is not None and real > guess and figure.name != "kappa: mean":
-            shares.append((figure.name, (figure.value - guess) / (real - guess)))
-    if not shares:
-        return ""
-    best, worst = max(shares, key=lambda s: s[1]), min(shares, key=lambda s: s[1])
-    mean = sum(share for _, share in shares) / len(shares)
-    return (
-        f"Where real held-out pictures stand for 100 % and shuffled captions for 0 %, the generated ones reach {mean:.0%} on "
-        f"average: best {best[0]}, {best[1]:.0%}; worst {worst[0]}, {worst[1]:.0%}."
-    )
-
-
-def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any, progress: Progress) -> Any:
-    """The same model, data, steps and batches without clipping and noise. Internal: it protects nobody."""
-    from sfumato.training import watch
-
-    progress("twin: the same training without privacy, to say what privacy costs (never released)")
-    model = build(recipe)
-    table = model.encode(prepared.private) if table is None else table
-    settings = replace(recipe.training, checkpoint_every_seconds=60.0)
-    internal = run.path / "internal" / "twin"
-    _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)
-    captions = run.read_json("samples/captions.json")
-    if captions:
-        watch.write_grid(internal / "final.png", model.generate(captions, seed=recipe.training.seed), columns=6)
-    return model
-
-
-def _train_openly(
-    model: Any, table: Any, plan: TrainingPlan, settings: Any, recipe: Recipe, checkpoints: Path, progress: Progress
-) -> None:
-    """Trains as ``plan`` says, without its privacy. Raises KeyboardInterrupt where Ctrl-C ended it: half of it is no answer."""
-    from sfumato.training import loop, watch
-
-    trained = loop.train(
-        model,
-        table,
-        NotPrivate(
-            population=plan.population,
-            expected_batch_size=plan.expected_batch_size,
-            steps=plan.steps,
-            unit=plan.unit,
-            records_per_unit=plan.records_per_unit,
-        ),
-        settings,
-        recipe.performance,
-        checkpoints=checkpoints,
-        watchers=[watch.Line(progress)],
-    )
-    if trained.stopped == "interrupted":
-        raise KeyboardInterrupt
-
-
-def audit(run: RunFolder, recipe: Recipe, plan: PrivacyPlan, prepared: Any, progress: Progress) -> Any:
-    import torch
-
-    from sfumato.auditing import membership, report
-    from sfumato.models import model as models
-
-    progress("audit: attacking the model, and a model trained without noise")
-    trained = models.load(run.model)
-    members, outsiders = trained.encode(prepared.private), trained.encode(prepared.public)
-
-    def losses_of(model: Any) -> membership.RowLosses:
-        def row_losses(batch: Any) -> Any:
-            with torch.no_grad():
-                return model.row_losses(batch, recipe.audit.draws, torch.Generator().manual_seed(0))
-
-        return row_losses
-
-    def control() -> tuple[Any, Any]:
-        return _control_scores(run, recipe, plan, prepared, losses_of, progress)
-
-    audit = report.audit(
-        losses_of(trained),
-        members,
-        outsiders,
-        recipe.audit,
-        delta=plan.delta if isinstance(plan, PrivatePlan) else None,
-        claimed_epsilon=claim_of(run).epsilon,
-        control=control,
-        records_per_unit=plan.records_per_unit,
-    )
-    run.write_json("reports/audit.json", to_dict(audit))
-    return audit
-
-
-CONTROL_UNITS = 300  # few, so that a model without noise learns them by heart; all of them where there are fewer
-CONTROL_STEPS = 400  # of half the units each: 160 steps on 120 patients gave an AUC of .69, 400 one of .96
-
-
-def _control_scores(
-    run: RunFolder,
-    recipe: Recipe,
-    plan: PrivacyPlan,
-    prepared: Any,
-    losses_of: Callable[[Any], Any],
-    progress: Progress,
-) -> tuple[Any, Any]:
-    """Scores of members and non-members of a model that was trained without noise on few units: it must be caught."""
-    import numpy as np
-
-    from sfumato.auditing import membership
-
-    names = sorted({record.unit for record in prepared.private})[:CONTROL_UNITS]
-    kept = set(names)
-    model = build(recipe)
-    inside = model.encode([record for record in prepared.private if record.unit in kept])
-    outside = model.encode(prepared.public)
-    if releasing.is_release(plan):
-        inside = model.control_table(inside)
-    few = NotPrivate(
-        population=inside.num_units,
-        expected_batch_size=inside.num_units / 2,
-        steps=CONTROL_STEPS,
-        unit=plan.unit,
-        records_per_unit=plan.records_per_unit,
-    )
-    settings = replace(recipe.training, schedule="constant", checkpoint_every_seconds=1e9, learning_rate=1e-3)
-    if recipe.privacy.mechanism in ("dp_sgd", "none", "latents"):  # of the others the mean itself is attacked
-        _train_openly(model, inside, few, settings, recipe, run.path / "internal" / "control", progress)
-    units = np.arange(inside.num_units)
-    others = np.arange(min(outside.num_units, 2 * inside.num_units))
-    return (
-        membership.scores(losses_of(model), inside, units=units, records_per_unit=plan.records_per_unit),
-        membership.scores(losses_of(model), outside, units=others, records_per_unit=plan.records_per_unit),
-    )
 
 
 def release(run: RunFolder, recipe: Recipe, progress: Progress) -> list[dict[str, str]]:

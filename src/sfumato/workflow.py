@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import federating, stages
+from sfumato import building, federating, measuring, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.generating import generate as generate  # the verb
 from sfumato.privacy import accounting, planning
-from sfumato.privacy.clip_estimate import estimated
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.warm_planning import before_steps, in_steps
 from sfumato.recipe import Recipe
 from sfumato.recipes import NAMED, named
 from sfumato.reports import to_dict
@@ -85,6 +86,7 @@ def plan(
             training.expected_batch_size if expected_batch_size is None else expected_batch_size
         )
         sizes["steps"] = training.steps if steps is None else steps
+        stages.check_preparation(resolved)
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
         dimensions = stages.dimensions(resolved)
@@ -114,8 +116,7 @@ def plan(
 
 
 def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    both = estimated(found)
-    trains = found if both is None else both[1]
+    trains = in_steps(found)
     steps = isinstance(trains, DpSgd | NotPrivate)
     common = {
         "mechanism": "none" if isinstance(found, NotPrivate) else found.mechanism(())["name"],
@@ -151,7 +152,7 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
         return {**spent, "releases": mechanism.get("stages", [mechanism])}
     return {
         **spent,
-        **({} if both is None else {"clip_estimate": both[0].mechanism(())}),
+        **{_FIRST[stage.mechanism(())["name"]]: stage.mechanism(()) for stage in before_steps(found)},
         "max_grad_norm": trains.max_grad_norm,
         "clipping": trains.clipping,
         "bands": trains.bands,
@@ -164,14 +165,18 @@ def _plan_values(found: PrivacyPlan, accountant: str, sizes: dict[str, Any]) -> 
     }
 
 
+_FIRST = {"estimate": "clip_estimate", "mean_embedding": "warm_start"}  # what a plan's answer calls it
+
+
 def _public_population(recipe: Recipe) -> int:
     """N without reading the data where it is known, else by reading them."""
     data, privacy = recipe.data, recipe.privacy
     if privacy.population is not None:
         return privacy.population
-    if data.source == "clinic" and privacy.unit == "person":
+    whole = data.deduplicate is None and data.balance is None
+    if whole and data.source == "clinic" and privacy.unit == "person":
         return min(data.units, data.limit_units or data.units)
-    if data.source in PUBLIC_POPULATION:
+    if whole and data.source in PUBLIC_POPULATION:
         return min(PUBLIC_POPULATION[data.source], data.limit_units or PUBLIC_POPULATION[data.source])
     return len({record.unit for record in stages.load(recipe).private})
 
@@ -194,11 +199,11 @@ def train(
         progress(f"{wanted.name}: there is no run to resume in {out}; a new one begins")
     progress(f"{wanted.name}: reading the data")
     prepared = stages.load(wanted)
-    model = stages.build(wanted)
-    table = model.encode(prepared.private)
+    model = building.build(wanted)
+    table = building.encode(model, wanted, prepared.private)
     if run is None:
         plan = stages.make_plan(wanted, table)
-        run = stages.begin(Path(out), wanted, plan, prepared)
+        run = stages.begin(Path(out), wanted, plan, prepared, model)
     else:
         plan = stages.plan_of(run)
         stages.require_same_data(run, prepared)
@@ -212,9 +217,9 @@ def train(
         if stopped == "interrupted":
             return {**stages.result(run), "stopped": stopped}
     if not run.report("quality").is_file():
-        stages.evaluate(run, wanted, plan, prepared, progress, table=table)
+        measuring.evaluate(run, wanted, plan, prepared, progress, table=table)
     if not run.report("audit").is_file():
-        stages.audit(run, wanted, plan, prepared, progress)
+        measuring.audit(run, wanted, plan, prepared, progress)
     reasons = stages.release(run, wanted, progress) if isinstance(plan, PrivatePlan) else []
     stages.render(run, public=False)
     return {**stages.result(run), "stopped": stopped, "reasons": reasons}
@@ -250,14 +255,14 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
 def evaluate(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Measures a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    stages.evaluate(found, recipe, plan, stages.load(recipe), progress)
+    measuring.evaluate(found, recipe, plan, stages.load(recipe), progress)
     return {"run": str(found.path), "quality": stages.quality_values(found), **stages.render(found, public=False)}
 
 
 def audit(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Attacks a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
-    result = stages.audit(found, recipe, plan, stages.load(recipe), progress)
+    result = measuring.audit(found, recipe, plan, stages.load(recipe), progress)
     stages.render(found, public=False)
     return {"run": str(found.path), **to_dict(result), "conformance": []}
 
@@ -280,31 +285,6 @@ def release(run: Path | str, *, policy: Path | str | None = None) -> dict[str, A
         "approved": not reasons,
         "reasons": reasons,
     }
-
-
-def generate(
-    run_or_bundle: Path | str, *, texts: Sequence[str], count: int = 1, out: Path | str = "generated", seed: int = 0
-) -> dict[str, Any]:
-    """Draws ``count`` pictures for each text. Spends nothing: it is post-processing."""
-    import numpy as np
-
-    from sfumato.models import model as models
-    from sfumato.training.watch import write_grid
-
-    if not texts or count < 1:
-        raise UsageError(f"texts = {list(texts)}, count = {count} · at least one of each", next='Give --text "…".')
-    folder = Path(run_or_bundle).resolve()
-    if not (folder / "model").is_dir():
-        raise UsageError(f"model = {folder} · has no folder model/", next="Give a finished run's folder, or a bundle.")
-    model = models.load(folder / "model")
-    wanted = [text for text in texts for _ in range(count)]
-    pictures = model.generate(wanted, seed=seed)
-    files = []
-    for i, picture in enumerate(pictures):
-        path = Path(out) / f"{i // count:03d}-{i % count:03d}.png"
-        write_grid(path, np.asarray(picture)[None], columns=1)
-        files.append(str(path))
-    return {"files": files, "model": str(folder / "model"), "texts": wanted, "watermarked": False}
 
 
 def runs(folder: Path | str = "runs") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every wrong trainer of the museum is convicted on its row; right ones are not. One seeded pass on tiny models."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -30,10 +31,21 @@ def piece(name):
     return importlib.import_module(f"tests.auditing.museum.{name}")
 
 
+@contextlib.contextmanager
+def many_trainings():
+    """transformers collects garbage at the end of every training, which takes longer than a step."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize("name", PIECES)
 def test_a_wrong_trainer_is_convicted_on_its_row(name):
     wrong = piece(name)
-    result = suite.audit(wrong.wrong(), seed=SEED, controls=False)
+    with many_trainings():
+        result = suite.audit(wrong.wrong(), seed=SEED, controls=False)
     assert wrong.RIGHT_ROW in result.convicted
     assert set(result.convicted) == wrong.ROWS, [(r.number, r.because) for r in result.rows if r.verdict == "VIOLATION"]
     assert result.verdict == "VIOLATION"
@@ -90,9 +102,7 @@ def test_the_plain_loop_is_consistent_in_every_row_but_that_of_floating_point():
 def test_ours_is_consistent_in_every_row_that_the_adapter_gives():
     result = suite.audit(ours.trainer(), seed=SEED)
     open_ = [row.number for row in result.rows if row.verdict == "INCONCLUSIVE"]
-    assert open_ == [18, 19, 20, 21], [
-        (row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"
-    ]
+    assert open_ == [19, 20], [(row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"]
 
 
 def test_what_is_not_given_is_inconclusive_and_says_why():
@@ -108,18 +118,25 @@ def test_what_is_not_given_is_inconclusive_and_says_why():
     assert result.verdict == "INCONCLUSIVE"
 
 
-def test_a_subclass_of_transformers_trainer_is_not_convicted():
-    from tests.auditing.adapters import hugging_face
+def test_the_private_trainer_is_not_convicted():
+    from tests.auditing.adapters import private_trainer
 
-    gc.collect()
-    gc.freeze()  # transformers collects garbage at the end of every training, which takes longer than the step
-    try:
-        result = suite.audit(hugging_face.trainer(), seed=SEED, noise_runs=8, games=24, controls=False)
-    finally:
-        gc.unfreeze()
+    with many_trainings():
+        result = suite.audit(private_trainer.of_persons(), seed=SEED, noise_runs=8, games=24, controls=False)
     assert result.convicted == []
     looked_at = {row.number for row in result.rows if row.because.endswith("no positive control was made")}
-    assert looked_at >= {1, 2, 3, 4, 5, 8, 11, 12, 13, 15, 17, 22, 23}, [(r.number, r.because) for r in result.rows]
+    assert looked_at == set(range(1, 25)) - {18, 19, 21}, [(r.number, r.because) for r in result.rows]
+
+
+@pytest.mark.slow
+def test_the_private_trainer_is_consistent_in_every_row_that_the_adapter_gives():
+    from tests.auditing.adapters import private_trainer
+
+    with many_trainings():
+        result = suite.audit(private_trainer.of_persons(), seed=SEED)
+    assert result.convicted == []
+    open_ = [row.number for row in result.rows if row.verdict == "INCONCLUSIVE"]
+    assert open_ == [18, 19, 21], [(row.number, row.because) for row in result.rows if row.verdict == "INCONCLUSIVE"]
 
 
 @pytest.mark.slow
@@ -137,5 +154,6 @@ def test_right_trainers_are_convicted_no_more_often_than_stated():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIECES)
 def test_a_wrong_trainer_is_convicted_with_other_seeds_too(name):
-    for seed in range(3):
-        assert piece(name).RIGHT_ROW in suite.audit(piece(name).wrong(), seed=6000 + seed, controls=False).convicted
+    with many_trainings():
+        for seed in range(3):
+            assert piece(name).RIGHT_ROW in suite.audit(piece(name).wrong(), seed=6000 + seed, controls=False).convicted

@@ -85,6 +85,13 @@ def test_the_number_of_processes_is_a_value_of_the_recipe(workflow, sfu):
     assert named["assignments"] == ["data.units=3000", "performance.processes=4"]
 
 
+def test_a_small_sample_first_is_a_value_of_the_recipe(workflow, sfu):
+    workflow.answers["train"] = TRAINED
+    assert sfu("train", "clinic", "--limit-units", "200").code == 0
+    _, _, named = workflow.asked[-1]
+    assert named["assignments"] == ["data.limit_units=200"]
+
+
 def test_a_training_that_stopped_at_its_budget_is_done(workflow, sfu):
     workflow.answers["train"] = {**TRAINED, "stopped": "budget"}
     ran = sfu("train", "clinic", "--json")
@@ -131,7 +138,8 @@ def test_generate(workflow, sfu):
     assert ran.json["files"] == ["generated/0.png"]
     ((_, positional, named),) = workflow.asked
     assert positional == (Path("runs/x/last"),)
-    assert named == {"texts": ["a seven", "a two"], "count": 2, "out": Path("generated"), "seed": 7}
+    nothing = {"images": [], "audios": [], "want": []}
+    assert named == {"texts": ["a seven", "a two"], "count": 2, "out": Path("generated"), "seed": 7, **nothing}
     assert "generated/0.png" in sfu("generate", "runs/x/last", "--text", "a").out
 
 
@@ -312,3 +320,18 @@ def test_data_check_and_stats_of_a_folder(tmp_path, sfu):
     assert any("3.png" in problem["problem"] for problem in ran.json["problems"])
     assert "3.png" in sfu("data", "check", str(tmp_path), "--unit-column", "patient").out
     assert sfu("data", "stats", str(tmp_path), "--unit-column", "patient", "--json").json["units"] == 3
+    assert (
+        sfu("data", "stats", str(tmp_path), "--unit-column", "patient", "--limit-units", "2", "--json").json["units"]
+        == 2
+    )
+
+
+def test_data_clear_removes_the_cache_and_not_the_account(tmp_path, sfu):
+    cache = tmp_path / ".sfumato" / "cache" / "records-x-y"
+    cache.mkdir(parents=True)
+    (cache / "records.arrow").write_bytes(b"private")
+    (tmp_path / ".sfumato" / "account.db").write_bytes(b"spent")
+    ran = sfu("data", "clear", str(tmp_path), "--json")
+    assert (ran.code, ran.json["removed"], ran.json["bytes"]) == (0, ["records-x-y"], 7)
+    assert not cache.exists()
+    assert (tmp_path / ".sfumato" / "account.db").is_file()

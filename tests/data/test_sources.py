@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.data.entries import Columns, Entry
+from sfumato.data.folder import Folder
 from sfumato.data.settings import DataSettings
-from sfumato.data.sources import Entry, Folder, Parquet, open_source, settings_for
+from sfumato.data.sources import open_source, settings_for
+from sfumato.data.tables import Parquet
 from sfumato.errors import DataError, MissingDependency, UsageError
 
 
@@ -55,7 +58,7 @@ def test_caption_and_image_are_other_names_for_text_and_file_name(folder):
 
 def test_a_missing_unit_column_names_the_columns_that_are_there(folder):
     with pytest.raises(DataError, match=r"column patient .* is missing") as refused:
-        Folder(folder(), unit_column="patient")
+        Folder(folder(), columns=Columns(unit="patient"))
     assert "file_name, license, person, text" in refused.value.next
     assert refused.value.exit_code == 2
 
@@ -73,7 +76,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("code", "change"), [(code, change) for code, rows in BAD_ROWS.items() for change in rows])
 def test_a_bad_row_is_named_with_its_reason_and_the_others_are_read(folder, code, change):
-    entries = list(Folder(folder(change=lambda rows: rows[4].update(change)), unit_column="person").entries())
+    entries = list(Folder(folder(change=lambda rows: rows[4].update(change)), columns=Columns(unit="person")).entries())
     for number, entry in enumerate(entries):
         if number != 4:
             assert entry.read().text
@@ -86,7 +89,7 @@ def test_a_bad_row_is_named_with_its_reason_and_the_others_are_read(folder, code
 
 
 def test_a_row_without_the_column_that_others_have_is_bad(folder):
-    entries = list(Folder(folder(change=lambda rows: rows[2].pop("person")), unit_column="person").entries())
+    entries = list(Folder(folder(change=lambda rows: rows[2].pop("person")), columns=Columns(unit="person")).entries())
     with pytest.raises(DataError, match="unit = ''"):
         entries[2].read()
 
@@ -122,7 +125,7 @@ def test_a_table_that_is_not_text_is_a_data_error(tmp_path):
 def test_csv_metadata(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "metadata.csv").write_text('file_name,text,who\na.png,"one, two",x\na.png,short\n')
-    good, bad = Folder(tmp_path, unit_column="who").entries()
+    good, bad = Folder(tmp_path, columns=Columns(unit="who")).entries()
     assert good.read().text == "one, two"
     with pytest.raises(DataError, match="cells"):
         bad.read()
@@ -136,7 +139,7 @@ def test_class_folders_become_captions_and_labels(tmp_path):
     assert source.facts == {"label": ("dog", "sitting cat")}
     assert [(r.text, r.metadata["facts"]["label"]) for r in source] == [("dog",) * 2, ("sitting cat",) * 2]
     with pytest.raises(DataError, match="no columns"):
-        Folder(tmp_path, unit_column="person")
+        Folder(tmp_path, columns=Columns(unit="person"))
 
 
 def test_audio_folders_are_read_and_other_files_are_named(tmp_path):
@@ -190,7 +193,7 @@ def test_parquet_in_its_forms(tmp_path, form):
 
     table = pa.table({"image": [cell(i) for i in range(3)], "caption": ["a", "b", "c"], "who": [7, 7, 8]})
     pq.write_table(table, tmp_path / "t.parquet")
-    source = Parquet(tmp_path / "t.parquet", unit_column="who")
+    source = Parquet(tmp_path / "t.parquet", columns=Columns(unit="who"))
     records = list(source)
     assert len(source) == 3
     assert [r.unit for r in records] == ["7", "7", "8"]
@@ -207,7 +210,7 @@ def test_parquet_that_is_not_what_it_says(tmp_path):
         Parquet(file)
     pq.write_table(pa.table({"text": ["x", ""], "image": [png(1), None]}), file)
     with pytest.raises(DataError, match="column who"):
-        Parquet(file, unit_column="who")
+        Parquet(file, columns=Columns(unit="who"))
     good, bad = Parquet(file).entries()
     assert good.read().image is not None
     with pytest.raises(DataError, match="nothing that it describes"):

@@ -138,7 +138,7 @@ def rebuilt(run: Path, out: Path, key: Any, **changes: Any) -> dict[str, Any]:
         ({"delta": 1e-3}, "ledger"),
         ({"mechanism__name": "dp_sgd"}, "plan"),
         ({"mechanism__stages__1__noise_multiplier": 99.0}, "ledger"),
-        ({"mechanism__stages__1__form": "shared"}, "plan"),
+        ({"mechanism__stages__1__form": "shared"}, "ledger"),
         ({"mechanism__stages__0__max_norm": 0.1}, "ledger"),
         ({"unit": "record"}, "plan"),
         ({"taint": {"tensors": {}, "files": {}}}, "taint"),

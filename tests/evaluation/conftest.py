@@ -5,9 +5,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from sfumato.models.text_to_image import TextToImage
 from sfumato.records import Record
 
 FACTS = {"side": ("left", "right"), "zone": ("lower", "upper"), "size": ("large", "small")}
+
+
+class Drawer(TextToImage):
+    """A model that draws by a function of captions."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def generate(self, texts, *, seed, sampling=None):
+        return self.draw(list(texts))
 
 
 def _draw(facts: dict[str, str], rng: np.random.Generator, pixels: int, channels: int) -> np.ndarray:
@@ -56,3 +67,9 @@ def draw_captions() -> Callable[..., np.ndarray]:
         return np.stack(pictures)
 
     return draw
+
+
+@pytest.fixture
+def drawer() -> Callable[..., TextToImage]:
+    """drawer(function of captions): the model that draws with it."""
+    return Drawer

@@ -9,16 +9,16 @@ from sfumato.evaluation.settings import EvaluationSettings
 from sfumato.records import Record
 
 FACTS = {"side": ("left", "right"), "zone": ("lower", "upper"), "size": ("large", "small")}
-SETTINGS = EvaluationSettings(samples=150, judge_seconds=20)
+SETTINGS = EvaluationSettings(samples=150, judge_seconds=600, usefulness=())
 
 
 def by_name(quality):
     return {figure.name: figure for figure in quality.figures}
 
 
-def test_a_perfect_generator_scores_as_real_pictures_do(make_records, draw_captions):
+def test_a_perfect_generator_scores_as_real_pictures_do(make_records, draw_captions, drawer):
     public = make_records(320, seed=1)
-    quality = report.evaluate(draw_captions, public, FACTS, SETTINGS)
+    quality = report.evaluate(drawer(draw_captions), public, FACTS, SETTINGS)
     figures = by_name(quality)
     assert set(figures) == {"kappa: side", "kappa: zone", "kappa: size", "kappa: mean", "Fréchet distance"}
     for name in ("kappa: side", "kappa: zone", "kappa: size", "kappa: mean"):
@@ -34,26 +34,28 @@ def test_a_perfect_generator_scores_as_real_pictures_do(make_records, draw_capti
     assert "FID" not in distance.name and distance.extractor in distance.note
 
 
-def test_a_generator_that_ignores_its_text_scores_as_chance_does(make_records, draw_captions):
+def test_a_generator_that_ignores_its_text_scores_as_chance_does(make_records, draw_captions, drawer):
     def deaf(captions):
         return draw_captions(list(np.random.default_rng(5).permutation(captions)))
 
-    figures = by_name(report.evaluate(deaf, make_records(320, seed=1), FACTS, SETTINGS))
+    figures = by_name(report.evaluate(drawer(deaf), make_records(320, seed=1), FACTS, SETTINGS))
     for fact in FACTS:
         assert abs(figures[f"kappa: {fact}"].value) < 0.35
         assert figures[f"kappa: {fact}"].baseline["real held-out"] > 0.85
 
 
-def test_noise_is_far_from_real_pictures(make_records, draw_captions):
+def test_noise_is_far_from_real_pictures(make_records, draw_captions, drawer):
     def noise(captions):
         return np.random.default_rng(0).integers(0, 256, (len(captions), 32, 32, 1), dtype=np.uint8)
 
-    figures = by_name(report.evaluate(noise, make_records(320, seed=1), FACTS, SETTINGS))
+    figures = by_name(report.evaluate(drawer(noise), make_records(320, seed=1), FACTS, SETTINGS))
     distance = figures["Fréchet distance"]
     assert distance.low > 3 * distance.baseline["real held-out"]
 
 
-def test_only_captions_of_the_measured_half_are_asked_and_no_person_is_on_both_sides(make_records, draw_captions):
+def test_only_captions_of_the_measured_half_are_asked_and_no_person_is_on_both_sides(
+    make_records, draw_captions, drawer
+):
     public = make_records(120, seed=1)
     learnt, measured = report.halves(public, 0)
     assert not {r.unit for r in learnt} & {r.unit for r in measured}
@@ -65,14 +67,14 @@ def test_only_captions_of_the_measured_half_are_asked_and_no_person_is_on_both_s
         asked.extend(captions)
         return draw_captions(captions)
 
-    report.evaluate(spy, public, FACTS, EvaluationSettings(samples=50, judge_seconds=1))
+    report.evaluate(drawer(spy), public, FACTS, EvaluationSettings(samples=50, judge_seconds=1, usefulness=()))
     assert len(asked) == 50
     assert set(asked) <= {r.text for r in measured}
 
 
-def test_a_set_with_one_fact_also_gets_an_accuracy_and_internal_stays_internal(make_records, draw_captions):
+def test_a_set_with_one_fact_also_gets_an_accuracy_and_internal_stays_internal(make_records, draw_captions, drawer):
     quality = report.evaluate(
-        draw_captions, make_records(160, seed=1), {"side": FACTS["side"]}, SETTINGS, covered_by="internal"
+        drawer(draw_captions), make_records(160, seed=1), {"side": FACTS["side"]}, SETTINGS, covered_by="internal"
     )
     figures = by_name(quality)
     assert set(figures) == {"kappa: side", "accuracy: side", "Fréchet distance"}
@@ -80,16 +82,16 @@ def test_a_set_with_one_fact_also_gets_an_accuracy_and_internal_stays_internal(m
     assert {figure.covered_by for figure in quality.figures} == {"internal"}
 
 
-def test_too_few_public_records_give_no_figures_and_say_so(make_records, draw_captions):
-    quality = report.evaluate(draw_captions, make_records(12, seed=1), FACTS, SETTINGS)
+def test_too_few_public_records_give_no_figures_and_say_so(make_records, draw_captions, drawer):
+    quality = report.evaluate(drawer(draw_captions), make_records(12, seed=1), FACTS, SETTINGS)
     assert quality.figures == []
     assert "public_units" in quality.notes[0]
 
 
-def test_pictures_of_another_size_are_refused(make_records):
-    with pytest.raises(UsageError, match=r"generate\(...\)"):
+def test_pictures_of_another_size_are_refused(make_records, drawer):
+    with pytest.raises(UsageError, match=r"sample\(...\).image = uint8 \(8, 8, 1\)"):
         report.evaluate(
-            lambda captions: np.zeros((len(captions), 8, 8, 1), np.uint8), make_records(100, 1), FACTS, SETTINGS
+            drawer(lambda captions: np.zeros((len(captions), 8, 8, 1), np.uint8)), make_records(100, 1), FACTS, SETTINGS
         )
 
 
@@ -115,11 +117,13 @@ def concepts():
     return records
 
 
-def test_without_facts_retrieval_is_measured_on_concepts_that_were_not_learnt(concepts, monkeypatch):
+def test_without_facts_retrieval_is_measured_on_concepts_that_were_not_learnt(concepts, monkeypatch, drawer):
     monkeypatch.setattr(features, "image_extractor", lambda: None)
     monkeypatch.setattr(features, "text_extractor", lambda: None)
     pictures = {record.text: record.image for record in concepts}
-    quality = report.evaluate(lambda captions: np.stack([pictures[c] for c in captions]), concepts, {}, SETTINGS)
+    quality = report.evaluate(
+        drawer(lambda captions: np.stack([pictures[c] for c in captions])), concepts, {}, SETTINGS
+    )
     figures = by_name(quality)
     assert {f"{direction} R@{k}" for direction in ("image→text", "text→image") for k in (1, 5, 10)} < set(figures)
     for direction in ("image→text", "text→image"):

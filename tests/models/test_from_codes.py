@@ -48,8 +48,8 @@ def test_a_code_is_a_text_and_signs_in_directions_of_its_place(model, values):
     codes = model.code({name: value[:500] for name, value in values.items()}, places)
     assert codes.shape == (500, 1) and codes.min() >= 0 and codes.max() < 32
     assert ((codes[:, 0] & 1) == (values["text"][:500, 0] > 0).numpy()).all()
-    assert torch.equal(model.directions(places), model.directions(places))
-    assert not torch.equal(model.directions(places[:5]), model.directions(places[5:10]))
+    assert torch.equal(model.rays(places), model.rays(places))
+    assert not torch.equal(model.rays(places[:5]), model.rays(places[5:10]))
     same = model.code({name: value[:1].repeat(500, 1) for name, value in values.items()}, places)[:, 0]
     assert len(set(same.tolist())) == 8  # one text, all signs: a code says nothing without its place
     hostile = {"image": torch.full((3, 4), math.nan), "text": torch.full((3, 2), math.nan)}

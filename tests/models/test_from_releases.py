@@ -16,6 +16,7 @@ from sfumato.models.from_mean import Features
 from sfumato.models.public_codes import PublicCodes
 from sfumato.models.settings import (
     Cosine,
+    Flow,
     HashedWords,
     Mlp,
     ModelSettings,
@@ -292,3 +293,17 @@ def test_a_member_of_a_mean_without_noise_scores_higher_than_others():
     model.control_table(few)
     losses = model.row_losses(table.batch(range(60), records_per_unit=1), 1, torch.Generator())
     assert float(losses[:10].mean()) < float(losses[10:].mean())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        replace(SETTINGS, sampling=Sampling(solver="dpmpp_2m")),
+        replace(SETTINGS, sampling=Sampling(churn=2.0)),
+        replace(SETTINGS, objective=Flow(), sampling=Sampling()),
+    ],
+    ids=["solver", "churn", "flow"],
+)
+def test_what_a_release_does_not_have_is_refused(settings: ModelSettings):
+    with pytest.raises(UsageError, match=r"model.(sampling.solver = |objective.kind = flow)"):
+        PublicCodes(settings, SHAPE)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from sfumato.errors import BudgetExhausted, LedgerError, OutsideError, UsageError, VerificationFailed
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.ledger import (
-    BLOCK,
     Ledger,
     events_of_jsonl,
     export_jsonl,
@@ -560,7 +559,7 @@ def test_an_account_knows_what_all_runs_have_spent(tmp_path):
     take(tmp_path / "a.db", 3, account=account)
     with Ledger.open(tmp_path / "b.db", run="b", plan=PLAN, account=account) as ledger:
         ledger.reserve(EVENT, 0)
-        assert in_account(account) == {"r": 3, "b": BLOCK}  # a block is charged before the first event of it is used
+        assert in_account(account) == {"r": 3, "b": 1}
         (other,) = ledger.other_runs()
         assert (other["run"], other["events"], other["delta"]) == ("r", [PLAN.event(3).to_dict()], 1e-4)
         assert other["epsilon"] == PLAN.epsilon(3)
@@ -579,12 +578,13 @@ def test_a_run_without_privacy_is_known_to_the_account(tmp_path):
     assert show(account)["epsilon"] is None
 
 
-def test_a_block_never_reaches_beyond_the_plan(tmp_path):
-    account = tmp_path / "account.db"
-    with Ledger.open(tmp_path / "a.db", run="a", plan=PLAN, account=account) as ledger:
+def test_the_account_holds_what_the_ledger_holds_block_by_block(tmp_path, monkeypatch):
+    account, path = tmp_path / "account.db", tmp_path / "a.db"
+    monkeypatch.setattr("sfumato.privacy.ledger.run.Pace.at_once", lambda self, left, ahead: min(16, left, ahead))
+    with Ledger.open(path, run="a", plan=PLAN, account=account) as ledger:
         for step in range(200):
-            ledger.reserve(EVENT, step)
-            assert step + 1 <= in_account(account)["a"] <= 200
+            ledger.reserve(EVENT, step, 50 if step < 190 else 1)
+            assert in_account(account)["a"] == ledger.spent_steps <= 200
 
 
 def test_two_accounts_are_never_the_same_and_a_run_keeps_to_its_own(tmp_path):
@@ -635,8 +635,7 @@ def test_two_living_copies_of_one_ledger_cannot_both_go_on(tmp_path):
     with Ledger.open(tmp_path / "copy.db", run="r", plan=PLAN, account=account) as second:
         second.reserve(EVENT, 1)
         with pytest.raises(LedgerError, match="another copy"):
-            for step in range(BLOCK + 1):
-                first.reserve(EVENT, step)
+            first.reserve(EVENT, 1)  # its next entry, not some entry later
         with pytest.raises(LedgerError, match="another copy"):
             first.close()
 
@@ -663,33 +662,126 @@ def dies(path: Path, account: Path, steps: int, backup_at: int = -1) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_what_a_crash_left_charged_stays_charged_and_is_the_runs_to_use(tmp_path):
-    account, path = tmp_path / "account.db", tmp_path / "a.db"
-    Ledger.open(path, run="r", plan=PLAN, account=account).close()
-    dies(path, account, 1)
-    assert in_account(account) == {"r": BLOCK} and spent(path) == 1
-    take(path, 1, first=1, account=account)
-    assert in_account(account) == {"r": BLOCK} and spent(path) == 2
-    take(path, 3, first=2, account=account)  # closed cleanly before, with an account that is ahead
-    assert in_account(account) == {"r": BLOCK} and spent(path) == 5
-    take(path, BLOCK, first=5, account=account)  # beyond: only what this session charged too much is given back
-    assert in_account(account) == {"r": BLOCK + 5} and spent(path) == BLOCK + 5
-
-
-def test_the_clean_end_of_an_older_copy_does_not_lower_what_a_crashed_session_charged(tmp_path):
-    """60 events, killed; the ledger as it was before the sixth is put back, and goes on for 3 steps: 63 were spent."""
-    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
-    Ledger.open(path, run="r", plan=PLAN, account=account).close()
-    dies(path, account, 60, backup_at=5)
-    assert in_account(account) == {"r": BLOCK} and spent(path) == 60
-    for file in path.parent.glob("a.db*"):
+def put_back(path: Path) -> None:
+    """The copy of the ledger that was made on the way takes its place."""
+    for file in path.parent.glob(path.name + "*"):
         file.unlink()
     for file in (path.parent / "backup").iterdir():
         shutil.copy(file, path.parent / file.name)
-    take(path, 3, account=account)
-    assert spent(path) == 8 and in_account(account) == {"r": BLOCK}
-    take(path, 1, account=account)
-    assert spent(path) == 9 and in_account(account) == {"r": BLOCK}
+
+
+def test_after_a_crash_the_account_holds_what_the_ledger_holds(tmp_path):
+    account, path = tmp_path / "account.db", tmp_path / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 60)
+    assert in_account(account) == {"r": 60} and spent(path) == 60
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        assert ledger.notes == [] and ledger.remaining_steps == 140
+    assert in_account(account) == {"r": 60} and spent(path) == 60
+
+
+@pytest.mark.parametrize("backup_at", [0, 5, 58])
+def test_a_crashed_run_is_not_continued_from_an_older_copy_of_its_ledger(tmp_path, backup_at):
+    """Sixty events were used; a copy that knows of 58 at most is refused, however near."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 60, backup_at=backup_at)
+    put_back(path)
+    with pytest.raises(LedgerError, match="older copy") as error:
+        Ledger.open(path, run="r", plan=PLAN, account=account)
+    assert error.value.code == "ledger_set_back" and error.value.exit_code == 3
+    assert in_account(account) == {"r": 60}
+
+
+def test_a_copy_that_lacks_the_last_entry_alone_is_charged_for_it(tmp_path):
+    """It looks like a death between the two files. Sixty were used, the copy knows 59: it goes on from 60, and says so."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 60, backup_at=59)
+    put_back(path)
+    assert spent(path) == 59
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        assert ledger.remaining_steps == 140
+        assert ["events = 1 charged in the account" in note for note in ledger.notes] == [True]
+        for step in range(140):
+            ledger.reserve(EVENT, step)
+        with pytest.raises(BudgetExhausted):
+            ledger.reserve(EVENT, 140)
+    assert spent(path) == 200 and in_account(account) == {"r": 200}  # 59 + 1 used before, 140 now: none hidden
+    assert events_of_jsonl(export_jsonl(path)) == [PLAN.event(200)]
+    verify_chain(path)
+
+
+def test_a_copy_that_lacks_a_last_block_is_charged_for_all_of_it(tmp_path):
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    (path.parent / "backup").mkdir(parents=True)
+    patched = DIES.replace(
+        "ledger = Ledger.open",
+        "import sfumato.privacy.ledger.run as run\n"
+        "run.Pace.at_once = lambda self, left, ahead: min(16, left, ahead)\nledger = Ledger.open",
+    )
+    patched = patched.replace("step))\nos.kill", "step, 160 - step))\nos.kill")
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    process = subprocess.run([sys.executable, "-c", patched, str(path), str(account), "40", "32"])
+    assert process.returncode == -signal.SIGKILL
+    assert spent(path) == in_account(account)["r"] == 48  # three blocks of 16; 40 were used
+    put_back(path)
+    assert spent(path) == 32
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        assert ledger.spent_steps == 48 and ledger.remaining_steps == 152
+    assert in_account(account) == {"r": 48}
+
+
+def test_a_copied_folder_is_continued_by_one_of_the_two_and_counts_what_the_other_did(tmp_path):
+    """The copy is made while a block is in hand; the original used it up. Whoever opens last goes on, from all of it."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    (path.parent / "backup").mkdir(parents=True)
+    first = Ledger.open(path, run="r", plan=PLAN, account=account)
+    for step in range(3):
+        first.commit(first.reserve(EVENT, step))
+    for file in path.parent.glob("a.db*"):
+        shutil.copy(file, path.parent / "backup" / file.name)
+    first.commit(first.reserve(EVENT, 3))
+    copy = path.parent / "backup" / "a.db"
+    with Ledger.open(copy, run="r", plan=PLAN, account=account) as second:
+        assert second.spent_steps == 4  # three, and one that is lost to it
+        second.reserve(EVENT, 4)
+        with pytest.raises(LedgerError, match="another copy"):
+            first.reserve(EVENT, 4)
+        with pytest.raises(LedgerError, match="another copy"):
+            first.close()
+    with pytest.raises(LedgerError, match="older copy"):  # the branch that was left
+        Ledger.open(path, run="r", plan=PLAN, account=account)
+    assert in_account(account) == {"r": 5}
+
+
+def test_an_account_of_an_earlier_version_that_is_a_block_ahead_costs_the_run_that_block(tmp_path):
+    """It charged 64 at once, and a crash left them; nothing tells which of them an older ledger used."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    Ledger.open(path, run="r", plan=PLAN, account=account).close()
+    dies(path, account, 10)
+    write(account, "UPDATE spent SET count = 64")
+    write(account, "UPDATE runs SET block = 64")
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        assert ledger.spent_steps == 64 and ledger.remaining_steps == 136
+    assert in_account(account) == {"r": 64} and spent(path) == 64
+
+
+def test_a_checkpoint_newer_than_the_copy_is_refused_though_the_loss_was_charged(tmp_path):
+    """Also one of an older version, which says its entry's number alone: the entry with that number is another now."""
+    account, path = tmp_path / "account.db", tmp_path / "run" / "a.db"
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        before = ledger.sequence
+    dies(path, account, 3, backup_at=2)
+    with sqlite3.connect(path) as connection:
+        newest, head = connection.execute("SELECT sequence, hash FROM entries ORDER BY sequence DESC").fetchone()
+    connection.close()
+    put_back(path)
+    with Ledger.open(path, run="r", plan=PLAN, account=account) as ledger:
+        for position in ({"sequence": newest, "head": head}, {"sequence": newest}):
+            with pytest.raises(LedgerError, match="older than the checkpoint"):
+                ledger.require_at_least(**position)
+        ledger.require_at_least(before)
 
 
 def test_a_ledger_set_back_is_noticed_though_a_crash_left_the_account_ahead(tmp_path):

@@ -379,7 +379,7 @@ def test_truncated_batches_are_never_larger_and_charged_as_such():
     engine, optimizer = engine_of(model, bands=1, largest_batch=14, adjacency="zero_out", steps=60)
     drawn, _ = run(model, engine, optimizer)
     assert max(map(len, drawn)) == 14
-    assert [event.mechanism for event in engine._events] == ["truncated_poisson_gaussian"]
+    assert [event["mechanism"] for event in engine.state_dict()["events"]] == ["truncated_poisson_gaussian"]
     expected = plan(bands=1, largest_batch=14, adjacency="zero_out", steps=60)
     assert engine.get_epsilon(1e-3) == expected.epsilon()
     engine, _ = engine_of(model_of(), bands=1, largest_batch=14, adjacency="zero_out", population=UNITS + 1)
@@ -409,7 +409,7 @@ def work_correlated(rank: int, size: int, kind: str) -> dict:
         noise.append((held.full_tensor() if kind == "fsdp" else held).flatten().double() * SIZE)
         drawn.append(batch.tensors["index"].tolist())
         optimizer.zero_grad()
-    return {"noise": torch.stack(noise), "drawn": drawn, "events": [e.to_dict() for e in engine._events]}
+    return {"noise": torch.stack(noise), "drawn": drawn, "events": engine.state_dict()["events"]}
 
 
 @pytest.mark.parametrize("kind", ["replicated", "fsdp"])

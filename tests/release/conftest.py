@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from sfumato import recipe, reports
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, PrivatePlan
 from sfumato.privacy.plan_json import plan_to_dict
 from sfumato.release import bundle, keys, provenance
 
@@ -72,11 +72,21 @@ def public_key(signer: Path) -> Path:
     return signer / "signing-key.pub.pem"
 
 
-def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, federation: bool = False) -> Path:
-    """Writes a run of ``plan`` into ``folder`` and returns it."""
+def make(
+    folder: Path,
+    *,
+    plan: PrivacyPlan = PLAN,
+    privacy: dict[str, Any] | None = None,
+    twin: bool = True,
+    federation: bool = False,
+) -> Path:
+    """Writes a run of ``plan`` into ``folder`` and returns it. Args: privacy: what the recipe says of it, if not ``asked``."""
     for name in ("model/unet", "reports", "samples", "checkpoints"):
         (folder / name).mkdir(parents=True)
-    private = isinstance(plan, DpSgd)
+    private = not isinstance(plan, NotPrivate)
+    steps, size = 800, 2_048.0
+    if privacy is None and isinstance(plan, DpSgd | NotPrivate):
+        steps, size = plan.steps, plan.expected_batch_size
     settings = {
         "name": "clinic",
         "privacy": {
@@ -84,16 +94,18 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
             "unit": "person",
             "records_per_unit": 4,
             "account": "/srv/account.db",
-            **({"clipping": plan.clipping, "parts": plan_to_dict(plan).get("parts", [])} if private else {}),
+            **(privacy if privacy is not None else asked(plan) if isinstance(plan, DpSgd) else {}),
         },
+        "training": {"steps": steps, "expected_batch_size": int(size)},
         "audit": {"members": 1000},
     }
     resolved = recipe.to_mapping(recipe.from_mapping(settings))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     (folder / "resolved.yaml").write_text(yaml.safe_dump(resolved))
     with Ledger.open(folder / "ledger.db", run="clinic/v1", plan=plan) as ledger:
-        if private:
-            ledger.commit(ledger.reserve(plan.event(plan.steps), step=plan.steps))
+        if isinstance(plan, PrivatePlan):
+            for event in plan.events():
+                ledger.commit(ledger.reserve(event, step=0))
         events = ledger.spent()
     claim = guarantee(
         plan,
@@ -161,6 +173,19 @@ def make(folder: Path, *, plan: DpSgd | NotPrivate = PLAN, twin: bool = True, fe
     _write(folder / "model/unet/config.json", {"width": 8, "depth": 1})
     provenance.write_taint(folder, lambda file, tensor: "constant" if tensor == "buckets" else "dp-sgd")
     return folder
+
+
+def asked(plan: DpSgd) -> dict[str, Any]:
+    """What a recipe says of such a plan."""
+    return {
+        "clipping": plan.clipping,
+        "parts": plan_to_dict(plan).get("parts", []),
+        "population": None if plan.population_from_data else plan.population,
+        "delta": plan.delta,
+        "epsilon": plan.target_epsilon,
+        "noise_multiplier": None if plan.target_epsilon else plan.noise_multiplier,
+        **({} if plan.parts else {"max_grad_norm": plan.max_grad_norm}),
+    }
 
 
 def quality(twin: bool) -> reports.QualityReport:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.release.conftest import PLAN
 
 from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.privacy import accounting
+from sfumato.privacy.accounting import Event
 from sfumato.privacy.plan import NotPrivate
 from sfumato.release import charts, page, provenance, wording
 
@@ -407,3 +410,51 @@ def test_the_taint_list_names_every_tensor_and_file(run: Path) -> None:
     assert unsafe == []
     assert provenance.taint_problems(listed, found) == []
     assert provenance.taint_problems(None, found) == ["the taint list is missing or malformed"]
+
+
+# ---- other runs on the same account ----
+
+
+def other(name: str, event: Event, **changed: Any) -> dict[str, Any]:
+    """As an account describes a run."""
+    said = {"run": name, "ledger": "5f", "private": True, "unit": "person", "records_per_unit": 4, "delta": 3.2e-6}
+    said |= {"adjacency": "add_or_remove", "events": [event.to_dict()]}
+    return {**said, "epsilon": accounting.epsilon([event], 3.2e-6), **changed}
+
+
+def composed(run: Path, others: list[dict[str, Any]]) -> str:
+    """The part of the page about other runs, as text with bars between cells."""
+    path = run / "reports/privacy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "composed_with": others}))
+    found = page.render(run).split("Other runs on the same data", 1)[1].split("</table>", 1)[0]
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "|", found))
+
+
+def test_other_runs_stand_in_a_table_each_alone_and_all_together(run: Path) -> None:
+    steps = Event(sampling_rate=0.05, noise_multiplier=2.0, count=600)
+    mean = Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=20.0)
+    said = composed(run, [other("clinic/v0", steps), other("sketch/v1", mean)])
+    own = PLAN.event()
+    together = accounting.epsilon([steps, mean, own], 3.2e-6, "rdp")
+    assert together is not None and together > 8
+    for words in (
+        "|clinic/v0|", "|sampled Gaussian, q = 0.05, σ = 2|", "|600|", f"|{wording.bound(accounting.epsilon([steps], 3.2e-6))}|",
+        "|sketch/v1|", "|Gaussian on all units, σ = 20|", "This run", "|sampled Gaussian, q = 0.0683, σ = 1.43|",
+        "All together", f"|{wording.bound(together)}|", "as if all plans had been fixed beforehand",
+    ):  # fmt: skip
+        assert words in said, (words, said)
+    assert "noise_multiplier" not in said and "{" not in said
+
+
+def test_runs_that_have_no_figure_together_say_why(run: Path) -> None:
+    steps = Event(sampling_rate=0.05, noise_multiplier=2.0, count=600)
+    assert "its runs differ in unit (person, record)" in composed(run, [other("a", steps, unit="record")])
+    free = other("free", steps, private=False, events=[], epsilon=None, delta=None)
+    said = composed(run, [free])
+    assert "a run without privacy is among its runs" in said and "none: not private" in said
+    (run / "ledger.db").unlink()
+    assert "this run&#39;s ledger cannot be read" in composed(run, [other("a", steps)])
+
+
+def test_a_run_alone_on_its_account_has_no_such_table(run: Path) -> None:
+    assert "Other runs on the same data" not in page.render(run)

@@ -80,6 +80,7 @@ def test_a_bundle_is_accepted_with_the_key_file_and_epsilon_is_recomputed(releas
         "plan",
         "ledger",
         "epsilon",
+        "recipe",
         "card",
     ]
     verify.require_valid(result)

@@ -4,29 +4,16 @@ import json
 import math
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from sfumato.errors import MissingDependency, OutsideError
 from sfumato.training import watch
-from sfumato.training.watch import Board, Line, MetricsFile, Pictures, write_grid
+from sfumato.training.watch import Board, Line, MetricsFile
 
 LINE = {
     "step": 3, "steps": 10, "loss": 0.5, "epsilon": 1.25, "epsilon_planned": 8.0, "seconds": 2.0, "seconds_left": 125.0,
     "examples_per_second": 400.0, "learning_rate": 1e-3,
 }  # fmt: skip
-
-
-class Model:
-    """Draws each caption's length as a grey level."""
-
-    def __init__(self):
-        self.asked = []
-
-    def generate(self, texts, *, seed):
-        self.asked.append((list(texts), seed))
-        return np.stack([np.full((4, 4, 1), len(text), np.uint8) for text in texts])
 
 
 def test_metrics_are_one_object_a_line_and_are_added_to(tmp_path):
@@ -52,46 +39,6 @@ def test_metrics_that_cannot_be_written_are_an_outside_error(tmp_path):
     with pytest.raises(OutsideError, match=r"metrics = .* · could not be written") as caught:
         MetricsFile(tmp_path / "no folder" / "metrics.jsonl").figures(LINE)
     assert caught.value.exit_code == 5
-
-
-def test_pictures_are_of_the_same_captions_and_seed_each_time(tmp_path):
-    model, pictures = Model(), Pictures(tmp_path / "samples", ["a", "bb", "ccc"], columns=2, seed=7)
-    pictures.picture(12, model)
-    pictures.picture(345, model)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-000012.png", "step-000345.png"]
-    assert model.asked == [(["a", "bb", "ccc"], 7)] * 2
-
-
-def test_without_captions_no_picture_is_drawn(tmp_path):
-    model = Model()
-    Pictures(tmp_path / "samples", []).picture(1, model)
-    assert not model.asked
-    assert not (tmp_path / "samples").exists()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_shows_every_picture_in_its_place(tmp_path, channels):
-    pictures = np.stack([np.full((4, 5, channels), 40 * i, np.uint8) for i in range(5)])
-    write_grid(tmp_path / "grid.png", pictures, columns=3, scale=1)
-    with Image.open(tmp_path / "grid.png") as image:
-        grid = np.asarray(image.convert("L"))
-    assert grid.shape == (2 * 4 + 2, 3 * 5 + 2 * 2)
-    for i in range(5):
-        top, left = i // 3 * 6, i % 3 * 7
-        assert (grid[top : top + 4, left : left + 5] == 40 * i).all()
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_small_pictures_are_enlarged(tmp_path):
-    write_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 1), np.uint8), columns=1)
-    with Image.open(tmp_path / "grid.png") as image:
-        assert image.size == (96, 96)
-
-
-def test_a_picture_that_cannot_be_written_is_an_outside_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutsideError, match=r"picture = .* · could not be written"):
-        write_grid(tmp_path / "file" / "grid.png", np.zeros((1, 8, 8, 1), np.uint8), columns=1)
 
 
 def test_the_line_tells_rate_time_loss_and_epsilon():

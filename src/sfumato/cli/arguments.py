@@ -12,3 +12,6 @@ Assignments = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where runs are kept: DIR/NAME/vN.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/clinic/last.")]
+LimitUnits = Annotated[
+    int | None, typer.Option("--limit-units", metavar="N", help="Only N units: a small clean sample first, then all.")
+]

@@ -7,10 +7,11 @@ import typer
 
 from sfumato.cli import words
 from sfumato.cli.answer import Answer, Verb
+from sfumato.cli.arguments import LimitUnits
 
 app = typer.Typer(rich_markup_mode=None, help="Fetch the built-in sets; check and describe any set.")
 Where = Annotated[
-    str, typer.Argument(metavar="PATH", help="A folder with metadata.jsonl, a Parquet file, or a built-in set.")
+    str, typer.Argument(metavar="PATH", help="A folder, a Parquet, JSON lines or tar file, or a built-in set.")
 ]
 UnitColumn = Annotated[str | None, typer.Option(metavar="NAME", help="The column that names the person.")]
 SHOWN = 20  # problems told to a person; --json has all
@@ -18,7 +19,9 @@ SHOWN = 20  # problems told to a person; --json has all
 
 @app.command(cls=Verb)
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="clinic, emoji, mnist or fashion-mnist.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="clinic, emoji, mnist, fashion-mnist, wordnet, emails, ...")
+    ],
     folder: Annotated[
         Path | None,
         typer.Option("--from", metavar="FOLDER", help="Where the archives lie already; no client is needed."),
@@ -52,17 +55,32 @@ def check(path: Where, unit_column: UnitColumn = None) -> Answer:
 
 
 @app.command(cls=Verb)
-def stats(path: Where, unit_column: UnitColumn = None) -> Answer:
+def stats(path: Where, unit_column: UnitColumn = None, limit_units: LimitUnits = None) -> Answer:
     """Sizes, units and modalities of a set. Internal: these counts are not private.
 
     \b
     Example:
-      sfumato data stats my-folder --unit-column patient
+      sfumato data stats my-folder --unit-column patient --limit-units 100
     """
     from sfumato.data import prepare
 
-    result = prepare.stats(path, unit_column=unit_column)
+    result = prepare.stats(path, unit_column=unit_column, limit_units=limit_units)
     return Answer(result, _words(result))
+
+
+@app.command(cls=Verb)
+def clear(path: Where) -> Answer:
+    """Removes what was prepared and cached of a set: indices, records, tensors. The account of what was spent stays.
+
+    \b
+    Example:
+      sfumato data clear my-folder
+    """
+    from sfumato.data import prepare
+    from sfumato.data.sources import settings_for
+
+    result = prepare.clear(settings_for(path))
+    return Answer(result, words.pairs([(key, _short(value)) for key, value in result.items()]))
 
 
 def _words(result: dict[str, Any]) -> str:

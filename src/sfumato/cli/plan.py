@@ -63,6 +63,11 @@ def _words(result: dict[str, Any]) -> str:
                 ("unit", result.get("unit")),
                 ("adjacency", result.get("adjacency")),
                 *[
+                    (f"before the steps: {name.replace('_', ' ')}, noise multiplier", result[name]["noise_multiplier"])
+                    for name in ("warm_start", "clip_estimate")
+                    if name in result
+                ],
+                *[
                     (f"released: {stage['name'].replace('_', ' ')}", stage.get("noise_multiplier", stage.get("noise")))
                     for stage in result.get("releases", [])
                 ],

@@ -7,7 +7,7 @@ import typer
 
 from sfumato.cli import words
 from sfumato.cli.answer import INTERRUPTED, Answer
-from sfumato.cli.arguments import Assignments, Out, Recipe
+from sfumato.cli.arguments import Assignments, LimitUnits, Out, Recipe
 from sfumato.cli.progress import to_stderr
 
 
@@ -19,6 +19,7 @@ def train(
     processes: Annotated[
         int | None, typer.Option("--processes", metavar="N", help="Train in N processes of this machine.")
     ] = None,
+    limit_units: LimitUnits = None,
 ) -> Answer:
     """Trains, measures, attacks, reports and bundles.
 
@@ -27,11 +28,13 @@ def train(
     \b
     Example:
       sfumato train clinic --set data.units=3000
+      sfumato train my-recipe.yaml --limit-units 200
       sfumato train my-recipe.yaml --resume --processes 4
     """
     from sfumato import workflow
 
-    wanted = [*(assignments or []), *([] if processes is None else [f"performance.processes={processes}"])]
+    flags = {"performance.processes": processes, "data.limit_units": limit_units}
+    wanted = [*(assignments or []), *(f"{path}={value}" for path, value in flags.items() if value is not None)]
     result = workflow.train(recipe, assignments=wanted, out=out, resume=resume, progress=to_stderr)
     interrupted = result.get("stopped") == "interrupted"
     return Answer(result, _words(result), exit_code=INTERRUPTED if interrupted else 0)

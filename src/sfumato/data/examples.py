@@ -1,4 +1,4 @@
-"""The built-in sets: the phantom clinic, emoji in three styles, handwritten digits, articles of clothing."""
+"""The built-in sets: fetched, opened by their settings; here also emoji in three styles, digits, articles of clothing."""
 
 import gzip
 import hashlib
@@ -11,9 +11,12 @@ import numpy as np
 
 from sfumato.data import fetch as fetching
 from sfumato.data.clinic import Clinic
+from sfumato.data.entries import Entries, Entry, Source
 from sfumato.data.fetch import EXAMPLES, IDX_FILES, missing_files
-from sfumato.data.settings import DataSettings
-from sfumato.data.sources import Entries, Entry, Source
+from sfumato.data.icons import Icons
+from sfumato.data.settings import OWN, DataSettings
+from sfumato.data.spoken import Prompts, Stamps
+from sfumato.data.words import Emails, WordNet
 from sfumato.errors import DataError
 from sfumato.records import Record
 
@@ -67,11 +70,13 @@ def fetch(name: str, *, folder: Path | str | None = None) -> dict[str, Any]:
     parts = [part for part in (open_example(settings), open_public(settings)) if part is not None]
     records = sum(len(part) for part in parts)
     units = settings.units + settings.public_units if name == "clinic" else records
+    if name == "emails":
+        units = len({entry.unit for entry in Emails(Path(result["path"])).entries()})
     sums = " ".join(package["sha256"] for package in result["packages"])
     return result | {
         "records": records,
         "units": units,
-        "modalities": {"text": records, "image": records, "audio": 0},
+        "modalities": {kind: records if kind in settings.needed else 0 for kind in ("text", "image", "audio")},
         "problems": [],
         "sha256": hashlib.sha256(sums.encode()).hexdigest() if sums else None,
     }
@@ -88,6 +93,17 @@ def open_example(settings: DataSettings) -> Source:
             )
         case "emoji":
             return Emoji(located(settings), languages=settings.languages, seed=settings.seed)
+        case "wordnet":
+            return WordNet(located(settings))
+        case "emails":
+            return Emails(located(settings))
+        case "prompts":
+            return Prompts(located(settings))
+        case "stamps":
+            speech = "audio" in settings.needed
+            return Stamps(located(settings), languages=settings.languages, seed=settings.seed, speech=speech)
+        case "icons":
+            return Icons(located(settings), size=max(settings.image_size, 32))
         case other:
             raise AssertionError(f"not an example: {other}")
 
@@ -111,8 +127,14 @@ def _clinic(settings: DataSettings, *, patients: int, public: bool) -> Clinic:
         image_size=max(settings.image_size, 32),
         languages=settings.languages,
         seed=settings.seed,
+        audio="audio" in settings.needed,
         public=public,
     )
+
+
+def folder_of(settings: DataSettings) -> Path | None:
+    """Where the files of a built-in set lie; None for generated sets and for the user's own."""
+    return None if settings.source in ("clinic", *OWN) else located(settings)
 
 
 def located(settings: DataSettings) -> Path:

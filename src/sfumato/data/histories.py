@@ -5,8 +5,9 @@ remarks that matter nothing (smoking, allergies, work) never use the words of th
 left lung is always about the picture's left lung.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -247,6 +248,29 @@ def tell(
         rate, murmur, wheeze = sound
         parts.append(phrases.sound.format(rate=rate, murmur=phrases.murmur[murmur], wheeze=phrases.wheeze[wheeze]))
     return phrases.joiner.join(parts)
+
+
+def pieces(language: str) -> tuple[str, ...]:
+    """The words of a language's phrase book as pieces for a list of words: with a space before, with a capital, and digits.
+
+    Of the phrases alone, not of any history: public.
+    """
+    found = set()
+    for phrase in _strings([getattr(LANGUAGES[language], f.name) for f in fields(Phrases)]):
+        for word in re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", re.sub(r"{[^}]*}", " ", phrase)):
+            found |= {f" {word}", _capital(word)}
+    found |= {f" {digit}" for digit in range(10)} | {"-year-old", " cm", " mm", ". "}
+    return tuple(sorted(piece for piece in found if len(piece.encode()) > 1))
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _strings(part)
 
 
 def _finding(phrases: Phrases, language: str, facts: dict[str, str], size_mm: int, words: Sequence[float]) -> str:

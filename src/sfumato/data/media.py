@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,41 @@ MAX_SIDE = 8192  # pixels
 MAX_PIXELS = 40_000_000
 MAX_SAMPLES = 60 * 60 * 48_000  # one hour at 48 kHz, all channels together
 
-Media = bytes | Path
-"""Where a picture or a sound comes from: its bytes, or a file."""
+MAX_BYTES = 512 * 1024 * 1024  # of one picture or sound inside an archive
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a file: a member of an archive that is not compressed. ``name`` is for messages."""
+
+    file: Path
+    offset: int
+    size: int
+    name: str
+
+    def read(self) -> bytes:
+        """Raises DataError where the file is shorter than it was, or the part too large."""
+        if self.size > MAX_BYTES:
+            raise DataError(f"{self.name}: bytes = {self.size} · at most {MAX_BYTES}", next=_TOO_LARGE, code="huge")
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                body = file.read(self.size)
+        except OSError as error:
+            raise DataError(
+                f"{self.name} · cannot be read ({error})", next="Check the file.", code="unreadable"
+            ) from None
+        if len(body) != self.size:
+            raise DataError(
+                f"{self.name}: bytes = {len(body)} of {self.size} · the file is shorter than its index says",
+                next="Copy the file again.",
+                code="unreadable",
+            )
+        return body
+
+
+Media = bytes | Path | Span
+"""Where a picture or a sound comes from: its bytes, a file, or a part of one."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
@@ -32,10 +66,12 @@ def read_image(media: Media, *, name: str) -> np.ndarray:
     from PIL import Image
 
     try:
+        if isinstance(media, Span):
+            media = media.read()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below theirs
             with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media, formats=_FORMATS) as picture:
-                _refuse_size(picture.width, picture.height, name)
+                refuse_size(picture.width, picture.height, name)
                 if getattr(picture, "n_frames", 1) > 1:
                     raise DataError(
                         f"{name}: frames = {getattr(picture, 'n_frames', 1)} · a record is one picture",
@@ -55,19 +91,19 @@ def read_image(media: Media, *, name: str) -> np.ndarray:
         raise DataError(f"{name}: size · {_reason(error)}", next=_TOO_LARGE, code="huge") from None
     except FileNotFoundError:
         raise DataError(
-            f"{name}: file = {_shown(media)} · does not exist",
+            f"{name}: file = {shown(media)} · does not exist",
             next="Put the file there, or take the record out.",
             code="missing_file",
         ) from None
     except Exception as error:  # a damaged file can raise nearly anything inside a decoder
         raise DataError(
-            f"{name}: picture = {_shown(media)} · cannot be decoded ({_reason(error)})",
+            f"{name}: picture = {shown(media)} · cannot be decoded ({_reason(error)})",
             next="Replace it by an undamaged PNG, JPEG, WebP, BMP, GIF, TIFF or PPM, or take the record out.",
             code="unreadable",
         ) from None
 
 
-def _refuse_size(width: int, height: int, name: str) -> None:
+def refuse_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1 or max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(
             f"{name}: size = {width} x {height} · at most {MAX_SIDE} a side, {MAX_PIXELS // 1_000_000} million pixels",
@@ -124,26 +160,34 @@ def read_audio(media: Media, *, name: str) -> tuple[np.ndarray, int]:
 
     Returns: (T,) float32 in [-1, 1] and its sample rate. Raises DataError: missing_file, huge, channels, unreadable.
     """
+    samples, rate = read_sound(media, name=name, channels=1)
+    return samples[:, 0], rate
+
+
+def read_sound(media: Media, *, name: str, channels: int | None = None) -> tuple[np.ndarray, int]:
+    """As ``read_audio``, with all channels, (T, channels). Args: channels: refuse any other number."""
     try:
         import soundfile
     except (ImportError, OSError) as error:
         raise MissingDependency(f"soundfile = missing · reads sounds ({error})", next="pip install soundfile") from None
     try:
+        if isinstance(media, Span):
+            media = media.read()
         with soundfile.SoundFile(io.BytesIO(media) if isinstance(media, bytes) else str(media)) as sound:
-            if sound.channels != 1:
+            if channels is not None and sound.channels != channels:
                 raise DataError(
                     f"{name}: channels = {sound.channels} · one channel",
                     next="Mix it down to mono, or keep one channel.",
                     code="channels",
                 )
-            if not 0 < sound.frames <= MAX_SAMPLES:
+            if not 0 < sound.frames * sound.channels <= MAX_SAMPLES:
                 raise DataError(
-                    f"{name}: samples = {sound.frames} · 1 to {MAX_SAMPLES}",
+                    f"{name}: samples = {sound.frames * sound.channels} · 1 to {MAX_SAMPLES}",
                     next="Cut it; it was not decoded.",
                     code="huge",
                 )
             expected, rate = sound.frames, int(sound.samplerate)
-            samples = sound.read(dtype="float32")
+            samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != expected:
                 raise DataError(
                     f"{name}: samples = {len(samples)} of {expected} · the whole sound",
@@ -156,7 +200,7 @@ def read_audio(media: Media, *, name: str) -> tuple[np.ndarray, int]:
         missing = isinstance(media, Path) and not media.exists()
         what = "does not exist" if missing else f"cannot be decoded ({_reason(error)})"
         raise DataError(
-            f"{name}: sound = {_shown(media)} · {what}",
+            f"{name}: sound = {shown(media)} · {what}",
             next="Replace the file, or take the record out.",
             code="missing_file" if missing else "unreadable",
         ) from None
@@ -175,7 +219,7 @@ def difference_hash(pixels: np.ndarray) -> tuple[int, np.ndarray]:
     return int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail
 
 
-def _shown(media: Media) -> str:
+def shown(media: Media) -> str:
     return f"{len(media)} bytes" if isinstance(media, bytes) else media.name
 
 

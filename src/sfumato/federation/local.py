@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sfumato.errors import LedgerError, UsageError
 from sfumato.federation.policy import SitePolicy, require_permission
-from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.ledger import Ledger, Sign
 from sfumato.privacy.plan import DpSgd, TrainingPlan
 from sfumato.records import UnitTable
 
@@ -43,6 +43,7 @@ class Site:
       ledger: its own file; it outlives the rounds, and the run.
       account: of its own data set, shared with its other runs.
       account_limit: (epsilon, delta) of all runs on that account together.
+      sign: signs the ledger's head at the end of every round, with the site's key (``release.keys.signer``).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Site:
     ledger: Path
     account: Path | None = None
     account_limit: tuple[float, float] | None = None
+    sign: Sign | None = None
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     @property
@@ -77,7 +79,14 @@ class LocalUpdate:
 
 
 def open_ledger(site: Site, run: str) -> Ledger:
-    return Ledger.open(site.ledger, run=run, plan=site.plan, account=site.account, account_limit=site.account_limit)
+    return Ledger.open(
+        site.ledger,
+        run=run,
+        plan=site.plan,
+        account=site.account,
+        account_limit=site.account_limit,
+        sign=site.sign,
+    )
 
 
 def train_round(

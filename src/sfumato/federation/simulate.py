@@ -168,10 +168,20 @@ def simulate(
 def site_plan(
     privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
 ) -> TrainingPlan:
-    """One site's plan, over all rounds. Its population is its own, counted and declared public, never the federation's.
+    """One site's plan, over all rounds. Its population is its own, never the federation's.
 
-    Raises: UsageError: a round would end within a cycle of correlated noise, which is charged whole. PrivacyRefused: no plan.
+    Args: population: of the site: public where ``federation.populations`` gives it, else counted and hereby declared public.
+
+    Raises: UsageError: a round would end within a cycle of correlated noise, which is charged whole; or one public number is
+      given for all sites together. PrivacyRefused: no plan.
     """
+    if privacy.population is not None:
+        raise UsageError(
+            f"population = {privacy.population} · is of one training on all units; a site samples its own, and its rate is that "
+            "of its own number",
+            next="Set privacy.population: null, and federation.populations to the public number of every site (left out, "
+            "they are counted and declared public).",
+        )
     if federation.local_steps % privacy.bands:
         raise UsageError(
             f"local_steps = {federation.local_steps} · must be a multiple of privacy.bands = {privacy.bands}: every round begins "
@@ -179,7 +189,7 @@ def site_plan(
             next=f"Set federation.local_steps: {-(-federation.local_steps // privacy.bands) * privacy.bands}, or fewer bands.",
         )
     return training_plan(
-        replace(privacy, population=None),
+        replace(privacy, population=population if federation.populations else None),
         steps=federation.rounds * federation.local_steps,
         expected_batch_size=expected_batch_size,
         population=population,

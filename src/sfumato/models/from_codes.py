@@ -64,7 +64,7 @@ class FromCodes(FromMean):
     def _of_bits(self, bits: Tensor) -> Tensor:
         return (bits.float() * 2 - 1) / math.sqrt(self.text_bits)
 
-    def directions(self, places: np.ndarray) -> Tensor:
+    def rays(self, places: np.ndarray) -> Tensor:
         """(R, S, D) standard normal, of these places of the released table: public, from a hash of the place."""
         count = self.signs * self.codes.dimensions["image"]
         rows = [np.random.Generator(np.random.PCG64([place, 2109])).standard_normal(count) for place in places.tolist()]
@@ -72,7 +72,7 @@ class FromCodes(FromMean):
 
     def code(self, values: dict[str, Tensor], places: np.ndarray) -> np.ndarray:
         """(R, 1): the code of every row at its place. Zero latents have a code like all others."""
-        told = torch.einsum("rsd,rd->rs", self.directions(places), torch.nan_to_num(values["image"].double())) > 0
+        told = torch.einsum("rsd,rd->rs", self.rays(places), torch.nan_to_num(values["image"].double())) > 0
         bits = torch.cat([values["text"] > 0, told], dim=1).long()
         return (bits << torch.arange(bits.shape[1])).sum(dim=1, keepdim=True).numpy()
 
@@ -96,7 +96,7 @@ class FromCodes(FromMean):
         signs = bits[:, self.text_bits :].double() * 2 - 1
         for start in range(0, len(codes), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(codes)))
-            rows = torch.einsum("rs,rsd->rd", signs[part], self.directions(np.arange(part.start, part.stop)))
+            rows = torch.einsum("rs,rsd->rd", signs[part], self.rays(np.arange(part.start, part.stop)))
             seen += rows.T @ texts[part]
         longest, length = self.settings.random_features.longest, self.settings.random_features.length
         mean_row = seen / len(codes)

@@ -23,14 +23,15 @@ from sfumato.models.backbones.mlp import ResidualMlp
 from sfumato.models.generative import ROWS_AT_ONCE
 from sfumato.models.objectives import released
 from sfumato.models.public_codes import PublicCodes
-from sfumato.models.settings import Mlp, ModelSettings, Sampling
+from sfumato.models.settings import Diffusion, Mlp, ModelSettings, Sampling
+from sfumato.models.text_to_image import TextToImage
 from sfumato.records import Batch, Record, UnitTable
 
 LEAST, MOST = 1.02, 60.0  # levels of diffusion, in units of the release's noise
 QUIET = 1e-3  # noise of a model that is to be caught: a latent has length about 1
 
 
-class FromLatents(nn.Module):
+class FromLatents(nn.Module, TextToImage):
     """``encode`` makes the latents that are to be released; ``receive`` takes what was released; then it can be trained."""
 
     kind = "from_latents"
@@ -48,6 +49,12 @@ class FromLatents(nn.Module):
                 f"model.backbone.kind = {settings.backbone.kind} · released latents are short rows of numbers",
                 next="Set model.backbone: {kind: mlp}.",
             )
+        if not isinstance(settings.objective, Diffusion):
+            raise UsageError(
+                f"model.objective.kind = {settings.objective.kind} · released latents are learnt by diffusion",
+                next="Set model.objective: {kind: diffusion}.",
+            )
+        self.objective = settings.objective
         self.settings = settings
         self.picture_shape = picture_shape
         self.codes = PublicCodes(settings, picture_shape)
@@ -93,7 +100,7 @@ class FromLatents(nn.Module):
 
     def losses(self, batch: Batch) -> Tensor:
         """(B,): each unit's mean over its rows and over K draws of noise."""
-        shape = (batch.num_rows, self.settings.objective.noise_multiplicity)
+        shape = (batch.num_rows, self.objective.noise_multiplicity)
         ratio = self._ratios(torch.rand(shape))
         noise = torch.randn(*shape, self.mean_z.numel())
         return batch.per_unit(self._record_losses(batch, ratio, noise, "given_release"))
@@ -160,7 +167,7 @@ class FromLatents(nn.Module):
         """About what one row takes on its way through the network, float32."""
         assert isinstance(self.settings.backbone, Mlp)
         width = self.settings.backbone.width * (3 * self.settings.backbone.depth + 1)
-        return 16 * self.settings.objective.noise_multiplicity * (width + 2 * self.mean_z.numel())
+        return 16 * self.objective.noise_multiplicity * (width + 2 * self.mean_z.numel())
 
     # -- on disk --
 

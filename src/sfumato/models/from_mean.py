@@ -29,6 +29,7 @@ from sfumato.models.from_latents import save
 from sfumato.models.generative import ROWS_AT_ONCE
 from sfumato.models.public_codes import PublicCodes
 from sfumato.models.settings import Mlp, ModelSettings, RandomFeatures, Sampling
+from sfumato.models.text_to_image import TextToImage
 from sfumato.records import Batch, Record, UnitTable
 
 NOISE = 16  # entries of the generator's own noise
@@ -94,10 +95,11 @@ class Generator(nn.Module):
         return self.straight(told) + self.outward(normalised(hidden))
 
 
-class FromMean(nn.Module):
+class FromMean(nn.Module, TextToImage):
     """``features`` of private records are summed and released; ``receive`` takes that; then it is fitted on public texts."""
 
     kind = "from_mean"
+    learns_from_rows = False  # what it knows of a record is the mean
     released: Tensor
 
     def __init__(self, settings: ModelSettings, picture_shape: tuple[int, int, int]) -> None:

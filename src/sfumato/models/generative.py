@@ -11,8 +11,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from sfumato.records import MODALITIES, Batch, Modality, Record, UnitTable, gene
 
 ROWS_AT_ONCE = 512  # records drawn in one pass
 
+Origin = Literal["dp-sgd", "released", "public"]  # of a saved tensor, as a bundle's taint list says it
+
 
 @dataclass(frozen=True, slots=True)
 class Direction:
@@ -38,6 +41,19 @@ class Direction:
         return f"{'+'.join(self.given) or 'nothing'}→{'+'.join(self.wanted)}"
 
 
+def every_direction(codecs: Mapping[Modality, Any], made: Sequence[Modality]) -> tuple[Direction, ...]:
+    """All the others to each subset of what can be ``made`` and decoded: single modalities first, pictures before the rest."""
+    first: tuple[Modality, ...] = ("image", "audio", "text")
+    names = [name for name in first if name in made and codecs[name].kind != "features"]
+    wanted = [kept for size in range(1, len(names) + 1) for kept in combinations(names, size)]
+    return tuple(
+        Direction(
+            tuple(n for n in MODALITIES if n in codecs and n not in kept), tuple(n for n in MODALITIES if n in kept)
+        )
+        for kept in wanted
+    )
+
+
 class Generative(nn.Module, ABC):
     """Base of the families. ``model.build`` makes one from settings, ``model.load`` from a folder.
 
@@ -45,6 +61,8 @@ class Generative(nn.Module, ABC):
     """
 
     family: ClassVar[str]  # the ``kind`` of its objective's settings
+    needs_public: ClassVar[bool] = False  # it cannot train before ``tell_public``
+    learns_from_rows: ClassVar[bool] = True  # as the models of releases say of themselves
 
     def __init__(self, settings: ModelSettings, shapes: Shapes) -> None:
         super().__init__()
@@ -87,11 +105,31 @@ class Generative(nn.Module, ABC):
     def parts(self) -> dict[str, nn.Module]:
         """Its trained networks by the folder that each is saved to."""
 
+    # -- networks and records that no private record reaches --
+
+    def tell_public(self, records: Sequence[Record]) -> None:
+        """Public records, given before the training begins (and again before it goes on): for families that ask for them."""
+
     def after_step(self, step: int) -> None:
         """Called by the loop after each optimizer step, with the number of steps taken: post-processing of what was released.
 
-        For networks that no private record reaches (the generator of an adversarial family). Must not touch private records.
+        For networks that no private record reaches (the generator of an adversarial family): frozen parameters, so that no
+        engine trains them. Must not touch private records, nor chance whose state depends on them: torch's global generator
+        does, by the size of the batch. The loop calls it inside ``engine.frozen()``.
         """
+
+    def averaged(self) -> dict[str, nn.Parameter]:
+        """The parameters whose moving average is sampled and saved; the trained ones."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def origin(self, part: str) -> Origin:
+        """Where the tensors of a part come from: "dp-sgd" trained by the private mechanism; "released" computed from what
+        that released, and from nothing else private; "public"."""
+        return "dp-sgd"
+
+    def boundary(self) -> list[str]:
+        """Sentences for the claim: what is inside and outside of the guarantee, where it is not all trained alike."""
+        return []
 
     # -- codecs --
 
@@ -239,12 +277,25 @@ class Generative(nn.Module, ABC):
         from pydantic import TypeAdapter
 
         settings = TypeAdapter(ModelSettings).dump_python(self.settings, mode="json")
-        return {"format": 2, "shapes": asdict(self.shapes), "settings": settings}
+        described = {"format": 2, "shapes": asdict(self.shapes), "settings": settings}
+        frozen = self.frozen()
+        return {**described, "frozen": frozen} if frozen else described
+
+    def frozen(self) -> dict[str, str]:
+        """sha256 of the public weights that its codecs read from elsewhere, by modality: they are not saved with it."""
+        return {name: codec.fingerprint() for name, codec in self.codecs.items() if hasattr(codec, "fingerprint")}
 
     def named_tensors(self) -> Iterator[tuple[str, str]]:
-        """(file relative to the model's folder, tensor name) of every tensor that ``save`` writes: all of them trained."""
-        for name, part in self.parts().items():
-            yield from ((self.file_of(name), key) for key in part.state_dict())
+        """(file relative to the model's folder, tensor name) of every tensor that ``save`` writes."""
+        yield from self.origins()
+
+    def origins(self) -> dict[tuple[str, str], Origin]:
+        """Where each of ``named_tensors`` comes from."""
+        return {
+            (self.file_of(name), key): self.origin(name)
+            for name, part in self.parts().items()
+            for key in part.state_dict()
+        }
 
 
 def _told(record: Record, wanted: tuple[Modality, ...]) -> dict[str, Any]:

@@ -59,6 +59,9 @@ def load(folder: Path | str) -> Any:
     folder = Path(folder)
     try:
         described = json.loads((folder / "sfumato.json").read_text(encoding="utf-8"))
+        text = described["settings"].get("text") or {}
+        if text.get("kind") == "tokenizer":
+            text["path"] = str(folder / text["path"])  # it lies beside the weights
         settings = TypeAdapter(ModelSettings).validate_python(described["settings"])
         kind = described.get("kind")
         if kind is not None:
@@ -67,6 +70,8 @@ def load(folder: Path | str) -> Any:
             of_release.restore(described, {part: load_file(folder / part / "model.safetensors") for part in parts})
             return of_release.eval()
         model = build(settings, TypeAdapter(Shapes).validate_python(described["shapes"]))
+        if model.frozen() != described.get("frozen", {}):
+            raise ValueError(f"frozen weights {model.frozen()}, made with {described.get('frozen', {})}")
         model.read(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise UsageError(

@@ -18,7 +18,7 @@ from sfumato.errors import UsageError
 from sfumato.models.codecs import build as build_codecs
 from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.codecs.text_features import TextFeatures
-from sfumato.models.settings import FrozenSentence, HashedWords, ModelSettings, Terms
+from sfumato.models.settings import Diffusion, FrozenSentence, HashedWords, ModelSettings, Terms, VaeLatents
 from sfumato.models.shapes import Shapes
 from sfumato.records import Record, UnitTable, prompt
 
@@ -37,11 +37,32 @@ class PublicCodes:
                 "model.image or model.text = none · what is released are latents of pictures and texts",
                 next="Set both.",
             )
+        if isinstance(settings.image, VaeLatents):
+            raise UsageError(
+                "model.image.kind = vae · what is released are pixels or cosine coefficients: a clip of their length is public",
+                next="Set model.image: {kind: cosine}.",
+            )
+        if not isinstance(settings.objective, Diffusion):
+            raise UsageError(
+                f"model.objective.kind = {settings.objective.kind} · what was released is learnt from by diffusion",
+                next="Set model.objective: {kind: diffusion}.",
+            )
+        if settings.sampling.solver != "heun" or settings.sampling.churn > 0:
+            raise UsageError(
+                f"model.sampling.solver = {settings.sampling.solver}, churn = {settings.sampling.churn} · what was released has "
+                "one way to be drawn from",
+                next="Leave both out.",
+            )
         self.settings = settings
         codecs = build_codecs(settings, Shapes(picture=picture_shape))
+        if not isinstance(codecs["image"], PictureCodec) or not isinstance(codecs["text"], TextFeatures):
+            raise UsageError(
+                f"model.image.kind = {settings.image.kind}, model.text.kind = {settings.text.kind} · tokens are no latents",
+                next="Set model.image to pixels or cosine, and model.text to hashed_words, frozen_sentence or terms.",
+            )
         self.image: PictureCodec = codecs["image"]
         self.text: TextFeatures = codecs["text"]
-        self.text_settings = settings.text
+        self.text_settings = self.text.settings
         self.picture_shape = picture_shape
         self.scale = self.image.scale * math.sqrt(self.image.scale.numel())
         self._projection: Tensor | None = None

@@ -31,6 +31,123 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VaeLatents:
+    """Images by a frozen ``AutoencoderKL`` of diffusers, from a local folder; named in the report by its sha256.
+
+    It must be public: one fitted on private records has a budget of its own, and is refused.
+    """
+
+    kind: Literal["vae"] = "vae"
+    folder: str
+    trained_on: Literal["public", "private"] = "public"  # your word; a model of private records is one too
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waveform:
+    """Sounds as they are, samples in [-1, 1]."""
+
+    kind: Literal["waveform"] = "waveform"
+    std: float = 0.1  # assumed, of a sample
+
+    def __post_init__(self) -> None:
+        checks.positive(std=self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelSpectrogram:
+    """Sounds by the loudness of ``bands`` bands in each frame, fixed public filters, with an inversion one can listen to.
+
+    ``kept``: only the lowest cosine frequencies over (bands, frames): the outline of a sound in a few numbers. Their assumed
+    standard deviation is amplitude / (1 + r) ** decay at distance r from the mean, as ``Cosine`` has it for pictures.
+    """
+
+    kind: Literal["mel"] = "mel"
+    bands: int = 32
+    window: int = 256  # samples
+    hop: int = 64  # samples from frame to frame
+    floor_db: float = -80.0  # below a sine of amplitude 1; what is quieter is silence
+    std: float = 0.4  # assumed, of each band and frame, where -1 is silence and 1 is full scale; without kept
+    kept: tuple[int, int] | None = None
+    amplitude: float = 1.5
+    decay: float = 1.0
+    iterations: int = 32  # of Griffin-Lim, when a sound is made of it
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            bands=self.bands, hop=self.hop, std=self.std, amplitude=self.amplitude, iterations=self.iterations
+        )
+        checks.non_negative(decay=self.decay)
+        if self.window < 2 * self.hop or self.window % 2:
+            raise UsageError(
+                f"window = {self.window} · must be even and at least twice the hop, {self.hop}: frames must overlap",
+                next="Lengthen model.audio.window, or shorten model.audio.hop.",
+            )
+        if not self.floor_db < 0:
+            raise UsageError(f"floor_db = {self.floor_db} · must be below 0", next="For example -80.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchTokens:
+    """Images as one token a patch: its lowest cosine frequencies, each on a grid of ``levels`` values in a public range.
+
+    Attributes:
+      patch: pixels of a side.
+      levels: of a patch's mean, then of its lowest frequencies; their product is the vocabulary.
+      detail_range: of a frequency, where that of the mean is 1.
+      colour_levels, colour_range: of two differences of colour; a colour picture has a second token a patch for both.
+    """
+
+    kind: Literal["patch_tokens"] = "patch_tokens"
+    patch: int = 4
+    levels: tuple[int, ...] = (8, 5, 5)
+    detail_range: float = 0.4
+    colour_levels: int = 5
+    colour_range: float = 0.8
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            patch=self.patch, detail_range=self.detail_range, colour_range=self.colour_range,
+            colour_levels=self.colour_levels,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MuLaw:
+    """Sounds as one token a sample, on a grid that is finer where sounds are quiet (ITU-T G.711)."""
+
+    kind: Literal["mu_law"] = "mu_law"
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        if self.levels < 2:
+            raise UsageError(f"model.audio.levels = {self.levels} · must be 2 or more", next="256 is usual.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelTokens:
+    """Sounds as a few tokens a frame of their mel spectrogram: the frame's loudness and its lowest cosine frequencies over the
+    bands, each on a grid of values in a public range.
+
+    Attributes:
+      mel: of which spectrogram; its ``kept`` must be null.
+      levels: by token, of the mean, then of the lowest frequencies; a token's vocabulary is their product.
+      detail_range: of a frequency, where that of the mean is 1.
+    """
+
+    kind: Literal["mel_tokens"] = "mel_tokens"
+    mel: MelSpectrogram = field(default_factory=lambda: MelSpectrogram(hop=128))
+    levels: tuple[tuple[int, ...], ...] = ((8, 5, 5),)
+    detail_range: float = 0.3
+
+    def __post_init__(self) -> None:
+        checks.positive(detail_range=self.detail_range)
+        if self.mel.kept is not None:
+            raise UsageError(
+                f"model.audio.mel.kept = {self.mel.kept} · tokens say what is kept", next="Set it to null."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HashedWords:
     """Words and pairs of words hashed into buckets: no vocabulary is fitted. Its layers are trained privately.
 
@@ -87,6 +204,63 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bytes:
+    """Texts as their UTF-8 bytes and an end token: 257 tokens, of any language, fitted to nothing."""
+
+    kind: Literal["bytes"] = "bytes"
+    longest: int = 256  # tokens; what is longer is cut
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """Texts by a public list of pieces, the longest that fits first, spelt as bytes where none fits; and an end token.
+
+    The list is part of the recipe, so it is published with it: write it down from what is public. Pieces are taken letter by
+    letter; those that begin a word in the middle of a sentence begin with a space.
+    """
+
+    kind: Literal["words"] = "words"
+    words: tuple[str, ...] = ()
+    longest: int = 96  # tokens; what is longer is cut
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+        short = [word for word in self.words if len(word.encode()) < 2]
+        if short or len(set(self.words)) < len(self.words) or not self.words:
+            raise UsageError(
+                f"words = {len(self.words)} pieces, {len(set(self.words))} of them different, {len(short)} of a byte or "
+                "less · must be some, each once and of two bytes or more",
+                next="Correct the list; single bytes are there anyway.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """Texts by a tokenizer of ``tokenizers`` or ``transformers`` from the disk: a folder with tokenizer.json, or the file.
+
+    A vocabulary shows what it was fitted to: which words occur, and how often. Nothing here can see whether that was public,
+    so it must be said.
+    """
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    path: str
+    public: bool = False  # true: it was fitted to public texts, or to texts of nobody in the records
+    sha256: str | None = None  # of the file; another one is refused
+    longest: int = 256  # tokens; what is longer is cut
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+        if not self.public:
+            raise UsageError(
+                f"model.text.public = false · the vocabulary of {self.path} shows what it was fitted to, and no budget covers it",
+                next="If it was fitted to public texts alone, say so: model.text.public: true; else use bytes.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mlp:
     """Residual fully connected denoiser: fast on two cores, small under noise."""
 
@@ -104,27 +278,281 @@ class UNet:
     layers_per_block: int = 1
 
 
+Target = Literal["image", "audio"]
+PictureKind = Literal["flip", "shift", "crop", "rotate", "brightness"]  # ``augmentation``
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transformer:
+    """``GPT2LMHeadModel`` of transformers, configured small: what serves language models can load it."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: int = 128
+    depth: int = 2  # layers
+    heads: int = 4
+    inner: int = 256  # width inside a layer's fully connected half
+
+    def __post_init__(self) -> None:
+        checks.positive(width=self.width, depth=self.depth, heads=self.heads, inner=self.inner)
+        if self.width % self.heads:
+            raise UsageError(
+                f"model.backbone.width = {self.width} · must be a multiple of heads = {self.heads}",
+                next="Choose another width.",
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diffusion:
-    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """Diffusion with EDM preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Attributes:
+      target: what is drawn; the other modalities of the model are conditions.
+      noise_multiplicity: K draws of noise level and noise inside one example's loss (DPDM, eq. 6).
+      augmentations: what is done to a picture that is the target, anew in every loss (``augmentation``); public, and only what leaves
+        true what the conditions say of it.
+      augmentation_multiplicity: M copies of a record's own picture inside its loss, the first of them unchanged where M > 1, each
+        with K draws (De et al. 2022).
+      sigma_data: of a pixel; the other codecs bring their own scale.
+      prediction: what the network is asked for. v: EDM's own, the velocity of Salimans & Ho 2022 up to its sign; x0: the clean
+        latent; eps: the noise. The loss weighs each so that the network's error counts alike at every level.
+      condition_dropout: chance, of each condition by itself, that a row's is dropped: for guidance, and for prompts without it.
+      condition_width: of what is made of a condition that is a picture or a sound; a text's width is its encoder's.
+    """
 
     kind: Literal["diffusion"] = "diffusion"
-    noise_multiplicity: int = 2  # K draws of noise level and noise inside one example's loss (DPDM, eq. 6)
+    target: Target = "image"
+    noise_multiplicity: int = 2
+    augmentations: tuple[PictureKind, ...] = ()
+    augmentation_multiplicity: int = 1
     log_sigma_mean: float = -0.5
     log_sigma_std: float = 1.2
-    sigma_data: float = 0.5  # of a pixel; the cosine codec brings its own spectrum
+    sigma_data: float = 0.5
     sigma_min: float = 0.02
     sigma_max: float = 20.0
-    condition_dropout: float = 0.1  # chance that a row's condition is dropped, for guidance
+    prediction: Literal["v", "x0", "eps"] = "v"
+    condition_dropout: float = 0.1
+    condition_width: int = 64
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise_multiplicity=self.noise_multiplicity, log_sigma_std=self.log_sigma_std, sigma_data=self.sigma_data,
+            sigma_min=self.sigma_min, condition_width=self.condition_width,
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
+        _check_copies(self.target, self.augmentations, self.augmentation_multiplicity)
+        if self.sigma_max <= self.sigma_min:
+            raise UsageError(
+                f"sigma_max = {self.sigma_max} · must be above sigma_min = {self.sigma_min}",
+                next="Raise model.objective.sigma_max.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+
+    Attributes: target, noise_multiplicity, augmentations, augmentation_multiplicity, condition_dropout, condition_width: as
+        ``Diffusion`` has them.
+      logit_time_mean, logit_time_std: of the time of a draw, logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19); 0 is
+        data, 1 is noise.
+    """
+
+    kind: Literal["flow"] = "flow"
+    target: Target = "image"
+    noise_multiplicity: int = 2
+    augmentations: tuple[PictureKind, ...] = ()
+    augmentation_multiplicity: int = 1
+    logit_time_mean: float = 0.0
+    logit_time_std: float = 1.0
+    condition_dropout: float = 0.1
+    condition_width: int = 64
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise_multiplicity=self.noise_multiplicity, logit_time_std=self.logit_time_std,
+            condition_width=self.condition_width,
+        )  # fmt: skip
+        checks.probability(condition_dropout=self.condition_dropout)
+        _check_copies(self.target, self.augmentations, self.augmentation_multiplicity)
+
+
+def _check_copies(target: Target, kinds: tuple[PictureKind, ...], copies: int) -> None:
+    checks.positive(augmentation_multiplicity=copies)
+    if (copies > 1 and not kinds) or len(set(kinds)) < len(kinds) or (kinds and target != "image"):
+        raise UsageError(
+            f"augmentations = {list(kinds)}, augmentation_multiplicity = {copies}, target = {target} · copies of a picture that "
+            "differ by what is named, each kind once",
+            next="Name kinds, such as [shift, rotate], where pictures are drawn; or draw more noise with noise_multiplicity.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variational:
+    """A multimodal variational autoencoder: any subset of the modalities conditions any other. All of it public constants.
+
+    Attributes:
+      experts: how the modalities' posteriors become one: their "product" (Wu & Goodman 2018, arXiv:1802.05335), their
+        "mixture" (Shi et al. 2019, arXiv:1911.03393), or the "mixture_of_products" of all subsets (Sutter et al. 2021,
+        arXiv:2105.02470).
+      latent: entries of the shared latent.
+      beta: weight of the divergence from the prior.
+      text_weight, image_weight, audio_weight: of each modality's log-likelihood; 4 makes the assumed standard deviation of
+        a continuous entry half its codec's scale. 0: it is a condition, never reconstructed.
+      draws: of the latent, averaged inside one record's loss.
+    """
+
+    kind: Literal["variational"] = "variational"
+    experts: Literal["product", "mixture", "mixture_of_products"] = "product"
+    latent: int = 32
+    beta: float = 1.0
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    audio_weight: float = 1.0
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        checks.positive(latent=self.latent, draws=self.draws)
+        checks.non_negative(
+            beta=self.beta, text_weight=self.text_weight, image_weight=self.image_weight, audio_weight=self.audio_weight
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adversarial:
+    """A generator against a discriminator, whose size is the backbone's. The discriminator is trained on the records, as
+    ``training`` says; the generator after it, on public texts, at no cost of privacy.
+
+    Attributes:
+      loss: of both: "logistic", not saturating for the generator (Goodfellow et al. 2014), "hinge" (Lim & Ye 2017,
+        arXiv:1705.02894), or "wasserstein", which needs ``weight_bound``.
+      noise: entries of the generator's noise.
+      fakes: made for each record, averaged inside its loss.
+      discriminator_steps: for each time that the generator is updated (Bie et al. 2023, arXiv:2302.02936: many).
+      generator_updates: each time.
+      weight_bound: largest absolute weight of a Wasserstein discriminator.
+    """
+
+    kind: Literal["adversarial"] = "adversarial"
+    loss: Literal["logistic", "hinge", "wasserstein"] = "logistic"
+    noise: int = 16
+    fakes: int = 1
+    discriminator_steps: int = 5
+    generator: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    generator_updates: int = 1
+    generator_batch_size: int = 512
+    generator_learning_rate: float = 1e-3
+    weight_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            noise=self.noise,
+            fakes=self.fakes,
+            discriminator_steps=self.discriminator_steps,
+            generator_updates=self.generator_updates,
+            generator_batch_size=self.generator_batch_size,
+            generator_learning_rate=self.generator_learning_rate,
+        )
+        if (self.loss == "wasserstein") != (self.weight_bound is not None):
+            raise UsageError(
+                f"loss = {self.loss}, weight_bound = {self.weight_bound} · a Wasserstein discriminator has one, and only it",
+                next="Give wasserstein a weight_bound such as 0.1, and the others null.",
+            )
+        if self.weight_bound is not None:
+            checks.positive(weight_bound=self.weight_bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alignment:
+    """A shared latent by contrast with public records; answers are records of that public bank.
+
+    Attributes:
+      width: entries of the latent, which is on the unit sphere.
+      temperature: of the softmax over the record's own partner and the bank.
+      bank: at most so many public records.
+    """
+
+    kind: Literal["alignment"] = "alignment"
+    width: int = 64
+    temperature: float = 0.1
+    bank: int = 512
+
+    def __post_init__(self) -> None:
+        checks.positive(width=self.width, temperature=self.temperature, bank=self.bank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Autoregressive:
+    """One token after the other, all modalities in one sequence; a record's modalities come in an order drawn for it.
+
+    What comes first in a record is told nothing, so guidance needs no dropped conditions; ``condition_dropout`` adds some.
+    """
+
+    kind: Literal["autoregressive"] = "autoregressive"
+    text_weight: float = 1.0  # of a token of a text in its record's mean
+    image_weight: float = 1.0
+    audio_weight: float = 1.0
+    condition_dropout: float = 0.0  # chance that of a record one modality, drawn, is kept alone
+
+    def __post_init__(self) -> None:
+        checks.non_negative(
+            text_weight=self.text_weight, image_weight=self.image_weight, audio_weight=self.audio_weight
+        )
+        checks.probability(condition_dropout=self.condition_dropout)
+
+
+Solver = Literal["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
+_SOLVERS = {"diffusion": ("heun", "euler", "dpmpp_2m", "ancestral"), "flow": ("heun", "euler", "midpoint")}
+_CHURNING = ("heun", "euler")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How pictures are drawn from the trained model; post-processing, changes no guarantee."""
+    """How records are drawn from the trained model; post-processing, changes no guarantee.
+
+    Attributes:
+      steps: of the solver; heun and midpoint look at the network twice in each.
+      guidance: 0 is the conditional model alone.
+      solver: diffusion: heun, euler, dpmpp_2m (Lu et al. 2022), ancestral (adds noise in each step); flow: heun, euler, midpoint.
+      churn, churn_min, churn_max, churn_noise: of a diffusion by heun or euler, noise that is added and taken away again:
+        S_churn, S_tmin, S_tmax, S_noise of EDM, algorithm 2; churn 0 adds none.
+      temperature: of tokens; 0 takes the likeliest.
+      top_k, top_p: of tokens, the likeliest k alone (0: all), and of these those that have this probability together.
+    """
 
     steps: int = 24
-    guidance: float = 1.5  # 0 is the conditional model alone
-    churn: float = 0.0  # 0 is deterministic (Heun); >0 adds noise in each step
+    guidance: float = 1.5
+    solver: Solver = "heun"
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float | None = None
+    churn_noise: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.non_negative(temperature=self.temperature, top_k=self.top_k)
+        checks.positive(top_p=self.top_p)
+        checks.probability(top_p=self.top_p)
+        checks.positive(steps=self.steps, churn_noise=self.churn_noise)
+        checks.non_negative(guidance=self.guidance, churn=self.churn, churn_min=self.churn_min)
+
+    def check_for(self, objective: str) -> None:
+        """Raises UsageError where the solver is not one of the objective's, or cannot churn."""
+        known = _SOLVERS.get(objective)
+        if known is None:
+            return
+        if self.solver not in known:
+            raise UsageError(
+                f"model.sampling.solver = {self.solver} · of objective {objective} one of {', '.join(known)}",
+                next="Choose one of these.",
+            )
+        if self.churn > 0 and (objective != "diffusion" or self.solver not in _CHURNING):
+            raise UsageError(
+                f"model.sampling.churn = {self.churn} · is of a diffusion's solvers {' and '.join(_CHURNING)} only, not of "
+                f"{objective} by {self.solver}",
+                next="Set it to 0, or take another solver.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,30 +580,108 @@ class RandomFeatures:
         checks.positive(width=self.width, longest=self.longest, signs=self.signs, length=self.length)
 
 
-ImageCodec = Annotated[Pixels | Cosine, Field(discriminator="kind")]
-TextEncoder = Annotated[HashedWords | FrozenSentence | Terms, Field(discriminator="kind")]
-Backbone = Annotated[Mlp | UNet, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassMoments:
+    """Noisy sums over the records of every public class: how many, their pictures, and products of two entries of a picture.
+
+    Records are then drawn from a Gaussian for every class (``models.class_moments``).
+
+    Attributes:
+      classes: a text is of the first class that one of its terms ``more`` says, if none of ``less`` does.
+      image: what a picture's entries are; few, because products are many.
+      level: the grey level, of -1 to 1, that pictures are counted from; public.
+      longest: root mean square distance from it that pictures are shortened to; public.
+      products: False releases numbers and sums of pictures only ("central images").
+    """
+
+    kind: Literal["class_moments"] = "class_moments"
+    classes: tuple[TermAxis, ...] = ()
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    level: float = 0.0
+    longest: float = 0.6
+    products: bool = True
+
+    def __post_init__(self) -> None:
+        checks.positive(longest=self.longest)
+        names = [one.name for one in self.classes]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(
+                f"classes = {names} · must be at least one, each with a name of its own",
+                next="Fill model.warm_start.release.classes.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanGenerator:
+    """One noisy mean of random features of pictures x terms of texts, and a generator fitted to it (``models.from_mean``).
+
+    Attributes: steps, texts_at_once, learning_rate: of the generator's fitting.
+    """
+
+    text: Terms
+    kind: Literal["mean_embedding"] = "mean_embedding"
+    image: Cosine = field(default_factory=lambda: Cosine(kept=14))
+    backbone: Mlp = field(default_factory=lambda: Mlp(width=256, depth=2))
+    random_features: RandomFeatures = field(default_factory=RandomFeatures)
+    steps: int = 600
+    texts_at_once: int = 1_024
+    learning_rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(steps=self.steps, texts_at_once=self.texts_at_once, learning_rate=self.learning_rate)
+
+
+WarmRelease = Annotated[ClassMoments | MeanGenerator, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStart:
+    """What is released before the first private step, and how the model is trained on records drawn from it (``warming``).
+
+    Attributes:
+      records: drawn from the release.
+      steps, records_at_once, learning_rate: of the training on them.
+    """
+
+    release: WarmRelease
+    records: int = 20_000
+    steps: int = 800
+    records_at_once: int = 512
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            records=self.records,
+            steps=self.steps,
+            records_at_once=self.records_at_once,
+            learning_rate=self.learning_rate,
+        )
+
+
+PictureNumbers = Pixels | Cosine
+SoundNumbers = Waveform | MelSpectrogram
+SoundTokens = MuLaw | MelTokens
+TextCondition = HashedWords | FrozenSentence | Terms  # features: nothing can be made of them
+TextTokens = Bytes | Words | Tokenizer
+ImageCodec = Annotated[PictureNumbers | VaeLatents | PatchTokens, Field(discriminator="kind")]
+TextEncoder = Annotated[TextCondition | TextTokens, Field(discriminator="kind")]
+AudioCodec = Annotated[SoundNumbers | SoundTokens, Field(discriminator="kind")]
+Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
+Objective = Annotated[
+    Diffusion | Flow | Variational | Adversarial | Alignment | Autoregressive, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
     image: ImageCodec | None = field(default_factory=Pixels)
     text: TextEncoder | None = field(default_factory=HashedWords)
+    audio: AudioCodec | None = None
     backbone: Backbone = field(default_factory=Mlp)
-    objective: Diffusion = field(default_factory=Diffusion)
+    objective: Objective = field(default_factory=Diffusion)
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
+    warm_start: WarmStart | None = None  # with privacy.warm_start
 
     def __post_init__(self) -> None:
-        checks.positive(
-            sigma_data=self.objective.sigma_data, sigma_min=self.objective.sigma_min,
-            log_sigma_std=self.objective.log_sigma_std,
-        )  # fmt: skip
-        if self.objective.sigma_max <= self.objective.sigma_min:
-            raise UsageError(
-                f"sigma_max = {self.objective.sigma_max} · must be above sigma_min = {self.objective.sigma_min}",
-                next="Raise model.objective.sigma_max.",
-            )
-        checks.non_negative(guidance=self.sampling.guidance, churn=self.sampling.churn)
-        checks.positive(noise_multiplicity=self.objective.noise_multiplicity, steps=self.sampling.steps)
-        checks.probability(condition_dropout=self.objective.condition_dropout)
+        self.sampling.check_for(self.objective.kind)

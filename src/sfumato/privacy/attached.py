@@ -59,6 +59,19 @@ class Attached:
         self._optimizers = {}
         self._part = None
 
+    def add_part(self) -> None:
+        """In place of ``optimizer.step()``, for a part of a batch of ``engine.batches`` that is not its last: adds up, and leaves
+        the optimizer alone. Some count their steps, whether there are gradients or not, and how many parts a batch has is private.
+        """
+        if not self._draws_batches or self._part is None or self._part.last or len(self._optimizers) != 1:
+            raise UsageError(
+                "engine.add_part() · is for parts of a batch of engine.batches with more to come, and one optimizer",
+                next="Call optimizer.step() for the last part, or the only one.",
+            )
+        (optimizer,) = self._optimizers.values()
+        self._before_step(optimizer, (optimizer,), {})
+        self._after_step(optimizer, (optimizer,), {})
+
     def same_units(self) -> AbstractContextManager[None]:
         """Inside, several backward passes over the batch's rows add up, unit by unit, before the clipping.
 

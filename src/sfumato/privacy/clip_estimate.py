@@ -10,6 +10,7 @@ A quantile at the first weights is a guess for later ones, whose norms usually f
 the price of a count in every step.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,11 @@ SAMPLE = 1_000  # units, expected: the sample's own error of rank is then 1.6 %
 LOW, HIGH, HALVINGS = 1e-4, 1e4, 8  # 256 cells, each 7.5 % wide
 
 
-def with_estimated_bound(*, epsilon: float, share: float, quantile: float, **values: Any) -> Composition:
-    """The plan that spends ``share`` of epsilon (alone, at the same delta) on C, and in all at most ``epsilon``.
+def with_estimated_bound(
+    *, epsilon: float, share: float, quantile: float, before: Sequence[Event] = (), **values: Any
+) -> Composition:
+    """The plan that spends ``share`` of epsilon (alone, at the same delta) on C, and in all, with what was ``before``, at most
+    ``epsilon``.
 
     Args: values: every other field of ``DpSgd``, but for noise_multiplier, target_epsilon and max_grad_norm.
     """
@@ -38,14 +42,14 @@ def with_estimated_bound(*, epsilon: float, share: float, quantile: float, **val
         sampling_rate=min(1.0, SAMPLE / values["population"]),
         **{name: values[name] for name in of_all if name in values},
     )
-    steps = DpSgd.calibrated(epsilon=epsilon, before=estimate.events(), max_grad_norm="estimated", **values)
+    steps = DpSgd.calibrated(epsilon=epsilon, before=(*before, *estimate.events()), max_grad_norm="estimated", **values)
     return Composition.of(estimate, steps, target_epsilon=epsilon)
 
 
 def estimated(plan: PrivacyPlan) -> tuple[Estimate, DpSgd] | None:
     """What finds C and what then trains with it; None for every other plan."""
-    if isinstance(plan, Composition) and len(plan.stages) == 2:
-        first, last = plan.stages
+    if isinstance(plan, Composition):
+        first, last = plan.stages[-2:]
         if isinstance(first, Estimate) and isinstance(last, DpSgd) and last.max_grad_norm == "estimated":
             return first, last
     return None
@@ -58,5 +62,6 @@ def with_bound(steps: DpSgd, bound: float) -> DpSgd:
 
 def spent_before(plan: PrivacyPlan) -> tuple[Event, ...]:
     """What is charged before the first step."""
-    both = estimated(plan)
-    return both[0].events() if both is not None else ()
+    if not isinstance(plan, Composition) or not isinstance(plan.stages[-1], DpSgd):
+        return ()
+    return tuple(event for stage in plan.stages[:-1] for event in stage.events())

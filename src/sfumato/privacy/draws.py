@@ -37,6 +37,7 @@ class Draws(Attached):
         self.random: Random = random if random is not None else SecretRandom()
         self.stopped: Literal["budget", "steps"] | None = None
         self._all_for_release = True  # the chance of the other processes
+        self._iteration: object | None = None  # of ``batches``, the one that was begun last
         self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
         self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
         self._sampling_rate: float | None = plan.sampling_rate if plan is not None else None
@@ -110,30 +111,36 @@ class Draws(Attached):
     def _draw(self, source: Source, steps: int, max_physical: int | None, limit: int) -> Iterator[Any]:
         assert self._sampling_rate is not None
         self.stopped = None
+        self._iteration = mine = object()
         self._begin_draws(steps)
         own = self.processes.own_units(source.num_units)
-        for number in range(steps):
-            with self.processes.agreeing():
-                self._require_stepped()
-            self._begin()
-            try:
-                sequence = self._reserve(steps - number)
-            except BudgetExhausted:
-                self.stopped = "budget"
-                return
-            units = own[self._draw_units(len(own))]
-            parts = self.processes.equal_parts(physical_parts(units, max_physical))
-            for i, part in enumerate(parts):
-                last = i == len(parts) - 1
+        try:
+            for number in range(steps):
                 with self.processes.agreeing():
                     self._require_stepped()
-                    batch, grouping = source.rows(part, limit, self.random, last)
-                self._part = PhysicalPart(grouping, source.loss_is_over_rows, last, sequence)
-                self._expect(self._part)
-                yield batch
-        with self.processes.agreeing():
-            self._require_stepped()
-        self.stopped = "steps"
+                self._begin()
+                try:
+                    sequence = self._reserve(steps - number)
+                except BudgetExhausted:
+                    self.stopped = "budget"
+                    return
+                units = own[self._draw_units(len(own))]
+                parts = self.processes.equal_parts(physical_parts(units, max_physical))
+                for i, part in enumerate(parts):
+                    last = i == len(parts) - 1
+                    with self.processes.agreeing():
+                        self._require_stepped()
+                        self._renew_chance()  # a data set may draw too (augmentation)
+                        batch, grouping = source.rows(part, limit, self.random, last)
+                    self._part = PhysicalPart(grouping, source.loss_is_over_rows, last, sequence)
+                    self._expect(self._part)
+                    yield batch
+            with self.processes.agreeing():
+                self._require_stepped()
+            self.stopped = "steps"
+        finally:
+            if self._iteration is mine:  # one that was left, and is collected late, ends nothing of the next
+                self._end_draws()
 
     def _set_rate(self, expected_batch_size: float | None, num_units: int) -> None:
         if expected_batch_size is not None:
@@ -201,6 +208,12 @@ class Draws(Attached):
 
     def _begin_draws(self, steps: int) -> None:
         """Hook: so many draws will follow each other."""
+
+    def _end_draws(self) -> None:
+        """Hook: the iteration ended, or was left."""
+
+    def _renew_chance(self) -> None:
+        """Hook: what the loss of the next part draws begins here."""
 
     def _begin(self) -> None:
         """Hook: a new draw begins."""

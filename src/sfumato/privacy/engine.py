@@ -16,7 +16,6 @@ who draws whom, and ``reduction`` for the sum and the noise.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +27,8 @@ from sfumato.errors import PrivacyRefused, UnsupportedLayer, UsageError
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Event
 from sfumato.privacy.adaptive import AdaptiveClip
+from sfumato.privacy.chance import LossChance
+from sfumato.privacy.charging import Charges
 from sfumato.privacy.correlated import check_memory
 from sfumato.privacy.discrete import source_named
 from sfumato.privacy.draws import STATE_FORMAT, Draws
@@ -51,20 +52,6 @@ from sfumato.randomness import Random
 from sfumato.records import Batch
 
 Clipping = Literal["flat", "per_layer", "automatic", "adaptive"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What process 0 tells the others of its ledger."""
-
-    sequence: int  # of the reservation
-    position: dict[str, Any]
-    spent: list[Event]
-
-
-def _rest(position: Any) -> dict[str, Any]:
-    """Of a ledger's position, all but the number, which the states of older versions say alone."""
-    return {} if position is None else {name: value for name, value in position.items() if name != "sequence"}
 
 
 class DifferentialPrivacyEngine(Draws):
@@ -153,8 +140,7 @@ class DifferentialPrivacyEngine(Draws):
         self.clipping: Clipping = clipping
         self.non_finite = 0  # units whose gradient was not finite, so far, in all processes; internal, never released
         self._non_finite_here = 0  # since the last step, in this process
-        self._events: list[Event] = []
-        self._ledger_told: _Told | None = None  # process 0's ledger, as the others heard of it
+        self._charges = Charges(ledger, self.processes)
         self._reductions: dict[str, Reduction] = {}  # for each optimizer
         self._count = 0.0  # of the batch: the sum of 1[norm <= C] - 1/2
         self._checked_all_recorded: set[str] = set()
@@ -163,6 +149,7 @@ class DifferentialPrivacyEngine(Draws):
         self._tape.on_first_call = self._watch_hand_written
         self._gradients = Gradients(model)
         self._passes = Passes(self._tape, self._trainable)
+        self._loss_chance = LossChance(model, self.random)
         try:
             if not self._tape.layers:
                 raise UsageError("model · has no trainable parameter", next="Unfreeze what should be trained.")
@@ -232,22 +219,21 @@ class DifferentialPrivacyEngine(Draws):
     def detach(self) -> None:
         super().detach()
         self._tape.detach()
+        self._loss_chance.give_back()
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
         """An upper bound on the epsilon spent so far, at ``delta``: by the ledger if there is one, else by our count.
 
         Raises: UsageError where the sampling rate is not known, or the accountant does not apply.
         """
-        told = self._ledger_told
-        if self._sampling_rate is None and self.ledger is None and told is None:
+        if self._sampling_rate is None and not self._charges.in_a_ledger:
             raise UsageError(
                 "sampling_rate = None · is needed to say what a step costs",
                 next="Use engine.batches(dataset, expected_batch_size=, steps=), or give the engine "
                 "expected_batch_size= and sampling_rate= (batch size / number of units).",
             )
-        events = self.ledger.spent() if self.ledger is not None else told.spent if told is not None else self._events
         adjacency = self.plan.adjacency if isinstance(self.plan, DpSgd) else "add_or_remove"
-        value = accounting.epsilon(events, delta, accountant, adjacency)
+        value = accounting.epsilon(self._charges.spent, delta, accountant, adjacency)
         if value is None:
             raise UsageError(
                 f"accountant = {accountant!r} · has no bound for Poisson-sampled steps", next="Use 'pld' or 'rdp'."
@@ -257,14 +243,10 @@ class DifferentialPrivacyEngine(Draws):
     def state_dict(self) -> dict[str, Any]:
         """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
         noise, never which units were drawn."""
-        told = self._ledger_told
-        position = self.ledger.position if self.ledger is not None else told.position if told is not None else None
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
-            "events": [event.to_dict() for event in self._events],
-            "ledger_sequence": position["sequence"] if position is not None else None,
-            **({"ledger_position": position} if position is not None else {}),
+            **self._charges.state(),
             **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
 
@@ -277,16 +259,7 @@ class DifferentialPrivacyEngine(Draws):
                 f"state = {sorted(state)} · must have {sorted(keys)} in format {STATE_FORMAT}",
                 next="Give what engine.state_dict() returned.",
             )
-        if self.ledger is not None and state["ledger_sequence"] is not None:
-            self.ledger.require_at_least(int(state["ledger_sequence"]), **_rest(state.get("ledger_position")))
-        events = [Event.from_dict(event) for event in state["events"]]
-        told, charged = (sum(event.count for event in held) for held in (events, self._events))
-        if told < charged:
-            raise UsageError(
-                f"state = {told} events · this engine has charged {charged} already, which nothing takes back",
-                next="Load a state into a new engine, before its first step.",
-            )
-        self._events = events
+        self._charges.load(state)
         self.steps_started = int(state["steps_started"])
         if self._adaptive is not None:
             checks.positive(max_grad_norm=state["max_grad_norm"])
@@ -324,10 +297,16 @@ class DifferentialPrivacyEngine(Draws):
             return super()._steps_left()
         if self.ledger is not None and self.ledger.plan is not None:
             return self.plan.steps_left(self.ledger.remaining(self.plan.event(1)))
-        return self.plan.steps_left(self.plan.event().count - sum(event.count for event in self._events))
+        return self.plan.steps_left(self.plan.event().count - self._charges.count)
 
     def _begin_draws(self, steps: int) -> None:
         self._draws_left, self._block = steps, None
+
+    def _renew_chance(self) -> None:
+        self._loss_chance.renew()
+
+    def _end_draws(self) -> None:
+        self._loss_chance.give_back()
 
     def _event(self) -> Event:
         """What is charged at once: a step; with bands, a cycle."""
@@ -341,8 +320,8 @@ class DifferentialPrivacyEngine(Draws):
         if self._block is None:
             return self._charge(self.steps_started, ahead)
         if self._block.begins_cycle:
-            cycles = sum(event.count for event in self._events)  # charged before
-            self._block.sequence = self._charge(cycles, -(-ahead // self.bands))
+            before = self._charges.count
+            self._block.sequence = self._charge(before, -(-ahead // self.bands))
         else:
             self.steps_started += 1
         return self._block.sequence if self._block.ends_cycle else None
@@ -356,20 +335,9 @@ class DifferentialPrivacyEngine(Draws):
         return super()._draw_units(num_units)
 
     def _charge(self, number: int, ahead: int) -> int | None:
-        """One event for all processes, charged by process 0; the others wait for how that ended. It is the one after
-        ``number`` others, and the first of ``ahead`` in a row."""
-        event = self._event()
-
-        def charge() -> _Told | None:
-            if self.ledger is None:
-                return None
-            sequence = self.ledger.reserve(event, number, ahead)
-            return _Told(sequence, self.ledger.position, self.ledger.spent())
-
-        self._ledger_told = self.processes.decide(charge)
-        self._events = list(accounting.merged([*self._events, event]))
+        sequence = self._charges.charge(self._event(), number, ahead)
         self.steps_started += 1
-        return None if self._ledger_told is None else self._ledger_told.sequence
+        return sequence
 
     def _join(self, part: str) -> None:
         if self.bands > 1 and part != WHOLE:
@@ -380,10 +348,9 @@ class DifferentialPrivacyEngine(Draws):
             )
         super()._join(part)
         if self.processes.together:
-            ledger = self.ledger
-            self._ledger_told = self.processes.decide(
-                lambda: ledger and _Told(ledger.sequence, ledger.position, ledger.spent())
-            )
+            self._charges.join()
+        if self._expected_batch_size is not None and self._sampling_rate is not None:  # a hand-written loop may follow
+            self._renew_chance()
         layers = [layer for layer in self._tape.layers if part == WHOLE or self._partition.owner(layer).name == part]
         self._reductions[part] = Reduction(layers, self.processes)
 
@@ -447,6 +414,10 @@ class DifferentialPrivacyEngine(Draws):
     def _watch_hand_written(self) -> None:
         """In a hand-written loop a step begins with the first layer that is called."""
         if not self._draws_batches:
+            if (
+                self._watch is not None and self._part is not None
+            ):  # of a batch whose first micro-batch was added already
+                self._watch.require_process()
             self._watch = Watch(self.model)
 
     def _forget_sums(self) -> None:
@@ -462,6 +433,8 @@ class DifferentialPrivacyEngine(Draws):
         self._tape.give_units(part.units)
 
     def _require_stepped(self) -> None:
+        if self._watch is not None:
+            self._watch.require_process()
         skipped = self._part is not None and self._draws_batches and not self._part.stepped
         if self._tape.has_records or skipped:
             self._tape.clear()
@@ -511,6 +484,8 @@ class DifferentialPrivacyEngine(Draws):
                 next="Call backward() before, and step() without a closure.",
             )
         self._passes.require_step_allowed()
+        if self._watch is not None:
+            self._watch.require_process()
         name = next(name for name, held in self._optimizers.items() if held is optimizer)
         self._check_optimizer(optimizer, name)
         if self._tape.rows != 0:  # the gradients of no rows are zero
@@ -523,6 +498,7 @@ class DifferentialPrivacyEngine(Draws):
                 next="Step once for every batch that engine.batches gives.",
                 code="step_without_batch",
             )
+        self._loss_chance.require_unseeded()
         return name
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -532,12 +508,14 @@ class DifferentialPrivacyEngine(Draws):
                 self._watch.check_step()
         if part is not None and part.last and len(part.stepped) == len(self._optimizers):
             self._commit(part)
-        if not self._draws_batches and part is not None and part.last:
-            self._part = None
+        if not self._draws_batches:
+            self._renew_chance()
+            if part is not None and part.last:
+                self._part = None
 
     def _commit(self, part: PhysicalPart) -> None:
-        if part.sequence is not None and self.ledger is not None:
-            self.ledger.commit(part.sequence)
+        if part.sequence is not None:
+            self._charges.commit(part.sequence)
             part.sequence = None
 
     def _check_hand_written(self) -> None:

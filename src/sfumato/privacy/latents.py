@@ -241,6 +241,77 @@ def release_mean(
     return noise.gaussian(plan.dimension, std, random, plus=total * step) / plan.population
 
 
+def release_class_sums(
+    table: UnitTable,
+    features: "Callable[[Batch], tuple[Tensor, Tensor]]",
+    plan: MeanEmbedding,
+    random: Random,
+    *,
+    classes: int,
+    products: bool,
+) -> "Tensor":
+    """For every public class the noisy sum of x, or of x x^T, over the public N: what a ``MeanEmbedding`` plan releases, once.
+
+    Guarantee: (plan.epsilon(), plan.delta)-private under plan.adjacency. Sampled: nothing. Clipped: every record's x to
+    length 1, so that x, and x x^T in the Frobenius norm, have length 1 at most; a record is in one class or in none; a unit
+    gives the mean over at most k of its records, whichever their classes: its classes side by side are one vector of length 1
+    at most. Noised: N(0, sigma^2) on every coordinate, where those of x x^T are its diagonal and sqrt(2) times what is above it.
+    Charged: one Gaussian of noise multiplier sigma, for all classes together. Divided by plan.population: never by the number of
+    a class's records, which is private. (The noisy sums of a constant entry of x tell it, noised, and may divide.)
+
+    What is added up are whole multiples of 2^-40, cut towards zero, so that no length grows and every sum is exact: a
+    unit moves it by its own number in whatever company.
+
+    Args:
+      features: a batch of units -> x (R, E), zero where a record has nothing to say; its class (R,), 0 .. classes - 1 or none of
+        these. Deterministic, public.
+    Returns: (classes, E) float64, or (classes, E, E), symmetric.
+    """
+    import torch
+
+    if plan.max_norm != 1.0:
+        raise UsageError(f"max_norm = {plan.max_norm} · must be 1, as the features are", next="Plan with max_norm 1.")
+    total: Tensor | None = None
+    for start in range(0, table.num_units, UNITS_AT_ONCE):
+        units = np.arange(start, min(start + UNITS_AT_ONCE, table.num_units))
+        batch = table.batch(units, records_per_unit=plan.records_per_unit, rng=random)
+        rows, of_class = features(batch)
+        entries = clip(rows, 1.0).mul_(2.0**15).trunc_()  # whole
+        counts = torch.bincount(batch.unit, minlength=batch.num_units)
+        weights = (2.0**10 / counts[batch.unit].double()).trunc_()  # of a unit's rows, together at most 2^10
+        if total is None:
+            shape = (classes, entries.shape[1], entries.shape[1]) if products else (classes, entries.shape[1])
+            total = torch.zeros(shape, dtype=torch.int64)
+        for number in range(classes):
+            mine = of_class == number
+            weighted = entries[mine] * weights[mine, None]
+            summed = weighted.T @ entries[mine] if products else weighted.sum(dim=0)  # exact: below 2^52
+            total[number] += summed.to(torch.int64)
+    if total is None:
+        raise UsageError("table · has no units", next="Give the records that the plan was made for.")
+    exact = total.double() * (2.0**-40 if products else 2.0**-25)
+    expected = math.prod(exact.shape) if not products else classes * exact.shape[1] * (exact.shape[1] + 1) // 2
+    if plan.dimension != expected:
+        raise UsageError(
+            f"dimension = {plan.dimension} · {classes} classes of {exact.shape[1]} entries make {expected}",
+            next="Take the features that the plan was made for.",
+        )
+    std = plan.noise_multiplier
+    if not products:
+        noisy = noise.gaussian(exact.numel(), noise.widened(std, 1.0, expected), random, plus=exact.reshape(-1))
+        return noisy.view_as(exact) / plan.population
+    above, right = torch.triu_indices(exact.shape[1], exact.shape[1], 1)
+    out = torch.empty_like(exact)
+    half = std / math.sqrt(2)
+    upper = exact[:, above, right].reshape(-1)
+    upper = noise.gaussian(upper.numel(), noise.widened(half, math.sqrt(0.5), expected), random, plus=upper)
+    out[:, above, right] = out[:, right, above] = upper.view(classes, -1)
+    diagonal = exact.diagonal(dim1=1, dim2=2).reshape(-1)
+    diagonal = noise.gaussian(diagonal.numel(), noise.widened(std, 1.0, expected), random, plus=diagonal)
+    out.diagonal(dim1=1, dim2=2).copy_(diagonal.view(classes, -1))
+    return out / plan.population
+
+
 def unit_means(rows: "Tensor", batch: Batch, max_norm: float) -> "Tensor":
     """(B, D): each unit's mean of clipped rows, of norm at most ``max_norm``; zero for a unit without rows."""
     clipped = clip(rows, max_norm)

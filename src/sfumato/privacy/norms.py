@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedLayer
+from sfumato.privacy.chance import LossChance
 from sfumato.privacy.estimate import Answer, Column, Source, charged
 from sfumato.privacy.gradients.arithmetic import exact
 from sfumato.privacy.gradients.bookkeeping import Tape
@@ -33,7 +34,7 @@ class GradientNorms:
 
     Args:
       losses: batch -> (B,), one loss per unit.
-      random: who of a unit's records is kept.
+      random: who of a unit's records is kept, and what losses draw.
       max_physical_batch_size: units at once.
 
     Raises: UnsupportedLayer for a layer or a loss that cannot be trained privately.
@@ -52,6 +53,7 @@ class GradientNorms:
         self._model, self._losses, self._table = model, losses, table
         self._records_per_unit, self._random = records_per_unit, random
         self._max_physical = max_physical_batch_size
+        self._chance = LossChance(model, random)
         Tape(model).detach()  # names what it cannot treat
         if table.num_units > 1:
             with left_alone(model):
@@ -74,9 +76,11 @@ class GradientNorms:
                 norms = [self._norms(tape, part) for part in parts if len(part)]
         finally:
             tape.detach()
+            self._chance.give_back()
         return Column(np.concatenate([np.zeros(0), *norms]), units)
 
     def _norms(self, tape: Tape, units: np.ndarray) -> np.ndarray:
+        self._chance.renew()
         batch = self._table.batch(units, records_per_unit=self._records_per_unit, rng=self._random)
         whose = Units(batch.unit, batch.num_units)
         tape.clear()

@@ -10,6 +10,7 @@ from sfumato.privacy.clip_estimate import with_estimated_bound
 from sfumato.privacy.plan import Composition, DpSgd, LatentRelease, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.release_planning import release_plan, worth
 from sfumato.privacy.settings import OF_RELEASES, PrivacySettings
+from sfumato.privacy.warm_planning import with_warm_start
 
 MIN_UNITS = 100  # with fewer, no choice of delta < 1/N means anything and any useful noise drowns the data
 LARGEST_EPSILON = 100.0  # above it the plan says "private" and protects nobody: e^100
@@ -29,6 +30,11 @@ def training_plan(settings: PrivacySettings, **sizes: Any) -> TrainingPlan:
         raise UsageError(
             "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
             next="Give privacy.max_grad_norm a number.",
+        )
+    if settings.warm_start is not None:
+        raise UsageError(
+            "warm_start · is a release before one training, not yet one at every site of a federation",
+            next="Set privacy.warm_start and model.warm_start: null.",
         )
     if settings.mechanism in OF_RELEASES:
         raise UsageError(
@@ -59,7 +65,7 @@ def make_plan(
       records: the number of records in the data, if known.
       parameters: how many numbers are trained, if known.
       memory_bytes: the memory that training may use, if known.
-      dimensions: of what is released, by name, where the mechanism is a release.
+      dimensions: of what is released, by name, where the mechanism is a release; of a warm start, ``warm_start``.
 
     Raises: PrivacyRefused; its ``refusals`` are dicts with code, message and next.
     """
@@ -103,7 +109,7 @@ def make_plan(
         if settings.mechanism in OF_RELEASES:
             plan, more = _release(settings, sizes, delta, possible, dimensions)
         else:
-            plan, more = _dp_sgd(settings, sizes, delta, possible)
+            plan, more = _dp_sgd(settings, sizes, delta, possible, dimensions)
         refusals += more
     if refusals or plan is None:
         words = "; ".join(reason["message"] for reason in refusals)
@@ -168,7 +174,11 @@ def _target_refusals(settings: PrivacySettings) -> list[dict[str, str]]:
 
 
 def _dp_sgd(
-    settings: PrivacySettings, sizes: dict[str, Any], delta: float, possible: bool
+    settings: PrivacySettings,
+    sizes: dict[str, Any],
+    delta: float,
+    possible: bool,
+    dimensions: Mapping[str, int] | None,
 ) -> tuple[DpSgd | Composition | None, list[dict[str, str]]]:
     """The private plan, and what speaks against its epsilon or noise."""
     refusals = _target_refusals(settings)
@@ -183,6 +193,18 @@ def _dp_sgd(
     try:
         if noise is not None:
             plan: DpSgd | Composition = DpSgd(**values, noise_multiplier=noise)
+        elif settings.warm_start is not None:
+            assert settings.epsilon is not None  # the settings see to it
+            if dimensions is None:
+                raise UsageError("warm_start · needs a model, of which is released", next="Plan with a recipe.")
+            of = settings.clip_estimate
+            plan = with_warm_start(
+                epsilon=settings.epsilon,
+                share=settings.warm_start.share,
+                dimension=dimensions["warm_start"],
+                clip_estimate=None if of is None else (of.share, of.quantile),
+                **values,
+            )
         elif settings.clip_estimate is not None:
             assert settings.epsilon is not None  # the settings see to it
             of = settings.clip_estimate

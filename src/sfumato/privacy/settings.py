@@ -77,6 +77,20 @@ class ClipEstimateSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartSettings:
+    """A release before the first step, whose records DP-SGD begins with (``warm_planning``; what is released: model.warm_start).
+
+    Attributes: share: of the guarantee (of 1/sigma^2) that the release has; DP-SGD has the rest.
+    """
+
+    share: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UsageError(f"share = {self.share} · must be between 0 and 1, both excluded", next="Take 0.03.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentModalitySettings:
     """One modality of released latents; their lengths are about 1 (``models.public_codes``).
 
@@ -182,6 +196,7 @@ class PrivacySettings:
     max_grad_norm: C. With parts it is what they make together, sqrt(sum C_m^2), and is left out. auto: a quantile of the norms
       at the first weights, estimated privately and paid from the same epsilon (privacy/clip_estimate.py).
     clip_estimate: for auto: which share of epsilon, and which quantile.
+    warm_start: a release before the first step, from the same epsilon, that the first weights are made of; None starts at random.
     clipping: flat: one clip; per_layer: each of L layers to C / sqrt(L); automatic: AUTO-S; adaptive: C follows the median
       of the norms from max_grad_norm on, and the counting is paid from the same epsilon (privacy/adaptive.py).
     parts: the model's parts with a bound each, instead of one; what is trained must be in one of them.
@@ -205,6 +220,7 @@ class PrivacySettings:
     delta: float | Literal["auto"] = "auto"
     max_grad_norm: float | Literal["auto"] = DEFAULT_MAX_GRAD_NORM
     clip_estimate: ClipEstimateSettings | None = None
+    warm_start: WarmStartSettings | None = None
     clipping: Clipping = "flat"
     parts: tuple[PartSettings, ...] = ()
     bands: int = 1
@@ -229,6 +245,11 @@ class PrivacySettings:
                     f"clip_estimate · would estimate C, but max_grad_norm = {self.max_grad_norm} says it",
                     next="Set privacy.max_grad_norm: auto, or leave out privacy.clip_estimate.",
                 )
+        if self.warm_start is not None and (self.mechanism != "dp_sgd" or self.epsilon is None):
+            raise UsageError(
+                f"warm_start · takes a share of epsilon = {self.epsilon} before the steps of mechanism = {self.mechanism}",
+                next="Set privacy.epsilon and mechanism: dp_sgd, or leave out privacy.warm_start.",
+            )
         if self.epsilon is not None:
             checks.positive(epsilon=self.epsilon, next="Ask for an epsilon such as 8, or set privacy.mechanism: none.")
         if self.noise_multiplier is not None:

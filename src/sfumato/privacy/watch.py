@@ -1,12 +1,13 @@
 """What must never pass in silence: a gradient that was not clipped, a tensor that changes without noise."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import UnsupportedLayer
+from sfumato.errors import LedgerError, UnsupportedLayer
 from sfumato.privacy.gradients.bookkeeping import Tape
 from sfumato.privacy.gradients.groups import listed
 from sfumato.privacy.gradients.rules import buffers_of_weights
@@ -91,7 +92,8 @@ class Gradients:
 
 
 class Watch:
-    """Buffers and frozen parameters: what no clipping and no noise protects must stay as it is while a batch is used.
+    """One batch, from its draw to its step. It is for one process; and buffers and frozen parameters, which no clipping and
+    no noise protects, must stay as they are while it is used.
 
     Remembers the unprotected tensors of a model, and says which of them were changed. It looks at torch's version
     counters, not at the numbers: that costs nothing, an assignment of the same number counts as a change, and one through
@@ -99,6 +101,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._process = os.getpid()
         self._model = model
         self._kinds: dict[str, str] = {}
         self._held: list[tuple[str, Tensor, int]] = []
@@ -109,6 +112,17 @@ class Watch:
             for name, tensor in named:
                 self._kinds[name] = kind
                 self._held.append((name, tensor, tensor._version))
+
+    def require_process(self) -> None:
+        """Raises LedgerError in a process that was forked since the batch was drawn: it would be released a second time, with
+        other noise, and the two together have less noise than the one event that was charged says."""
+        if os.getpid() != self._process:
+            raise LedgerError(
+                f"process = {os.getpid()} · was forked from process {self._process}, which has drawn and charged this batch: a "
+                "batch is for one step of one process",
+                next=f"Step in process {self._process}; in another, make a new engine and draw new batches.",
+                code="ledger_forked",
+            )
 
     def check_forward(self) -> None:
         """Raises UnsupportedLayer if something was changed, or exchanged, since the watch began."""

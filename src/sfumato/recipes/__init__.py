@@ -12,21 +12,32 @@ from sfumato.recipes.clinic import (
     clinic_mean_embedding,
     clinic_records,
     clinic_shared_latents,
+    clinic_sound,
 )
 from sfumato.recipes.emoji import emoji
-from sfumato.recipes.mnist import fashion_mnist, mnist
+from sfumato.recipes.families import clinic_adversarial, clinic_variational
+from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
+from sfumato.recipes.tokens import clinic_tokens, emails, wordnet
 
 NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic": clinic,
     "clinic-records": clinic_records,
+    "clinic-sound": clinic_sound,
     "clinic-banded": clinic_banded,
     "clinic-latents": clinic_latents,
     "clinic-shared-latents": clinic_shared_latents,
     "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
+    "clinic-variational": clinic_variational,
+    "clinic-adversarial": clinic_adversarial,
+    "clinic-tokens": clinic_tokens,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
+    "mnist-labels": mnist_labels,
+    "fashion-labels": fashion_labels,
     "emoji": emoji,
+    "wordnet": wordnet,
+    "emails": emails,
 }
 
 

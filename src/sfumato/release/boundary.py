@@ -17,9 +17,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-PUBLIC_BASELINES = ("real held-out", "shuffled captions", "chance")
+PUBLIC_BASELINES = ("real held-out", "shuffled captions", "shuffled conditions", "chance", "public letter model")
 LEAVES = ("public", "charged", "post-processing")
-FIGURE_KEYS = ("name", "value", "low", "high", "better", "baseline", "extractor", "samples", "covered_by", "note")
+FIGURE_KEYS = (
+    "name", "value", "low", "high", "better", "baseline", "extractor", "samples", "covered_by", "note", "direction",
+)  # fmt: skip
 
 # Entries of a data card that state how data was declared or made, never what private records turned out to hold.
 CARD_KEYS = (

@@ -33,6 +33,28 @@ def trajectory(points: Sequence[Point], *, budget: float | None, planned_steps: 
     return _svg("Epsilon spent after each step", marks)
 
 
+def looks(points: Sequence[Point]) -> str:
+    """The loss on public records at each look while it trained, the lowest marked. Points: [[step, loss], ...], ascending."""
+    losses = [p[1] for p in points]
+    room = 0.08 * (max(losses) - min(losses)) or 0.1 * abs(losses[0]) or 1.0
+    bottom, top = min(losses) - room, max(losses) + room
+    frame = _Frame((0, points[-1][0]), (bottom, top))
+    marks = [frame.axes(_ticks(0, points[-1][0]), _ticks(bottom, top), "step", "loss on public records")]
+    marks.append(frame.line([(p[0], p[1]) for p in points], "line"))
+    lowest = min(points, key=lambda p: p[1])
+    marks.append(frame.dot(lowest[0], lowest[1], "dot"))
+    right = frame.x(lowest[0]) > WIDTH / 2
+    marks.append(
+        _text(
+            frame.x(lowest[0]) + (-8 if right else 8),
+            frame.y(lowest[1]) - 10,
+            f"lowest: {lowest[1]:.4g} at step {lowest[0]:.0f}",
+            "value end" if right else "value",
+        )
+    )
+    return _svg("Loss on public records while it trained", marks)
+
+
 def curve(points: Sequence[Point], *, at: Point | None) -> str:
     """The whole epsilon(delta) curve, delta logarithmic. Points: [[delta, epsilon], ...]; ``at`` is the claim."""
     pairs = sorted((math.log10(p[0]), p[1]) for p in points if p[0] > 0)
@@ -89,6 +111,7 @@ def row(
         shape = {
             "real held-out": '<path class="real" d="M0 3V21"/>',
             "shuffled captions": '<circle class="shuffled" cx="0" cy="12" r="4"/>',
+            "shuffled conditions": '<circle class="shuffled" cx="0" cy="12" r="4"/>',
             "non-private twin": '<path class="twin" d="M-5.5 12L0 6.5L5.5 12L0 17.5Z"/>',
         }.get(name, '<path class="other" d="M-4 8L4 16M4 8L-4 16"/>')
         title = f"<title>{escape(name)}: {number:.4g}</title>"

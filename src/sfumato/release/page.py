@@ -3,7 +3,6 @@
 Both are views of a run's reports. The internal version shows everything; the public one what ``boundary`` lets through.
 """
 
-import base64
 import json
 import math
 import re
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import PrivacyRefused, UsageError
-from sfumato.release import boundary, charts, provenance, templates, wording
+from sfumato.release import boundary, charts, exhibits, provenance, templates, wording
+from sfumato.release.earlier import earlier_runs
 from sfumato.release.settings import ReleaseSettings
 
-MAX_PICTURE = 8 * 2**20  # bytes of one PNG that is put into the page
-STRIP = 6  # pictures over time
 POINTS = 10  # of the trajectory when it is computed from the plan
 
 MISSING = {
@@ -77,6 +75,8 @@ def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
         "cost": reports["cost"],
         "federation": federation,
         "pictures": _pictures(run_dir),
+        "samples": exhibits.directions(run_dir),
+        "looks": _looks(run_dir, public=public),
         "provenance": everything,
         "missing": {name: text for name, text in MISSING.items() if reports[name] is None},
     }
@@ -94,10 +94,12 @@ def render(run_dir: Path | str, *, public: bool = False) -> str:
         growth=None if values["guarantee"] is None else _growth(values["guarantee"].get("epsilon")),
         charts=_charts(values),
         quality_groups=_quality_groups(values["quality"]),
-        images={name: _picture(run_dir / "samples" / name) for name in _shown(values["pictures"])},
+        images=exhibits.embedded(run_dir, values["samples"]),
+        titles=exhibits.TITLES,
         settings=_flat(values["provenance"]["recipe"]),
         posterior=_posterior(values["guarantee"]),
         detection=_detection(values["guarantee"]),
+        earlier=earlier_runs(run_dir, values["guarantee"]) if values["private"] else None,
         max_epsilon=_policy(values["provenance"]["recipe"]),
     )
 
@@ -137,12 +139,12 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
         population=None if largest is None else guarantee["population"],
         largest_batch=largest,
     )
-    if any(stage.get("name") != "estimate" for stage in earlier):
+    if any(stage.get("name") not in ("estimate", "mean_embedding") for stage in earlier):
         return []
     before = [
         accounting.Event(
-            mechanism="gaussian" if stage["sampling_rate"] == 1 else "poisson_gaussian",
-            sampling_rate=float(stage["sampling_rate"]),
+            mechanism="gaussian" if stage.get("sampling_rate", 1) == 1 else "poisson_gaussian",
+            sampling_rate=float(stage.get("sampling_rate", 1)),
             noise_multiplier=float(stage["noise_multiplier"]),
         )
         for stage in earlier
@@ -194,50 +196,29 @@ def _length(value: Any) -> int:
 
 
 def _pictures(run_dir: Path) -> dict[str, Any]:
-    """Names of the sample files, and the captions of the grids."""
-    folder = run_dir / "samples"
-    steps = sorted(path.name for path in folder.glob("step-*.png")) if folder.is_dir() else []
-    captions: Any = []
-    if (folder / "captions.json").is_file():
+    """Names of the grids of text→image, and their captions (``samples`` has every direction)."""
+    first = next((entry for entry in exhibits.directions(run_dir) if not entry["slug"]), None)
+    if first is None:
+        return {"final": None, "real": None, "steps": [], "captions": []}
+    part = first["parts"][0]
+    return {"final": part["final"], "real": part["real"], "steps": part["steps"], "captions": first["texts"]}
+
+
+def _looks(run_dir: Path, *, public: bool) -> list[list[float]]:
+    """[[step, loss on public records], ...] while it trained; the public page has them where the guarantee covers them."""
+    points: dict[int, float] = {}
+    path = run_dir / "quality.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder / 'captions.json'} · must be JSON ({error})", next="Remove it.") from None
-    if isinstance(captions, dict):
-        captions = captions.get("captions") or []
-    return {
-        "final": "final.png" if (folder / "final.png").is_file() else (steps[-1] if steps else None),
-        "real": "real.png" if (folder / "real.png").is_file() else None,
-        "steps": _spread(steps, STRIP),
-        "captions": [str(caption) for caption in captions],
-    }
-
-
-def _spread(names: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of the names, first and last among them, evenly."""
-    if len(names) <= count:
-        return list(names)
-    return [names[round(index * (len(names) - 1) / (count - 1))] for index in range(count)]
-
-
-def _shown(pictures: Mapping[str, Any]) -> list[str]:
-    return [name for name in (pictures["final"], pictures["real"], *pictures["steps"]) if name]
-
-
-def _picture(path: Path) -> dict[str, Any] | None:
-    """A PNG as a data address with its size in pixels; None for what is no PNG of reasonable size."""
-    if path.stat().st_size > MAX_PICTURE:
-        return None
-    data = path.read_bytes()
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
-        return None
-    step = re.search(r"step-0*(\d+)", path.name)
-    return {
-        "src": "data:image/png;base64," + base64.b64encode(data).decode("ascii"),
-        "width": int.from_bytes(data[16:20], "big"),
-        "height": int.from_bytes(data[20:24], "big"),
-        "step": int(step.group(1)) if step else None,
-    }
+            look = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        if not isinstance(look, dict) or (public and look.get("covered_by") not in boundary.LEAVES):
+            continue
+        step, loss = look.get("step"), look.get("public_loss")
+        if isinstance(step, int) and isinstance(loss, (int, float)) and math.isfinite(loss):
+            points[step] = float(loss)
+    return [[step, points[step]] for step in sorted(points)]
 
 
 def _charts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -257,6 +238,8 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
         drawn["curve"] = charts.curve(
             curve, at=(guarantee["delta"], guarantee["epsilon"]) if guarantee.get("delta") else None
         )
+    if len(values["looks"]) > 2:
+        drawn["looks"] = charts.looks(values["looks"])
     if not values["public"]:
         control = audit.get("positive_control")
         attacks = [*audit.get("attacks", []), *([control] if control else [])]
@@ -270,27 +253,45 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
     return drawn
 
 
+AGREES = re.compile(r"agree|kappa|retriev|recall|R@|^accuracy|heart rate|ROUGE", re.IGNORECASE)
+SAYS = {  # what an agreement is about, by direction
+    "text→image": "Does the picture say what its text says?",
+    "image→text": "Does the text say what its picture shows?",
+    "text→audio": "Does the sound say what its text says?",
+    "audio→text": "Does the text say what its sound tells?",
+}
+
+
 def _quality_groups(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Figures with their drawn rows, those that agree with facts or captions first."""
-    groups: dict[str, list[dict[str, Any]]] = {
-        "Does the picture say what its text says?": [],
-        "Do the pictures look like real ones?": [],
-    }
-    for figure in (report or {}).get("figures", []):
-        agrees = re.search(r"agree|kappa|retriev|recall|R@|accuracy", figure.get("name", ""), re.IGNORECASE)
+    """Figures with their drawn rows, by direction; of each those first that agree with what was told."""
+    figures = (report or {}).get("figures", [])
+    several = len({figure.get("direction") for figure in figures}) > 1
+    groups: dict[tuple[str, int], dict[str, Any]] = {}
+    for figure in figures:
+        direction = str(figure.get("direction") or "text→image")
+        name = str(figure.get("name", "")).removeprefix(f"{direction}: ")
+        wanted = direction.rpartition("→")[2]
+        what = {"image": "pictures", "text": "texts", "audio": "sounds"}.get(wanted, "records")
+        kind, title = (
+            1,
+            f"Do the {what} look like real ones?" if wanted == "image" else f"Are the {what} like real ones?",
+        )
+        if name.startswith("train on synthetic"):
+            kind, title = 2, f"Can one learn from the {what}?"
+        elif AGREES.search(name):
+            kind, title = 0, SAYS.get(direction, "Does it say what it was told?")
         baseline = figure.get("baseline") or {}
-        scale = _scale(
-            [
-                figure["value"],
-                *baseline.values(),
-                *(v for v in (figure.get("low"), figure.get("high")) if v is not None),
-            ]
-        )
+        ends = (v for v in (figure.get("low"), figure.get("high")) if v is not None)
+        scale = _scale([figure["value"], *baseline.values(), *ends])
         drawn = charts.row(figure["value"], figure.get("low"), figure.get("high"), baseline, scale)
-        groups[list(groups)[0 if agrees else 1]].append(
-            {**figure, "baseline": baseline, "drawn": drawn, "scale": scale}
+        group = groups.setdefault(
+            (direction, kind), {"title": f"{direction}: {title}" if several else title, "figures": []}
         )
-    return [{"title": title, "figures": figures} for title, figures in groups.items() if figures]
+        shuffled = baseline.get("shuffled captions", baseline.get("shuffled conditions"))
+        entry = {"name": name, "baseline": baseline, "shuffled": shuffled, "drawn": drawn, "scale": scale}
+        group["figures"].append({**figure, **entry})
+    order = list(dict.fromkeys(direction for direction, _ in groups))
+    return [group for _, group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))]
 
 
 def _scale(numbers: Sequence[float]) -> tuple[float, float]:

@@ -5,7 +5,8 @@ In this order, and nothing later is looked at before what it rests on holds:
 1. layout      only the known files, plain files, no links, within the limits
 2. signature   canonical manifest, known signer, valid Ed25519
 3. files       exactly the manifest's files, with its sizes and hashes
-4. the claims  release marker, taint of tensors, what may leave, epsilon recomputed from the events, plan, card
+4. the claims  release marker, taint of tensors, what may leave, plan, ledger, epsilon recomputed from the events
+5. the recipe  makes the ledger's plan, made anew; and the card says what the reports say
 
 What it cannot tell: that the training did what its ledger says. That is what the signature vouches for, and what
 conformance tests and audits are for.
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import SfumatoError, UsageError, VerificationFailed
-from sfumato.release import boundary, canonical, card, keys, manifest, provenance, tensors
+from sfumato.release import boundary, canonical, card, keys, manifest, provenance, recomputed, tensors
 from sfumato.release.keys import PublicKey
 from sfumato.release.manifest import FileEntry
 
 if TYPE_CHECKING:
     from sfumato.privacy.accounting import Adjacency, Event
+    from sfumato.privacy.plan import PrivatePlan
 
 TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
 MAX_EVENTS = 100_000
@@ -114,8 +116,9 @@ def verify_with(folder: Path, trusted: Mapping[str, PublicKey]) -> dict[str, Any
     ):
         if not _record(result, name, step) and name == "reports":
             return result
-    if all(check["ok"] for check in result["checks"]):  # what is wrong already is not worth comparing
-        _record(result, "card", bundle.card)
+    for name, step in (("recipe", bundle.recipe), ("card", bundle.card)):
+        if all(check["ok"] for check in result["checks"]):  # what is wrong already is not worth comparing
+            _record(result, name, step)
     result["epsilon"], result["delta"] = bundle.recomputed
     result["valid"] = all(check["ok"] for check in result["checks"])
     return result
@@ -149,6 +152,7 @@ class _Bundle:
         self.json: dict[str, dict[str, Any]] = {}
         self.events: Sequence[Event] = ()
         self.adjacency: Adjacency = "add_or_remove"
+        self.kept: PrivatePlan | None = None  # the plan of the ledger
         self.recomputed: tuple[float | None, float | None] = (None, None)
 
     def layout(self) -> str:
@@ -275,10 +279,6 @@ class _Bundle:
             raise _failed(
                 f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
             )
-        if _released(asked) != _claimed_release(mechanism):
-            raise _failed(
-                f"what is released: the recipe says {str(_released(asked))[:100]}, the claim {str(_claimed_release(mechanism))[:100]}"
-            )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
@@ -309,7 +309,7 @@ class _Bundle:
             raise _failed(
                 f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
             )
-        self.adjacency = plan.adjacency
+        self.adjacency, self.kept = plan.adjacency, plan
         for key in ("delta", "population", "unit", "records_per_unit", "adjacency"):
             _same(key, privacy.get(key), getattr(plan, key))
         kept = plan.mechanism(self.events)
@@ -376,6 +376,14 @@ class _Bundle:
                 return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
         return []
 
+    def recipe(self) -> str:
+        """The plan is the one that the recipe makes, stage by stage and field by field."""
+        assert self.kept is not None  # nothing failed before
+        wrong = recomputed.problems(self.json["provenance.json"]["recipe"], self.kept)
+        if wrong:
+            raise _failed("; ".join(wrong[:5]))
+        return "the recipe makes the plan that the ledger was kept under"
+
     def card(self) -> str:
         wrong = card.problems(self.text["README.md"], self.json)
         if wrong:
@@ -384,16 +392,21 @@ class _Bundle:
 
 
 def _training_of(mechanism: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The steps of a claim: all of it, or what comes after the estimate of C that the recipe asked for."""
-    stages = mechanism.get("stages")
-    if asked.get("max_grad_norm") != "auto":
+    """The steps of a claim: all of it, or what comes after the release and the estimate of C that the recipe asked for."""
+    wanted = ["mean_embedding"] if asked.get("warm_start") is not None else []
+    wanted += ["estimate"] if asked.get("max_grad_norm") == "auto" else []
+    if not wanted:
         return mechanism
-    if mechanism.get("name") == "composition" and isinstance(stages, list) and len(stages) == 2:
-        first, last = stages
-        if isinstance(first, dict) and first.get("name") == "estimate" and isinstance(last, dict):
-            if last.get("max_grad_norm") == "estimated":
-                return last
-    raise _failed("max_grad_norm: the recipe says 'auto', the claim has no estimate of it before its steps")
+    stages = mechanism.get("stages")
+    if mechanism.get("name") == "composition" and isinstance(stages, list) and all(isinstance(s, dict) for s in stages):
+        *first, last = stages
+        estimated = last.get("max_grad_norm") == "estimated"
+        if [stage.get("name") for stage in first] == wanted and estimated == (asked.get("max_grad_norm") == "auto"):
+            return last
+    what = {"mean_embedding": "warm_start", "estimate": "max_grad_norm: auto"}
+    raise _failed(
+        f"{', '.join(what[name] for name in wanted)}: the recipe asks for it, the claim's steps do not come after it"
+    )
 
 
 def _stages(plan: Any) -> Sequence[Any]:
@@ -416,40 +429,6 @@ def _check_estimates(found: Any, plan: Any) -> None:
     waiting = [stage for stage in _stages(plan) if isinstance(stage, DpSgd) and stage.max_grad_norm == "estimated"]
     if waiting and len(found) != 1:
         raise _failed(f"estimates: {len(found)} are said, the plan estimates one max_grad_norm")
-
-
-def _released(asked: dict[str, Any]) -> Any:
-    """Form, bounds and centre of the release that a recipe asks for."""
-    latents, mean = asked.get("latents"), asked.get("mean_embedding")
-    if asked["mechanism"] == "mean_embedding":
-        return mean.get("max_norm") if isinstance(mean, dict) else None
-    if asked["mechanism"] == "codebook":
-        return "codes"
-    if asked["mechanism"] != "latents" or not isinstance(latents, dict):
-        return None
-    bounds = _bounds(latents) if latents.get("form") == "independent" else None
-    return [latents.get("form"), bool(latents.get("centre")), bounds]
-
-
-def _claimed_release(mechanism: dict[str, Any]) -> Any:
-    """The same of a claim."""
-    if mechanism.get("name") == "mean_embedding":
-        return mechanism.get("max_norm")
-    stages = mechanism.get("stages", [mechanism])
-    last = stages[-1] if isinstance(stages, list) and stages and isinstance(stages[-1], dict) else {}
-    if last.get("name") == "codebook":
-        return "codes"
-    if last.get("name") != "latent_release":
-        return None
-    bounds = _bounds(last) if last.get("form") == "independent" else None
-    return [last.get("form"), len(stages) > 1, bounds]
-
-
-def _bounds(values: dict[str, Any]) -> Any:
-    modalities = values.get("modalities")
-    if not isinstance(modalities, list) or not all(isinstance(m, dict) for m in modalities):
-        return modalities
-    return [[m.get("name"), m.get("max_norm")] for m in modalities]
 
 
 def _parts(values: dict[str, Any]) -> Any:

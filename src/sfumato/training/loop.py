@@ -111,9 +111,10 @@ def train(
                 continue
 
             meter.add_up(processes)
-            average.update(model, step)
             step += 1
-            after_step(step)  # post-processing, where a family has any
+            with engine.frozen():
+                after_step(step)  # post-processing, where a family has any
+            average.update(model, step - 1)
             charged = step + wasted
             if step % settings.log_every == 0 or step == first_step + 1 or charged == plan.steps:
                 figures = meter.figures(charged, float(optimizer.param_groups[0]["lr"]))

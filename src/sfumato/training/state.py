@@ -22,24 +22,25 @@ KEPT = 2  # checkpoints on disk; older ones are removed
 
 
 class Average:
-    """Exponential moving average of the trained tensors; post-processing, costs no privacy.
+    """Exponential moving average of what is sampled and saved: the trained tensors, or those that the model names
+    (``averaged``). Post-processing, costs no privacy.
 
     The decay grows as (1 + step) / (10 + step) up to ``decay``, so that early averages do not remember the first weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.tensors = {name: p.detach().clone() for name, p in _averaged(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
-        trained = [p.detach() for p in model.parameters() if p.requires_grad]
-        torch._foreach_lerp_(list(self.tensors.values()), trained, weight)
+        now = [p.detach() for p in _averaged(model).values()]
+        torch._foreach_lerp_(list(self.tensors.values()), now, weight)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchanges the model's trained tensors with the averaged ones; a second call undoes it."""
+        """Exchanges the model's tensors with the averaged ones; a second call undoes it."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
                 held = self.tensors[name].clone()
@@ -158,6 +159,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _averaged(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = getattr(model, "averaged", None)
+    return named() if named is not None else {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What is looked at while a model trains: a line of figures, and pictures. [shell]
+"""What is looked at while a model trains: lines of figures (samples are in ``samples``). [shell]
 
 A watcher is called by the loop and returns nothing; it cannot change what is trained.
 """
@@ -6,11 +6,9 @@ A watcher is called by the loop and returns nothing; it cannot change what is tr
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from sfumato.errors import OutsideError
 
@@ -42,24 +40,6 @@ class MetricsFile:
 
     def picture(self, step: int, model: Any) -> None:
         """Metrics are numbers only."""
-
-
-class Pictures:
-    """``samples/step-NNNNNN.png``: a grid for the same public captions and the same seed each time."""
-
-    def __init__(self, folder: Path, captions: Sequence[str], *, columns: int = 6, seed: int = 0) -> None:
-        self._folder = folder
-        self._captions = list(captions)
-        self._columns = columns
-        self._seed = seed
-
-    def figures(self, values: dict[str, Any]) -> None:
-        """Pictures are drawn, not counted."""
-
-    def picture(self, step: int, model: Any) -> None:
-        if self._captions:
-            pictures = model.generate(self._captions, seed=self._seed)
-            write_grid(self._folder / f"step-{step:06d}.png", pictures, columns=self._columns)
 
 
 class Board:
@@ -110,29 +90,6 @@ class Line:
 
     def picture(self, step: int, model: Any) -> None:
         """A line cannot show a picture."""
-
-
-def write_grid(path: Path, pictures: np.ndarray, *, columns: int, scale: int | None = None) -> None:
-    """Writes (N, H, W, C) uint8 as one PNG, enlarged to be looked at. Raises OutsideError where the disk says no."""
-    from PIL import Image
-
-    count, height, width, channels = pictures.shape
-    rows = -(-count // columns)
-    scale = scale or max(1, 96 // max(height, width))
-    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), 128, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = i // columns * (height + 2), i % columns * (width + 2)
-        grid[top : top + height, left : left + width] = picture
-    image = Image.fromarray(grid[..., 0] if channels == 1 else grid)
-    scratch = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(scratch, format="PNG")
-        scratch.replace(path)
-    except OSError as error:
-        raise OutsideError(
-            f"picture = {path} · could not be written ({error})", next="Free some disk space, then --resume."
-        ) from None
 
 
 def _drop_half_line(path: Path) -> None:

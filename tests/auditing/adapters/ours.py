@@ -1,17 +1,23 @@
 """This project's engine, with every way to clip, on batches of a hand-written loop and on batches that it draws."""
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 from tests.auditing.adapters import loop
+from tests.auditing.adapters.together import together
 
 from sfumato.auditing.conformance import Run, Trainer
+from sfumato.models import model as models
+from sfumato.models.settings import ModelSettings
 from sfumato.privacy.adaptive import AdaptiveClip
 from sfumato.privacy.engine import DifferentialPrivacyEngine
 from sfumato.privacy.gradients.groups import Part
+from sfumato.privacy.processes import Processes
 from sfumato.privacy.sampling import poisson_units
 from sfumato.randomness import TestRandom
-from sfumato.records import UnitTable
+from sfumato.records import Record, UnitTable
 
 C, SIGMA, EXPECTED, RATE = 0.7, 1.0, 4.0, 0.002
 COUNTED = AdaptiveClip(count_noise=3.0)
@@ -114,6 +120,51 @@ def step_of_persons(model, inputs, owner, noise_multiplier, generator):
     engine.detach()
 
 
+def step_together(model, inputs, noise_multiplier, generator, processes):
+    """One step by so many processes of torch.distributed, each with every so-many-th of the units and its own chance."""
+    seeds = torch.randint(2**62, (processes,), generator=generator).tolist()
+    shares = [inputs[rank::processes] for rank in range(processes)]
+    first, *others = together(processes, one_of_several, model, shares, noise_multiplier, seeds)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), first, strict=True):
+            parameter.copy_(value)
+
+
+def one_of_several(group, rank, size, model, shares, noise_multiplier, seeds):
+    by_hand = {"expected_batch_size": EXPECTED, "sampling_rate": RATE, "loss_reduction": "sum"}
+    random = TestRandom(seeds[rank])
+    engine = engine_of(model, "flat", noise_multiplier, random, processes=Processes(group), **by_hand)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    model(shares[rank]).sum().backward()
+    optimizer.step()
+    engine.detach()
+    return [p.detach() for p in model.parameters()]
+
+
+@lru_cache(maxsize=1)
+def _pipeline():
+    return models.build(ModelSettings(), picture_shape=(8, 8, 1))
+
+
+def prepare(inputs):
+    """What happens to records before a training: a model's codecs make tensors of them, grouped by unit. A row of numbers
+    becomes a picture of them, and a text of words for them."""
+    pixels = (128 + 40 * inputs.double()).clamp(0, 255).to(torch.uint8)
+    records = [
+        Record(
+            id=f"{i:03d}",
+            unit=f"{i:03d}",
+            image=np.resize(row.numpy(), (8, 8, 1)),
+            text=" ".join(f"word{v}" for v in row.tolist()),
+        )
+        for i, row in enumerate(pixels)
+    ]
+    table = _pipeline().encode(records)
+    batch = table.batch(range(len(records)), records_per_unit=1)
+    return torch.cat([batch.tensors[name].double().flatten(1) for name in ("image", "text")], dim=1)
+
+
 def claim(kind, **changes):
     bound = math.hypot(*PART_BOUNDS) if kind == "parts" else C
     clipping = "other" if kind == "parts" else kind
@@ -130,6 +181,8 @@ def trainer(kind="flat", dtype="float64", **changes) -> Trainer:
             "sample": sample,
             "train": train_of(kind),
             "resume": resume_of(kind),
+            "step_together": step_together if kind == "flat" else None,
+            "prepare": prepare,
             "accountant": loop.accountant,
             "model": loop.Network,
             "units": loop.units,

@@ -442,7 +442,7 @@ def test_a_gpt2_of_some_size_is_trained_saved_loaded_and_generates(adapter, tmp_
 
 def test_the_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[3] / "docs" / "pretrained.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     with quiet():
         exec(compile(code, str(page), "exec"), {})

@@ -1,4 +1,4 @@
-"""A fully connected denoiser: small, fast on two cores, and cheap to train privately.
+"""Fully connected networks, a denoiser and a plain one: small, fast on two cores, and cheap to train privately.
 
 Every layer is ``nn.Linear``, so a unit's gradient norm costs a few inner products (privacy/gradients), and the K noise
 draws of a record are one more dimension of the same matrix product.
@@ -38,6 +38,32 @@ class ResidualMlp(nn.Module):
             inside = up(normalised(hidden)) + told_layer(told)
             hidden = hidden + down(nn.functional.silu(inside))
         return self.outward(normalised(hidden))
+
+
+class Stack(nn.Module):
+    """(..., I) -> (..., O): a layer in, ``depth`` residual layers, a layer out, and a linear map beside them.
+
+    The linear map starts at zero; what is learnt first, under noise, is what a linear map can do.
+
+    Args: first_std: of the first layer's random weights, so that sparse inputs come out at unit scale; None is torch's.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, width: int, depth: int, first_std: float | None = None) -> None:
+        super().__init__()
+        self.inward = nn.Linear(inputs, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outward = nn.Linear(width, outputs)
+        self.straight = nn.Linear(inputs, outputs, bias=False)
+        nn.init.zeros_(self.straight.weight)
+        if first_std is not None:
+            nn.init.normal_(self.inward.weight, std=first_std)
+            nn.init.zeros_(self.inward.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inward(x)
+        for layer in self.layers:
+            hidden = hidden + nn.functional.silu(layer(normalised(hidden)))
+        return self.outward(nn.functional.silu(normalised(hidden))) + self.straight(x)
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sfumato.models.settings import UNet
 
+_HEAD = 8
+
 
 class UNetDenoiser(nn.Module):
     """Called like ``ResidualMlp``. The K draws are K calls, so that every layer sees R rows (the engine adds calls up)."""
@@ -19,6 +21,7 @@ class UNetDenoiser(nn.Module):
         from diffusers import UNet2DConditionModel
 
         self.latent_shape = latent_shape
+        self.condition_width = condition or _HEAD  # without any condition it attends to one token of zeros
         channels, height, _ = latent_shape
         levels = len(settings.channels)
         blocks: dict[str, Any] = {
@@ -31,16 +34,18 @@ class UNetDenoiser(nn.Module):
             out_channels=channels,
             block_out_channels=settings.channels,
             layers_per_block=settings.layers_per_block,
-            cross_attention_dim=condition,
-            attention_head_dim=8,
+            cross_attention_dim=self.condition_width,
+            attention_head_dim=_HEAD,
             norm_num_groups=8,
             **blocks,
         )
 
     def forward(self, latents: Tensor, level: Tensor, condition: Tensor) -> Tensor:
         rows = latents.shape[0]
+        condition = nn.functional.pad(condition, (0, self.condition_width - condition.shape[-1])).to(latents.dtype)
         if rows == 0:  # Poisson sampling may draw nobody; the attention of diffusers cannot view no rows
-            return latents * condition.sum(dim=-1, keepdim=True)  # still a function of the weights, so backward() works
+            first = self.unet.conv_in(latents.reshape(0, *self.latent_shape))
+            return latents * (condition.sum(dim=-1, keepdim=True) + first.sum())  # of the weights, so backward() works
         draws = [
             self.unet(
                 latents[:, k].reshape(rows, *self.latent_shape),

@@ -57,7 +57,23 @@ class ContinuousCodec(Codec, Protocol):
 
 
 class TokenCodec(Codec, Protocol):
+    end: int | None
+    """The token after which there is nothing but padding; None where all L places are always taken."""
+
     @property
     def vocabulary(self) -> int:
         """How many tokens there are; the number itself pads short records."""
+        ...
+
+    @property
+    def ranges(self) -> Sequence[tuple[int, int]]:
+        """(first token, one past the last) of what may stand at each of the L places: public, so nobody need learn it."""
+        ...
+
+    def coordinates(self) -> Tensor | None:
+        """(vocabulary, F): what is publicly known of the tokens, alike ones close together; None: nothing is."""
+        ...
+
+    def places(self) -> Tensor | None:
+        """(L, G): what is publicly known of the places of the sequence, alike ones close together; None: nothing is."""
         ...

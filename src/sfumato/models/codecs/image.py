@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import DataError, UsageError
-from sfumato.models.settings import Cosine, ImageCodec, Pixels
+from sfumato.models import augmentation
+from sfumato.models.settings import Cosine, PictureKind, PictureNumbers, Pixels
 from sfumato.records import Modality, Record
 
 _AT_ONCE = 4096  # pictures encoded together
@@ -24,7 +25,7 @@ _AT_ONCE = 4096  # pictures encoded together
 class PictureCodec:
     """Records' pictures as flat latents (R, D), and back."""
 
-    settings: ImageCodec
+    settings: PictureNumbers
     picture_shape: tuple[int, int, int]
     sigma_data: float
     modality: ClassVar[Modality] = "image"
@@ -64,6 +65,19 @@ class PictureCodec:
     def blank(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.scale.numel())
 
+    def augmented(
+        self, encoded: Tensor, kinds: Sequence[PictureKind], count: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``count`` copies of every picture, (R, D) -> (R, M, D), by way of its pixels, which are not kept: one changed copy, or
+        the picture itself and changed ones.
+
+        Every copy is made of its own row alone (``augmentation``); what a cosine codec leaves out stays left out.
+        """
+        pictures = self.coder.pictures(encoded.reshape(-1, *self.shape))
+        chance = torch.default_generator if generator is None else generator
+        changed = augmentation.copies(pictures, count, kinds, chance, keep_first=count > 1)
+        return self.coder.latents(changed.flatten(0, 1)).reshape(len(encoded), count, self.scale.numel())
+
     def decode(self, encoded: Tensor) -> Sequence[np.ndarray]:
         return list(self.coder.decode(encoded.reshape(-1, *self.shape)).numpy())
 
@@ -77,7 +91,7 @@ class ImageCoder:
     pixel of the picture shrunk to F x F. A picture is then band-limited: what is above frequency F is never modelled.
     """
 
-    settings: ImageCodec
+    settings: PictureNumbers
     height: int
     width: int
     channels: int
@@ -114,7 +128,15 @@ class ImageCoder:
 
     def encode(self, pictures: Tensor) -> Tensor:
         """(R, H, W, C) uint8 -> (R, C, h, w) float32."""
-        x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return self.latents(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(R, C, h, w) float -> (R, H, W, C) uint8, values outside the grey range clipped."""
+        x = self.pictures(latents)
+        return ((x.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """(R, C, H, W) grey levels in [-1, 1] -> (R, C, h, w). Linear."""
         match self.settings:
             case Pixels():
                 return x.contiguous()
@@ -123,16 +145,15 @@ class ImageCoder:
                 across = cosine_matrix(self.width, kept).to(x) * math.sqrt(kept / self.width)
                 return (down @ x @ across.T).contiguous()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """(R, C, h, w) float -> (R, H, W, C) uint8, values outside the grey range clipped."""
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(R, C, h, w) -> (R, C, H, W), not rounded and not clipped; ``latents`` of it gives them back. Linear."""
         match self.settings:
             case Pixels():
-                x = latents
+                return latents
             case Cosine(kept=kept):
                 down = cosine_matrix(self.height, kept).to(latents) * math.sqrt(self.height / kept)
                 across = cosine_matrix(self.width, kept).to(latents) * math.sqrt(self.width / kept)
-                x = down.T @ latents @ across
-        return ((x.permute(0, 2, 3, 1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                return down.T @ latents @ across
 
 
 def cosine_matrix(length: int, kept: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.errors import UsageError
 from sfumato.models.codecs import sentence, terms, text
-from sfumato.models.settings import FrozenSentence, HashedWords, Terms, TextEncoder
+from sfumato.models.settings import FrozenSentence, HashedWords, Terms, TextCondition
 from sfumato.records import Modality, Record
 
 
@@ -17,7 +17,7 @@ from sfumato.records import Modality, Record
 class TextFeatures:
     """A condition only. ``features`` makes of the encoded texts what a linear layer takes, (R, ``width``)."""
 
-    settings: TextEncoder
+    settings: TextCondition
     modality: ClassVar[Modality] = "text"
 
     @property

@@ -1,7 +1,15 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
 from sfumato.models.generative import Generative
-from sfumato.models.settings import Diffusion, ModelSettings
+from sfumato.models.settings import (
+    Adversarial,
+    Alignment,
+    Autoregressive,
+    Diffusion,
+    Flow,
+    ModelSettings,
+    Variational,
+)
 from sfumato.models.shapes import Shapes
 
 
@@ -12,3 +20,23 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.diffusion import DiffusionModel
 
             return DiffusionModel(settings, shapes)
+        case Flow():
+            from sfumato.models.families.flow import FlowModel
+
+            return FlowModel(settings, shapes)
+        case Variational():
+            from sfumato.models.families.variational import VariationalModel
+
+            return VariationalModel(settings, shapes)
+        case Adversarial():
+            from sfumato.models.families.adversarial import AdversarialModel
+
+            return AdversarialModel(settings, shapes)
+        case Alignment():
+            from sfumato.models.families.alignment import AlignmentModel
+
+            return AlignmentModel(settings, shapes)
+        case Autoregressive():
+            from sfumato.models.families.autoregressive import AutoregressiveModel
+
+            return AutoregressiveModel(settings, shapes)

@@ -11,14 +11,13 @@
 ``docs/privacy.md`` says what is noticed, what is refused, and what a file cannot show.
 """
 
-from sfumato.privacy.ledger.account import BLOCK
 from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, read_jsonl
 from sfumato.privacy.ledger.reading import show, trajectory, verify, verify_chain
-from sfumato.privacy.ledger.run import Ledger
+from sfumato.privacy.ledger.run import Ledger, Sign
 
 __all__ = [
-    "BLOCK",
     "Ledger",
+    "Sign",
     "events_of_jsonl",
     "export_jsonl",
     "plan_of_jsonl",

@@ -1,10 +1,14 @@
 """The account of one data set, shared by all its runs: how many events of which kind each has reserved. [shell]
 
-A run takes events from it in blocks *before* its ledger uses them, and gives the rest of a block back when it closes.
-Only what the same session has charged is given back: what an earlier one left charged when it died stays so for good, because
-the ledger that is opened next may be an older copy, and then cannot tell what was used. The resumed run may use it.
-With every block the account notes how far the ledger was: an older copy of it is noticed from then on. Transactions are
-short; any number of runs may be open.
+A run charges it *before* every entry of its ledger that charges, and notes how far the ledger was then. So of a run that
+died, the account knows the last such entry or the one before it:
+
+- a ledger that lacks more than the last entry does not hold what the account has noted: an older copy, refused;
+- one that lacks the last entry alone may be such a copy, or the run died between the two files. Nobody can tell, so the
+  events of that entry are *lost*: the ledger is charged for them when it is opened (``admit``), used or not.
+
+What a ledger gave back of a block is given back here too, by the session that had charged it. Transactions are short; any
+number of runs may be open.
 
 **Limits.** An account may hold limits (epsilon, delta) on all its runs together. Each is a Rényi filter of one order
 (``privacy.filters``), asked in the same transaction in which events are charged: so runs that go on side by side, or are
@@ -14,7 +18,7 @@ The adjacency is read there too, from the plans of all runs: a limit may be decl
 
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,6 @@ from sfumato.privacy.plan_json import plan_from_dict
 from sfumato.privacy.private_plan import PrivatePlan
 
 ACCOUNT_FORMAT = "sfumato-account/1"
-BLOCK = 64  # events that a run takes from its account at once, or eight of the ledger's blocks
 _LIMITS = (
     "CREATE TABLE IF NOT EXISTS limits (epsilon REAL NOT NULL, delta REAL NOT NULL, rank REAL NOT NULL, "
     "after INTEGER NOT NULL)"
@@ -51,7 +54,6 @@ class Account:
         self.path = path
         self._session = secrets.token_hex(8)
         self._covered: dict[Event, int] = {}  # what the account has charged this run for
-        self._kept: dict[Event, int] = {}  # ... and had charged before this session: never given back
         with translated(path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +74,13 @@ class Account:
         history: History,
         hash_at: Callable[[int], str],
         limit: tuple[float, float] | None = None,
-    ) -> None:
+    ) -> list[Event]:
         """Registers the run; refuses a ledger or an account that was set back, and a run that would pass a limit.
 
         Args: limit: (epsilon, delta) of all runs together, added to those that the account has.
+
+        Returns: what is charged here and is not in the ledger. Somebody may have used it: the ledger must be charged for it
+          before anything else.
         """
         name = history.header["ledger"]
         with translated(self.path), transaction(self._connection):
@@ -90,7 +95,7 @@ class Account:
                 self._check_room(history)
                 values = (name, history.header["run"], canonical(history.header["plan"]), 0, "", 0, 0, self._session)
                 self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-                return
+                return []
             charged = self._charged(name)
             missing = [event for event, count in history.counts.items() if charged.get(event, 0) < count]
             if missing:
@@ -107,66 +112,62 @@ class Account:
                     code="ledger_set_back",
                 )
             self._connection.execute("UPDATE runs SET closed = 0, session = ? WHERE ledger = ?", (self._session, name))
-            self._covered = self._kept = charged
+            self._covered = charged
+        lost = {event: count - history.counts.get(event, 0) for event, count in charged.items()}
+        return [replace(event, count=count) for event, count in lost.items() if count]
 
     def cover(self, history: History, event: Event, most: int) -> int:
-        """Makes sure that the account has charged the run for all it has spent, and for ``event`` on top.
+        """Charges the run for all that its ledger holds and for ``event`` on top, and notes where the ledger is.
 
-        The ledger must have no block in hand: else what it gives back later would look like an older copy of it.
+        Called before every entry of the ledger that charges: so an account is ahead of a ledger by one such entry at most.
 
         Args:
           most: how many of the event with count 1 are wanted, at least ``event.count``; a limit may allow fewer.
 
-        Returns: for how many there is room, between ``event.count`` and ``most``.
+        Returns: for how many there is room, between ``event.count`` and ``most``; so many are charged.
         Raises: BudgetExhausted where a limit of the account leaves no room for ``event.count``; PrivacyRefused where no
           figure bounds its runs together.
         """
         name, one = history.header["ledger"], replace(event, count=1)
-        spent = history.counts.get(one, 0)
-        left = self._covered.get(one, 0) - spent
-        if left >= most:
-            return most
-        allowed = history.allowed
-        ahead = most if allowed is None else max(BLOCK, most if most == event.count else 8 * most)
-        wanted = min(ahead, allowed[one] - spent) if allowed is not None else ahead
         with translated(self.path), transaction(self._connection):
             self._check_session(name)
-            wanted = self._within_limits(history, one, max(wanted, most), event.count)
-            upto = max(spent + wanted, self._covered.get(one, 0))
-            covered = {**self._covered, one: upto}
-            self._connection.execute(
-                "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (ledger, event) DO UPDATE SET count = excluded.count",
-                (name, canonical(one.to_dict()), upto),
-            )
-            block = sum(covered.values()) - history.total  # the account may be so far ahead from now on
+            count = self._within_limits(history, one, most, event.count)
+            covered = {**history.counts, one: history.counts.get(one, 0) + count}
+            self._charge(name, covered)
             self._connection.execute(
                 "UPDATE runs SET block = ?, sequence = ?, head = ? WHERE ledger = ?",
-                (block, history.sequence, history.head, name),
+                (count, history.sequence, history.head, name),
             )
         self._covered = covered
-        return min(most, upto - spent)
+        return count
 
     def settle(self, history: History) -> None:
-        """At a clean end: what the ledger holds, or what earlier sessions left charged if that is more, and the ledger's head."""
+        """At a clean end: what the ledger holds, and the ledger's head."""
         name = history.header["ledger"]
-        counts = {
-            event: max(history.counts.get(event, 0), self._kept.get(event, 0))
-            for event in {**self._kept, **history.counts}
-        }
         with translated(self.path), transaction(self._connection):
             self._check_session(name)
-            self._connection.execute("DELETE FROM spent WHERE ledger = ?", (name,))
-            rows = [(name, canonical(event.to_dict()), count) for event, count in counts.items()]
-            self._connection.executemany("INSERT INTO spent VALUES (?, ?, ?)", rows)
+            self._charge(name, history.counts)
             self._connection.execute(
-                "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = ? WHERE ledger = ?",
-                (history.sequence, history.head, sum(counts.values()) - history.total, name),
+                "UPDATE runs SET sequence = ?, head = ?, closed = 1, block = 0 WHERE ledger = ?",
+                (history.sequence, history.head, name),
             )
+        self._covered = dict(history.counts)
 
     def runs(self) -> list[dict[str, Any]]:
         return account_runs(self._connection)
 
     # -- inside --
+
+    def _charge(self, name: str, counts: Mapping[Event, int]) -> None:
+        """Writes what has changed since this session wrote last. It can be less: what a ledger gave back of a block."""
+        rows = [
+            (name, canonical(event.to_dict()), count)
+            for event, count in counts.items()
+            if self._covered.get(event) != count
+        ]
+        self._connection.executemany(
+            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (ledger, event) DO UPDATE SET count = excluded.count", rows
+        )
 
     def _declare(self, limit: tuple[float, float], history: History) -> None:
         """The order of the filter is fixed now, for events like those of this plan."""

@@ -86,8 +86,9 @@ class Ledger:
         self._stale = False
         self._closed = False
         self._history = replay(connection, path)
-        self._found = self._history.sequence
+        self._found = self._begun = self._history.sequence
         self._attempt: int | None = None  # ours, once it is open
+        self._lost_events = 0  # at the beginning of this attempt
 
     @classmethod
     def open(
@@ -147,9 +148,7 @@ class Ledger:
                 undo.callback(connection.close)
                 ledger = cls(path, lock, connection, book, sign)
                 ledger._check_identity(run, plan)
-                ledger._check_account(account_limit)
-                ledger._append([ledger._timed({"kind": "open", "attempt": ledger._history.attempt + 1})])
-                ledger._attempt = ledger._history.attempt
+                ledger._begin(ledger._lost(account_limit))
                 undo.pop_all()
         return ledger
 
@@ -283,8 +282,19 @@ class Ledger:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know: where the clock went back."""
-        return clock_notes(self._history.clock_back)
+        """What a person should know: what an earlier attempt has lost, where the clock went back."""
+        lost = self._lost_events
+        return [
+            *(
+                [
+                    f"events = {lost} charged in the account, not in this ledger · they count as spent: the last attempt died "
+                    "between the two files, or the ledger is an older copy"
+                ]
+                if lost
+                else []
+            ),
+            *clock_notes(self._history.clock_back),
+        ]
 
     @property
     def spent_steps(self) -> int:
@@ -460,7 +470,7 @@ class Ledger:
 
     def _reserved_here(self, sequence: int) -> bool:
         """Whether an entry is a reservation that this object has made."""
-        if sequence <= self._found:
+        if sequence <= self._begun:
             return False
         row = self._connection.execute("SELECT body FROM entries WHERE sequence = ?", (sequence,)).fetchone()
         return row is not None and ('"kind":"reserve"' in row[0] or '"kind":"block"' in row[0])
@@ -489,9 +499,19 @@ class Ledger:
                 code="ledger_account",
             )
 
-    def _check_account(self, limit: tuple[float, float] | None) -> None:
-        if self._account is not None:
-            self._account.admit(self._history, lambda number: hash_at(self._connection, number), limit)
+    def _lost(self, limit: tuple[float, float] | None) -> list[Event]:
+        """What the account has charged this run for, and this ledger does not hold."""
+        if self._account is None:
+            return []
+        return self._account.admit(self._history, lambda number: hash_at(self._connection, number), limit)
+
+    def _begin(self, lost: list[Event]) -> None:
+        """An attempt. What is lost is charged with it, and never committed: this may be an older copy of the ledger."""
+        attempt, step = self._history.attempt + 1, self._history.total
+        opened = self._timed({"kind": "open", "attempt": attempt})
+        self._append([opened, *(reserve_body(event, attempt, step) for event in lost)])
+        self._attempt, self._begun = attempt, self._history.sequence
+        self._lost_events = sum(event.count for event in lost)
 
     def _release(self) -> None:
         for action in (

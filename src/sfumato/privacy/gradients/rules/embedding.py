@@ -1,5 +1,6 @@
 """nn.Embedding."""
 
+import math
 from typing import Any
 
 import torch
@@ -53,5 +54,6 @@ class EmbeddingRule(Rule):
         return Embedding.apply(record, words, module.weight, padding)  # type: ignore[return-value]
 
     def terms(self, module: Any, calls: list[Call]) -> list[Term]:
-        words = torch.cat([words.reshape(words.shape[0], -1) for words, _ in calls], 1)
+        # the length is said, not -1: of an empty batch it could be any
+        words = torch.cat([words.reshape(words.shape[0], math.prod(words.shape[1:])) for words, _ in calls], 1)
         return [Lookup(module.weight, words.long(), beside([g for _, g in calls]))]

@@ -1,0 +1,50 @@
+"""From a recipe to its fresh model, to what the model is told, and to the table that it trains on."""
+
+from typing import Any
+
+from sfumato import recipe as recipes_file
+from sfumato import releasing
+from sfumato.recipe import Recipe
+
+
+def build(recipe: Recipe) -> Any:
+    from sfumato.models import model
+
+    shapes, seed = shapes_of(recipe), recipe.training.seed
+    kind = releasing.KIND.get(recipe.privacy.mechanism)
+    if kind is not None:
+        return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
+    return model.build(recipe.model, shapes, seed=seed)
+
+
+def shapes_of(recipe: Recipe) -> Any:
+    """The public sizes of what is modelled."""
+    from sfumato.models.shapes import Shapes
+
+    data, side = recipe.data, recipe.data.image_size
+    sounds = recipe.model.audio is not None
+    return Shapes(
+        picture=(side, side, data.channels) if recipe.model.image is not None else None,
+        samples=max(1, round(data.audio_seconds * data.sample_rate)) if sounds else None,
+        sample_rate=data.sample_rate if sounds else None,
+    )
+
+
+def encode(model: Any, recipe: Recipe, records: Any) -> Any:
+    """Records as the model's table: in memory, or memory-mapped where the records are (``data.store: mapped``)."""
+    from sfumato import __version__
+    from sfumato.data import mapped
+
+    if not isinstance(records, mapped.Stored):
+        return model.encode(records)
+    described = recipes_file.to_mapping(recipe)
+    settings = {"version": __version__, "model": described["model"], "mechanism": recipe.privacy.mechanism}
+    return mapped.encoded(records, model.encode, settings=settings)
+
+
+def told_public(prepared: Any) -> list[Any]:
+    """The public records that no figure is measured on."""
+    from sfumato.evaluation import report
+
+    usable = [record for record in prepared.public if record.image is not None and record.text]
+    return report.halves(usable or prepared.public, 0)[0]

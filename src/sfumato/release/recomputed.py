@@ -1,0 +1,98 @@
+"""The plan that a recipe makes, computed again, and held against the plan that a ledger was kept under: every stage, every field.
+
+A bundle says three times what was done: in its recipe, in its ledger's plan, and in its claim. The claim is compared with
+the plan (``verify``), and here the plan with the recipe, by making it anew. What a recipe does not say is taken from the plan:
+the number of units, where it was counted in the data, and how wide the released latents are, which is the model's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import SfumatoError, UsageError
+
+if TYPE_CHECKING:
+    from sfumato.privacy.plan import PrivatePlan
+
+CALIBRATION = (
+    1e-3  # relative, of noise that was found for an epsilon: other versions of the accountant search it otherwise
+)
+_FOUND = ("noise_multiplier", "noise_std", "noise")  # by the search
+
+
+def problems(recipe: Mapping[str, Any], plan: "PrivatePlan") -> list[str]:
+    """Where the plan is another than the recipe's, in words; empty if it is that."""
+    from sfumato.privacy.plan_json import plan_to_dict
+    from sfumato.privacy.planning import make_plan
+
+    try:
+        asked, training = _settings(recipe.get("privacy")), recipe.get("training")
+        training = training if isinstance(training, dict) else {}
+        steps, size = training.get("steps"), training.get("expected_batch_size")
+        if type(steps) is not int or type(size) is not int:
+            return ["training: the recipe has no steps and no expected_batch_size"]
+        made = make_plan(
+            asked, steps=steps, expected_batch_size=size, population=plan.population, dimensions=_dimensions(plan)
+        )
+    except KeyError as missing:  # of a latent that the plan does not have
+        return [f"modalities: the recipe has {missing}, the ledger's plan has not"]
+    except (SfumatoError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        return [f"the recipe makes no plan ({str(error)[:200]})"]
+    kept = plan_to_dict(plan)  # pyright: ignore[reportArgumentType]  (one of the kinds of private plans)
+    return _differences(plan_to_dict(made), kept, CALIBRATION if asked.epsilon is not None else 1e-9, "")
+
+
+def _settings(values: Any) -> Any:
+    """Raises UsageError for a section that a recipe could not have; ValueError where one of its values is none."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    from sfumato.privacy.settings import PrivacySettings
+
+    if not isinstance(values, dict):
+        raise UsageError("privacy · is no section of a recipe", next="Ask for the bundle again.")
+    kind = type("Strict", (PrivacySettings,), {"__pydantic_config__": ConfigDict(extra="forbid")})
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ValueError(f"privacy.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def _dimensions(plan: "PrivatePlan") -> dict[str, int]:
+    """How wide what was released is, by name (``release_planning.release_plan``)."""
+    from sfumato.privacy.plan import Codebook, Composition, LatentRelease, MeanEmbedding
+
+    stages = plan.stages if isinstance(plan, Composition) else (plan,)
+    found: dict[str, int] = {}
+    for stage in stages:
+        match stage:
+            case LatentRelease():
+                found |= {m.name: m.dimension for m in stage.modalities}
+            case Codebook():
+                found["categories"] = stage.categories
+            case MeanEmbedding():
+                found |= {"mean": stage.dimension, "image": found.get("image", stage.dimension)}
+                found["warm_start"] = stage.dimension
+            case _:
+                pass
+    if "shared" in found:  # the sum of both; how it is shared out changes nothing that the plan says
+        found |= {"image": found["shared"] - 1, "text": 1}
+    return found
+
+
+def _differences(made: Any, kept: Any, tolerance: float, path: str) -> list[str]:
+    """Args: tolerance: relative, of noise. All other numbers must agree to the last digits of a float, whole ones entirely."""
+    if isinstance(made, dict) and isinstance(kept, dict):
+        names = sorted({*made, *kept})
+        inner = [(f"{path}.{name}" if path else name, made.get(name), kept.get(name)) for name in names]
+    elif isinstance(made, list) and isinstance(kept, list) and len(made) == len(kept):
+        inner = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(made, kept, strict=True))]
+    else:
+        close = tolerance if path.rpartition(".")[2] in _FOUND else 1e-9
+        same = (
+            math.isclose(made, kept, rel_tol=close)
+            if isinstance(made, float) and isinstance(kept, float)
+            else (made == kept and type(made) is type(kept))
+        )
+        return [] if same else [f"{path}: the recipe makes {str(made)[:60]}, the ledger's plan says {str(kept)[:60]}"]
+    return [problem for name, a, b in inner for problem in _differences(a, b, tolerance, name)]
