@@ -1,9 +1,11 @@
 """From a recipe to its fresh model, to what the model is told, and to the table that it trains on."""
 
+from pathlib import Path
 from typing import Any
 
 from sfumato import recipe as recipes_file
 from sfumato import releasing
+from sfumato.models.settings import FrozenSentence, Tokenizer, VaeLatents
 from sfumato.recipe import Recipe
 
 
@@ -38,8 +40,34 @@ def encode(model: Any, recipe: Recipe, records: Any) -> Any:
     if not isinstance(records, mapped.Stored):
         return model.encode(records)
     described = recipes_file.to_mapping(recipe)
-    settings = {"version": __version__, "model": described["model"], "mechanism": recipe.privacy.mechanism}
+    settings = {
+        "version": __version__,
+        "model": described["model"],
+        "mechanism": recipe.privacy.mechanism,
+        "frozen": _frozen(recipe),
+    }
     return mapped.encoded(records, model.encode, settings=settings)
+
+
+def _frozen(recipe: Recipe) -> dict[str, str]:
+    """sha256 of what encoders read from elsewhere: other files in the same place encode anew."""
+    import hashlib
+
+    found: dict[str, str] = {}
+    match recipe.model.text:
+        case FrozenSentence(name=name):
+            from sfumato.models.codecs import sentence
+
+            found["text"] = sentence.fingerprint(name)
+        case Tokenizer(path=path):
+            files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.json"))
+            found["text"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    match recipe.model.image:
+        case VaeLatents(folder=folder):
+            from sfumato.models.codecs import vae
+
+            found["image"] = vae.fingerprint(folder)
+    return found
 
 
 def told_public(prepared: Any) -> list[Any]:

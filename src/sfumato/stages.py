@@ -14,6 +14,7 @@ from typing import Any
 from sfumato import measuring, releasing, warming
 from sfumato import recipe as recipes_file
 from sfumato.building import build, shapes_of, told_public
+from sfumato.data.settings import OWN
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.models.settings import Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning
@@ -339,6 +340,16 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
         "Declared public: the recipe, its settings, and the choice of them.",
         "No vocabulary, normaliser or checkpoint was chosen by looking at private records.",
     ]
+    if data.limit_units is not None:
+        sentences.append(
+            f"Of all units in the data, the {data.limit_units} with the smallest hash of their names were taken, and the claim is with "
+            "regard to these. With regard to the whole set, one unit added or removed exchanges another: twice the epsilon."
+        )
+    if data.source in OWN and data.unit_column is None:
+        sentences.append(
+            "Records have no names of their own: the claim is for a record that is emptied, not for one that is taken away and "
+            "renumbers those after it."
+        )
     match text:
         case _ if released:
             pass  # nothing of it is trained, and the sentences above name it
@@ -359,7 +370,7 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
             sentences.append("Texts are read and said by a public list of words, which is in the recipe.")
         case Tokenizer(path=path):
             sentences.append(
-                f"Declared public: the vocabulary of the tokenizer {path}; whoever wrote the recipe says that it was fitted to "
+                f"Declared public: the vocabulary of the tokenizer {Path(path).name}; whoever wrote the recipe says that it was fitted to "
                 "public texts alone."
             )
     if recipe.model.image is not None and recipe.model.image.kind == "vae":
@@ -386,8 +397,8 @@ def write_model(run: RunFolder, model: Any, recipe: Recipe, prepared: Any) -> No
     if not isinstance(model, Generative):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
-    origins = model.origins()  # what the model cannot name stays uncovered
-    provenance.write_taint(run.path, lambda file, name: origins.get((file, name), "constant"))
+    origins = model.origins()  # what the model cannot name is covered by nothing, and no bundle takes it
+    provenance.write_taint(run.path, lambda file, name: origins.get((file, name), "unnamed"))
 
 
 # -- after training --

@@ -52,6 +52,7 @@ RIGHTS = (
 INTERNAL = (
     "records",
     "units",
+    "modalities",
     "modality_counts",
     "splits",
     "records_per_unit",

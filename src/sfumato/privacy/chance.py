@@ -1,4 +1,5 @@
-"""Chance inside a loss (noise levels, dropout), while an engine trains: torch's global generators, from its secret source.
+"""Chance inside a loss (noise levels, dropout), while an engine trains: the global generators of torch, numpy and Python, from
+its secret source.
 
 What a loss draws is in no event of the ledger, and need not be, on three conditions (docs/privacy.md has the proof): each
 row's draws are independent of the other rows' and of the data; nobody knows them; and every step has its own. Under a seed that
@@ -6,13 +7,16 @@ somebody knows they fail: one row more shifts the draws, thus the gradients, of 
 
 So the state of the CPU's generator, 624 words, is drawn anew for every physical part of a batch, not one of the 2^32
 streams that ``torch.manual_seed`` can begin: of such a state the first 623 words that a loss takes are exactly uniform. A GPU's
-generator takes 64 bits. The caller's states are put back.
+generator takes 64 bits. numpy's and Python's global generators, which some models mask with, are of the same kind as torch's and
+get words of their own. The caller's states are put back.
 
-Not reached: numpy's and Python's generators, a ``torch.Generator`` of the loss's own, and the generators of other devices.
+Not reached: a generator of the loss's own (``torch.Generator``, ``numpy.random.default_rng``), and those of other devices.
 """
 
 import os
+import random as python_random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +40,7 @@ class LossChance:
         self._model = model
         self._random = random.apart()
         self._before: dict[torch.Generator, Tensor] = {}  # the caller's states
+        self._others: tuple[Any, Any] | None = None  # numpy's and Python's
 
     def renew(self) -> None:
         """From here on losses draw what nobody has drawn."""
@@ -52,6 +57,13 @@ class LossChance:
                     )
             else:
                 generator.manual_seed(int.from_bytes(self._random.bytes(8)) >> 1)
+        if self._others is None:
+            self._others = np.random.get_state(), python_random.getstate()
+        np.random.set_state(("MT19937", self._words(), 0, 0, 0.0))
+        python_random.setstate((3, (*self._words().tolist(), 0), None))
+
+    def _words(self) -> np.ndarray:
+        return np.frombuffer(self._random.bytes(4 * _WORDS), dtype="<u4")
 
     def require_unseeded(self) -> None:
         """Raises PrivacyRefused if the CPU's generator was seeded since (``torch.manual_seed`` does it for all devices)."""
@@ -68,6 +80,10 @@ class LossChance:
         before, self._before = self._before, {}
         for generator, state in before.items():
             generator.set_state(state)
+        others, self._others = self._others, None
+        if others is not None:
+            np.random.set_state(others[0])
+            python_random.setstate(others[1])
 
 
 def _generators(parameters: Iterable[nn.Parameter]) -> list[torch.Generator]:

@@ -271,6 +271,11 @@ def release_class_sums(
 
     if plan.max_norm != 1.0:
         raise UsageError(f"max_norm = {plan.max_norm} · must be 1, as the features are", next="Plan with max_norm 1.")
+    if table.num_units >= 2**22:
+        raise UsageError(
+            f"units = {table.num_units} · must be fewer than {2**22}, so that sums of whole numbers stay below 2^63",
+            next="Set data.limit_units, or another warm start.",
+        )
     total: Tensor | None = None
     for start in range(0, table.num_units, UNITS_AT_ONCE):
         units = np.arange(start, min(start + UNITS_AT_ONCE, table.num_units))

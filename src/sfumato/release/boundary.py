@@ -122,7 +122,18 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
         entries = clean.get(section)
         if isinstance(entries, dict) and entries.get(key) is not None:
             entries[key] = "(local)"
+    if isinstance(clean.get("model"), dict):
+        clean["model"] = _without_paths(clean["model"])
     return clean
+
+
+def _without_paths(values: Any) -> Any:
+    """Folders and files of public encoders, wherever in a model they are named."""
+    if not isinstance(values, Mapping):
+        return values
+    local = {key for key in ("folder", "path") if isinstance(values.get(key), str)}
+    local |= {"name"} if "/" in str(values.get("name", "")) else set()
+    return {key: "(local)" if key in local else _without_paths(value) for key, value in values.items()}
 
 
 def problems(bundle: Mapping[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def tensor_names(path: Path) -> dict[str, tuple[int, ...]]:
         raise OutsideError(f"{path} · must be readable ({error.strerror})", next="Check the run's folder.") from None
 
 
-def write_taint(run_dir: Path, origin: Callable[[str, str], Origin]) -> dict[str, Any]:
+def write_taint(run_dir: Path, origin: Callable[[str, str], str]) -> dict[str, Any]:
     """Writes RUN/taint.json: for each tensor of RUN/model by what it is covered, for each other file that it is public.
 
     Args:
