@@ -168,7 +168,7 @@ def test_the_card_counts_and_the_public_card_leaves_private_counts_out(folder):
     shown = public_card(card)
     assert not {"records", "units", "personal_identifiers", "rights", "splits", "records_per_unit"} & set(shown)
     assert shown["public_units"] == 1
-    assert shown["modalities"] == ["text", "image"]
+    assert "modalities" not in shown  # one record more can change it
     assert not any(value == 9 or isinstance(value, dict) for value in shown.values())
     generated = public_card(load(DataSettings(units=5, public_units=2), unit="person").card)
     assert generated["units"] == 5

@@ -112,7 +112,8 @@ def write_taint(run_dir: Path, origin: Callable[[str, str], str]) -> dict[str, A
     """Writes RUN/taint.json: for each tensor of RUN/model by what it is covered, for each other file that it is public.
 
     Args:
-      origin: (file relative to model/, tensor name) -> "dp-sgd" (trained by the private mechanism, averages included),
+      origin: (file relative to model/, tensor name) -> one of ORIGINS (anything else no bundle takes): "dp-sgd" (trained by the
+        private mechanism, averages included),
         "released" (computed from what the private mechanism released, and from nothing else private),
         "public" (frozen weights from elsewhere) or "constant" (fixed by the code or the recipe).
     """
