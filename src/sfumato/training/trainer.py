@@ -508,6 +508,7 @@ class PrivateTrainer(transformers.Trainer):
 
     def _refuse(self, args: Any) -> None:
         found = refusals(args, evaluation_is_public=self._evaluation_is_public)
+        found += checks.seeded_collator(getattr(self, "data_collator", None))
         callbacks = getattr(getattr(self, "callback_handler", None), "callbacks", [])
         found += [] if self._evaluation_is_public else checks.choosing_callbacks(callbacks)
         if self._evaluation_is_public and getattr(self, "train_dataset", None) is not None:

@@ -1,0 +1,56 @@
+"""What a ``PrivateTrainer`` gives away beside the weights: chance, claims while it trains, figures that nothing covers."""
+
+import functools
+import gc
+
+import pytest
+import torch
+import transformers
+from tests.training.small_trainers import padded, trainer
+
+from sfumato.errors import PrivacyRefused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_trainings():
+    """transformers collects garbage before and after every training, which takes longer than these."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Seeded:
+    """Hides labels by a generator of its own, as ``DataCollatorForLanguageModeling(seed=...)`` does."""
+
+    def __init__(self, **own):
+        self.__dict__.update(own)
+
+    def __call__(self, rows):
+        return padded(rows)
+
+
+@pytest.mark.parametrize(
+    ("collator", "said"),
+    [
+        (Seeded(seed=42), "data_collator.seed = 42"),
+        (Seeded(seed=0), "data_collator.seed = 0"),
+        (Seeded(generator=torch.Generator()), "data_collator.generator = Generator"),
+        (functools.partial(Seeded(seed=1)), "data_collator.seed = 1"),
+        (Seeded(seed=2).__call__, "data_collator.seed = 2"),
+    ],
+)
+def test_a_collator_with_a_seed_of_its_own_is_refused(tmp_path, collator, said):
+    with pytest.raises(PrivacyRefused, match=said):
+        trainer(tmp_path, data_collator=collator)
+
+
+def test_the_library_s_collator_is_refused_with_a_seed_and_when_it_is_given_late(tmp_path):
+    class Tokens:
+        mask_token, pad_token_id = "[MASK]", 0
+
+    seeded = transformers.DataCollatorForLanguageModeling(Tokens(), mlm=True, seed=42)  # pyright: ignore
+    made = trainer(tmp_path, data_collator=Seeded(seed=None, generator=None))
+    made.data_collator = seeded
+    with pytest.raises(PrivacyRefused, match="DataCollatorForLanguageModeling.*42"):
+        made.train()
+    assert not (tmp_path / "ledger.db").exists()
