@@ -6,9 +6,10 @@ import gc
 import pytest
 import torch
 import transformers
-from tests.training.small_trainers import padded, trainer
+from tests.training.small_trainers import arguments, padded, trainer
 
 from sfumato.errors import PrivacyRefused
+from sfumato.randomness import SecretRandom
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,3 +55,24 @@ def test_the_library_s_collator_is_refused_with_a_seed_and_when_it_is_given_late
     with pytest.raises(PrivacyRefused, match="DataCollatorForLanguageModeling.*42"):
         made.train()
     assert not (tmp_path / "ledger.db").exists()
+
+
+def test_a_checkpoint_does_not_hold_the_state_of_any_generator(tmp_path):
+    """torch's state while the engine trains is the secret chance of the last part."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1)
+    trainer(tmp_path, args=args, random=SecretRandom()).train()
+    assert (tmp_path / "checkpoint-4" / "privacy_state.json").is_file()
+    assert not list(tmp_path.rglob("rng_state*"))
+
+
+def test_a_state_of_the_generators_in_a_checkpoint_is_not_taken(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    made = trainer(tmp_path, args=args)
+    checkpoint = tmp_path / "old"
+    checkpoint.mkdir()
+    before = torch.random.get_rng_state()
+    torch.save({"cpu": before}, checkpoint / "rng_state.pth")
+    torch.rand(3)
+    drawn = torch.random.get_rng_state()
+    made._load_rng_state(str(checkpoint))
+    assert torch.equal(torch.random.get_rng_state(), drawn) and not torch.equal(before, drawn)

@@ -479,6 +479,13 @@ class PrivateTrainer(transformers.Trainer):
         with self._covered_history():
             super()._save_checkpoint(model, trial, *more, **named)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing. While the engine trains, torch's state is the secret chance of the last part (``privacy.chance``): it would
+        tell what its losses drew, and how many rows they had. A resume draws anew."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: chance that was in a file is known."""
+
     def save_state(self) -> None:
         with self._covered_history():
             super().save_state()
