@@ -9,6 +9,7 @@ import transformers
 from tests.training.small_trainers import arguments, padded, trainer
 
 from sfumato.errors import PrivacyRefused
+from sfumato.privacy.guarantee import in_words
 from sfumato.randomness import SecretRandom
 
 
@@ -52,7 +53,7 @@ def test_the_library_s_collator_is_refused_with_a_seed_and_when_it_is_given_late
     seeded = transformers.DataCollatorForLanguageModeling(Tokens(), mlm=True, seed=42)  # pyright: ignore
     made = trainer(tmp_path, data_collator=Seeded(seed=None, generator=None))
     made.data_collator = seeded
-    with pytest.raises(PrivacyRefused, match="DataCollatorForLanguageModeling.*42"):
+    with pytest.raises(PrivacyRefused, match="seed = 42 · DataCollatorForLanguageModeling"):
         made.train()
     assert not (tmp_path / "ledger.db").exists()
 
@@ -76,3 +77,9 @@ def test_a_state_of_the_generators_in_a_checkpoint_is_not_taken(tmp_path):
     drawn = torch.random.get_rng_state()
     made._load_rng_state(str(checkpoint))
     assert torch.equal(torch.random.get_rng_state(), drawn) and not torch.equal(before, drawn)
+
+
+def test_a_trainer_that_has_not_trained_claims_nothing(tmp_path):
+    claim = trainer(tmp_path).claim()
+    assert (claim.definition, claim.epsilon) == ("none", None)
+    assert "nothing was spent: nothing was trained" in in_words(claim)
