@@ -2,11 +2,12 @@
 
 import functools
 import gc
+import json
 
 import pytest
 import torch
 import transformers
-from tests.training.small_trainers import arguments, padded, trainer
+from tests.training.small_trainers import arguments, padded, plan, trainer
 
 from sfumato.errors import PrivacyRefused
 from sfumato.privacy.guarantee import in_words
@@ -77,6 +78,68 @@ def test_a_state_of_the_generators_in_a_checkpoint_is_not_taken(tmp_path):
     drawn = torch.random.get_rng_state()
     made._load_rng_state(str(checkpoint))
     assert torch.equal(torch.random.get_rng_state(), drawn) and not torch.equal(before, drawn)
+
+
+class Claims(transformers.TrainerCallback):
+    """Asks for the claim after every step, and saves the model."""
+
+    def __init__(self):
+        self.found, self.trainer, self.stop_after = {}, None, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        folder = f"{args.output_dir}/model-{state.global_step}"
+        self.trainer.save_model(folder)
+        with open(folder + "/privacy.json") as file:
+            self.found[state.global_step] = (self.trainer.claim(), json.load(file), self.trainer._book.spent())
+        if state.global_step == self.stop_after:
+            raise Stop
+
+
+class Stop(Exception):
+    pass
+
+
+def test_the_claim_while_it_trains_is_of_what_the_ledger_holds(tmp_path):
+    asked = Claims()
+    asked.trainer = made = trainer(tmp_path, callbacks=[asked])
+    made.train()
+    assert list(asked.found) == [1, 2, 3, 4]
+    for step, (claim, written, spent) in asked.found.items():
+        assert claim.epsilon == written["epsilon"] and claim.mechanism["steps_spent"] == sum(e.count for e in spent)
+        assert plan().epsilon(step) <= claim.epsilon <= plan().epsilon()
+
+
+def test_the_claim_of_a_second_attempt_has_its_own_steps(tmp_path):
+    asked = Claims()
+    asked.stop_after = 5
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
+    asked.trainer = made = trainer(tmp_path, args=args, privacy=plan(steps=8), callbacks=[asked])
+    with pytest.raises(Stop):
+        made.train()
+    asked.stop_after = None
+    made.train(resume_from_checkpoint=True)
+    claim, written, _ = asked.found[6]  # the seventh charged: the fifth was lost
+    assert claim.mechanism["steps_spent"] >= 7
+    assert claim.epsilon == written["epsilon"] >= plan(steps=8).epsilon(7) > plan(steps=8).epsilon(5)
+
+
+def test_another_process_claims_what_its_engine_was_told(tmp_path):
+    """Only process 0 has the ledger; the others hear of it with every charge."""
+
+    class Asked(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            charges = made.engine._charges
+            made._book, charges.ledger, book = None, None, made._book
+            claims.append(made.claim())
+            made._book = charges.ledger = book
+
+    claims = []
+    made = trainer(tmp_path, callbacks=[Asked()])
+    made.train()
+    assert [claim.epsilon for claim in claims] == [
+        pytest.approx(plan().epsilon(claim.mechanism["steps_spent"])) for claim in claims
+    ]
+    assert all(claim.mechanism["steps_spent"] >= step for step, claim in enumerate(claims, start=1))
 
 
 def test_a_trainer_that_has_not_trained_claims_nothing(tmp_path):

@@ -240,6 +240,11 @@ class DifferentialPrivacyEngine(Draws):
             )
         return value
 
+    @property
+    def spent(self) -> list[Event]:
+        """Everything charged so far: by the ledger if there is one (process 0 tells the others), else by our count."""
+        return list(self._charges.spent)
+
     def state_dict(self) -> dict[str, Any]:
         """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
         noise, never which units were drawn."""

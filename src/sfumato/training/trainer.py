@@ -111,7 +111,7 @@ class PrivateTrainer(transformers.Trainer):
         self.engine: DifferentialPrivacyEngine | None = None
         self._book: Ledger | None = None
         self._parts: Iterator[Batch] | None = None
-        self._events: list[Event] = []  # what was spent, as of the end of the last training
+        self._events: list[Event] = []  # what was spent, as of the end of the last attempt
         self._spending: Spending | None = None
         self._saved_state: dict[str, Any] | None = None  # of the checkpoint that is resumed from
         self._wasted = 0
@@ -271,6 +271,8 @@ class PrivateTrainer(transformers.Trainer):
                 if held is not None:  # what a block in hand has left is given back when it is closed
                     held.close()
                     self._events = [Event.from_dict(event) for event in ledgers.show(self._ledger_path)["events"]]
+                elif not processes.first and self.engine is not None:
+                    self._events = self.engine.spent
 
     @contextlib.contextmanager
     def _arguments_of_the_loop(self, max_steps: int) -> Iterator[None]:
@@ -437,8 +439,16 @@ class PrivateTrainer(transformers.Trainer):
             logs = {**logs, "epsilon": self.get_epsilon(), "delta": self.plan.delta}
         super().log(logs, *arguments, **named)
 
+    @property
+    def _spent(self) -> list[Event]:
+        """By the ledger while it is open, where a block of steps counts whole; else by what process 0 told the engine; after an
+        attempt, as it ended."""
+        if self._book is not None:
+            return self._book.spent()
+        return self.engine.spent if self.engine is not None and self._parts is not None else self._events
+
     def claim(self) -> Guarantee:
-        """The guarantee of what was trained so far, as a value."""
+        """The guarantee of what was trained so far, as a value; from a callback, of all that is charged already."""
         boundary = [
             "Inside: the training of every weight that is not frozen, over all steps and attempts that the ledger holds.",
             "Declared public: the weights that the training began with, the settings, and the choice of them.",
@@ -447,7 +457,7 @@ class PrivateTrainer(transformers.Trainer):
             boundary.append("Declared public: the evaluation data.")
         tested = self.engine is not None and not self.engine.for_release
         why = "chance came from a test source" if tested else ""
-        return guarantee(self.plan, self._events, boundary=boundary, not_for_release=why)
+        return guarantee(self.plan, self._spent, boundary=boundary, not_for_release=why)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._own_arguments():
@@ -456,7 +466,7 @@ class PrivateTrainer(transformers.Trainer):
             self._write_claim(output_dir)
 
     def _write_claim(self, output_dir: str | None) -> None:
-        if self._events and self.args.should_save:
+        if self._spent and self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             (folder / CLAIM).write_text(json.dumps(to_dict(self.claim()), indent=1), encoding="utf-8")
 
