@@ -146,3 +146,18 @@ def test_a_trainer_that_has_not_trained_claims_nothing(tmp_path):
     claim = trainer(tmp_path).claim()
     assert (claim.definition, claim.epsilon) == ("none", None)
     assert "nothing was spent: nothing was trained" in in_words(claim)
+
+
+def test_the_claim_names_the_other_runs_of_its_account(tmp_path):
+    shared = tmp_path / "account.db"
+    made = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        made.append(trainer(folder, args=arguments(folder, logging_strategy="no"), account=shared))
+        made[-1].train()
+    made[1].save_model(str(tmp_path / "model"))
+    written = json.loads((tmp_path / "model" / "privacy.json").read_text())
+    assert made[0].claim().composed_with == []
+    assert [run["run"] for run in written["composed_with"]] == ["one"]
+    assert written["composed_with"][0]["epsilon"] == pytest.approx(plan().epsilon())
+    assert "1 other run(s) used the same data" in in_words(made[1].claim())

@@ -112,6 +112,7 @@ class PrivateTrainer(transformers.Trainer):
         self._book: Ledger | None = None
         self._parts: Iterator[Batch] | None = None
         self._events: list[Event] = []  # what was spent, as of the end of the last attempt
+        self._others: list[dict[str, Any]] = []  # other runs on the account, as of the end of the last attempt
         self._spending: Spending | None = None
         self._saved_state: dict[str, Any] | None = None  # of the checkpoint that is resumed from
         self._wasted = 0
@@ -269,7 +270,10 @@ class PrivateTrainer(transformers.Trainer):
             finally:
                 held, self._book = self._book, None
                 if held is not None:  # what a block in hand has left is given back when it is closed
-                    held.close()
+                    try:
+                        self._others = held.other_runs()
+                    finally:
+                        held.close()
                     self._events = [Event.from_dict(event) for event in ledgers.show(self._ledger_path)["events"]]
                 elif not processes.first and self.engine is not None:
                     self._events = self.engine.spent
@@ -448,7 +452,10 @@ class PrivateTrainer(transformers.Trainer):
         return self.engine.spent if self.engine is not None and self._parts is not None else self._events
 
     def claim(self) -> Guarantee:
-        """The guarantee of what was trained so far, as a value; from a callback, of all that is charged already."""
+        """The guarantee of what was trained so far, as a value; from a callback, of all that is charged already.
+
+        It names the other runs on the account, which only process 0 knows.
+        """
         boundary = [
             "Inside: the training of every weight that is not frozen, over all steps and attempts that the ledger holds.",
             "Declared public: the weights that the training began with, the settings, and the choice of them.",
@@ -457,7 +464,13 @@ class PrivateTrainer(transformers.Trainer):
             boundary.append("Declared public: the evaluation data.")
         tested = self.engine is not None and not self.engine.for_release
         why = "chance came from a test source" if tested else ""
-        return guarantee(self.plan, self._spent, boundary=boundary, not_for_release=why)
+        return guarantee(
+            self.plan,
+            self._spent,
+            boundary=boundary,
+            not_for_release=why,
+            composed_with=self._book.other_runs() if self._book is not None else self._others,
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._own_arguments():
