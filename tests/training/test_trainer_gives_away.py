@@ -161,3 +161,25 @@ def test_the_claim_names_the_other_runs_of_its_account(tmp_path):
     assert [run["run"] for run in written["composed_with"]] == ["one"]
     assert written["composed_with"][0]["epsilon"] == pytest.approx(plan().epsilon())
     assert "1 other run(s) used the same data" in in_words(made[1].claim())
+
+
+def test_the_folder_of_a_training_is_not_uploaded(tmp_path):
+    made = trainer(tmp_path)
+    with pytest.raises(PrivacyRefused, match="push_to_hub") as refused:
+        made.push_to_hub()
+    assert "save_model" in refused.value.next
+
+
+def test_saved_figures_are_those_that_are_covered(tmp_path):
+    made = trainer(tmp_path)
+    figures = made.train().metrics
+    assert "train_loss" in figures
+    made.save_metrics("train", {**figures, "epsilon": 1.5})
+    made.save_metrics("eval", {"eval_loss": 2.0, "epoch": 1.0})
+    for name in ("train", "eval", "all"):
+        saved = json.loads((tmp_path / f"{name}_results.json").read_text())
+        assert saved and set(saved) <= {"epoch", "epsilon"}
+    public = trainer(tmp_path / "public", evaluation_is_public=True)
+    (tmp_path / "public").mkdir(exist_ok=True)
+    public.save_metrics("eval", {"eval_loss": 2.0, "epoch": 1.0})
+    assert json.loads((tmp_path / "public" / "eval_results.json").read_text()) == {"eval_loss": 2.0, "epoch": 1.0}

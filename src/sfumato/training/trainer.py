@@ -65,8 +65,10 @@ class PrivateTrainer(transformers.Trainer):
     divided by B, whatever was drawn; an empty draw is a step of noise. *Charged*: every step, durably, in the ledger before its
     units are drawn (Abadi et al. 2016, arXiv:1607.00133; accounted by privacy-loss distributions).
 
-    Not covered: the training loss, ``evaluate`` on data that are not public, and what a callback of yours writes. The
-    loss is logged to your callbacks, and left out of what is saved.
+    Not covered: the training loss, ``evaluate`` on data that are not public, and what a callback writes. The loss is told to
+    the callbacks (TensorBoard's writes it into ``args.output_dir``) and is what ``train()`` returns; it is left out of
+    checkpoints, models, ``save_state`` and ``save_metrics``. So give away the folder of ``save_model``, never ``output_dir``;
+    ``push_to_hub``, which uploads that, is refused.
 
     Args (beside those of ``transformers.Trainer``):
       privacy: what is asked for (the noise is then found), or a plan.
@@ -513,6 +515,10 @@ class PrivateTrainer(transformers.Trainer):
         with self._covered_history():
             super().save_state()
 
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Writes the covered figures alone: the training loss, and how fast it went, tell of the units drawn."""
+        super().save_metrics(split, self._covered(metrics), combined=combined)
+
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
         with self._covered_history():
             super().create_model_card(*arguments, **named)
@@ -521,18 +527,18 @@ class PrivateTrainer(transformers.Trainer):
     def _covered_history(self) -> Iterator[None]:
         """The log without figures that no noise covers, while it is written where a model is given away."""
         history = self.state.log_history
-        self.state.log_history = [
-            {
-                name: value
-                for name, value in entry.items()
-                if name in COVERED or (self._evaluation_is_public and name.startswith("eval_"))
-            }
-            for entry in history
-        ]
+        self.state.log_history = [self._covered(entry) for entry in history]
         try:
             yield
         finally:
             self.state.log_history = history
+
+    def _covered(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in figures.items()
+            if name in COVERED or (self._evaluation_is_public and name.startswith("eval_"))
+        }
 
     # -- what is refused --
 
@@ -550,6 +556,14 @@ class PrivateTrainer(transformers.Trainer):
                 code=found[0]["code"] if len(found) == 1 else None,
                 refusals=found,
             )
+
+    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
+        raise PrivacyRefused(
+            "push_to_hub · uploads all of output_dir: logs with the training loss, which nothing covers, and the ledger",
+            next="trainer.save_model('model'), into a folder of its own, and upload that folder: huggingface_hub.upload_folder("
+            "repo_id=..., folder_path='model').",
+            code="push_to_hub",
+        )
 
     def hyperparameter_search(self, *arguments: Any, **named: Any) -> Any:
         raise PrivacyRefused(
