@@ -10,8 +10,10 @@ import transformers
 from tests.training.small_trainers import arguments, padded, plan, trainer
 
 from sfumato.errors import PrivacyRefused
+from sfumato.privacy import ledger
+from sfumato.privacy.accounting import Event
 from sfumato.privacy.guarantee import in_words
-from sfumato.randomness import SecretRandom
+from sfumato.randomness import SecretRandom, TestRandom
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,3 +185,25 @@ def test_saved_figures_are_those_that_are_covered(tmp_path):
     (tmp_path / "public").mkdir(exist_ok=True)
     public.save_metrics("eval", {"eval_loss": 2.0, "epoch": 1.0})
     assert json.loads((tmp_path / "public" / "eval_results.json").read_text()) == {"eval_loss": 2.0, "epoch": 1.0}
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_test_source_is_remembered_over_a_resume(tmp_path, old_format):
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    asked = Claims()
+    asked.stop_after = 3
+    asked.trainer = first = trainer(tmp_path, args=args, random=TestRandom(0), callbacks=[asked])
+    with pytest.raises(Stop):
+        first.train()
+    path = tmp_path / "checkpoint-2" / "privacy_state.json"
+    state = json.loads(path.read_text())
+    assert state["engine"]["for_release"] is False
+    if old_format:  # it did not say
+        del state["engine"]["for_release"]
+        path.write_text(json.dumps(state))
+    second = trainer(tmp_path, args=args, random=SecretRandom())
+    second.train(resume_from_checkpoint=True)
+    assert second.engine.for_release is old_format
+    assert second.claim().not_for_release == ("" if old_format else "chance came from a test source")
+    spent = [Event.from_dict(event) for event in ledger.show(tmp_path / "ledger.db")["events"]]
+    assert second.claim().mechanism["steps_spent"] == sum(event.count for event in spent) == 4
