@@ -151,7 +151,7 @@ def test_a_resumed_run_goes_on_with_the_bound_and_with_fresh_noise():
         optimizer.step()
     state = engine.state_dict()
     assert state["max_grad_norm"] == engine.max_grad_norm != 1.0
-    assert set(state) == {"format", "steps_started", "events", "ledger_sequence", "max_grad_norm"}
+    assert set(state) == {"format", "steps_started", "for_release", "events", "ledger_sequence", "max_grad_norm"}
     again, _ = attached(make(), max_grad_norm=1.0, noise_multiplier=1.0, sampling_rate=0.5, expected_batch_size=30)
     again.load_state_dict(state)
     assert again.max_grad_norm == engine.max_grad_norm

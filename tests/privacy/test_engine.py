@@ -19,7 +19,7 @@ from sfumato.privacy.accounting import Event, epsilon
 from sfumato.privacy.engine import DifferentialPrivacyEngine, NotPrivateEngine, make_engine
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, NotPrivate
-from sfumato.randomness import TestRandom
+from sfumato.randomness import SecretRandom, TestRandom
 from sfumato.records import Batch, UnitTable
 
 PLAN = DpSgd(population=200, expected_batch_size=20.0, steps=4, noise_multiplier=1.0, delta=1e-3)
@@ -375,12 +375,29 @@ def test_a_resumed_run_continues_the_count_and_takes_only_what_is_left(tmp_path:
             engine.load_state_dict(newest)
 
 
+@pytest.mark.parametrize("kind", [DifferentialPrivacyEngine, NotPrivateEngine])
+def test_what_a_test_source_began_is_not_for_release_whoever_ends_it(kind):
+    def made(random):
+        if kind is NotPrivateEngine:
+            return NotPrivateEngine(make(), random=random)
+        return DifferentialPrivacyEngine(make(), max_grad_norm=1.0, noise_multiplier=1.0, random=random)
+
+    begun = made(TestRandom(0)).state_dict()
+    ended = made(SecretRandom())
+    assert ended.for_release
+    ended.load_state_dict(begun)
+    assert not ended.for_release and ended.state_dict()["for_release"] is False
+    older = made(SecretRandom())
+    older.load_state_dict({name: value for name, value in begun.items() if name != "for_release"})
+    assert older.for_release
+
+
 def test_the_state_holds_accounting_only():
     model = make()
     engine, optimizer = private(model)
     train(model, engine, optimizer, engine.batches(table(), expected_batch_size=20, steps=3))
     state = engine.state_dict()
-    assert set(state) == {"format", "steps_started", "events", "ledger_sequence"}
+    assert set(state) == {"format", "steps_started", "for_release", "events", "ledger_sequence"}
     assert state["events"] == [Event(sampling_rate=0.1, noise_multiplier=1.0, count=3).to_dict()]
     engine.detach()
     again, _ = private(model, sampling_rate=0.1)

@@ -39,6 +39,15 @@ def test_a_population_counted_in_the_data_is_declared_public_in_the_boundary():
     assert any("N = 10000, was counted in the data and is declared public" in line for line in claim.boundary)
 
 
+def test_a_plan_of_which_nothing_was_spent_claims_nothing():
+    claim = guarantee(PLAN, [], boundary=[])
+    assert (claim.definition, claim.epsilon, claim.curve, claim.accountants) == ("none", None, [], {})
+    assert claim.not_for_release == "nothing was spent: nothing was trained"
+    assert in_words(claim) == "There is nothing to claim yet: nothing was spent: nothing was trained."
+    assert claim.mechanism["steps_spent"] == 0 and claim.delta == PLAN.delta
+    json.dumps(reports.to_dict(claim), allow_nan=False)
+
+
 def test_a_run_without_privacy_claims_nothing_and_is_not_for_release():
     claim = guarantee(OPEN, [], boundary=[])
     assert (claim.definition, claim.epsilon, claim.delta, claim.curve) == ("none", None, None, [])

@@ -174,7 +174,7 @@ def test_a_stop_ends_the_block_and_the_next_one_has_new_groups_and_fresh_noise(t
         saved = engine.state_dict()
         block = engine._block
         engine.detach()
-    assert set(saved) == {"format", "steps_started", "events", "ledger_sequence", "ledger_position"}
+    assert set(saved) == {"format", "steps_started", "for_release", "events", "ledger_sequence", "ledger_position"}
     with Ledger.open(path, run="r", plan=plan()) as ledger:
         engine, optimizer = engine_of(model, seed=1, ledger=ledger)
         engine.load_state_dict(saved)

@@ -129,7 +129,14 @@ def test_a_checkpoint_holds_no_chance(runs: Runs):
     runs.attempt(replace(PLAN, steps=2))
     held = json.loads((runs.checkpoints / "last" / "state.json").read_text())
     assert set(held) == {"format", "step", "seconds", "units_seen", "engine", "optimizer"}
-    assert set(held["engine"]) == {"format", "steps_started", "events", "ledger_sequence", "ledger_position"}
+    assert set(held["engine"]) == {
+        "format",
+        "steps_started",
+        "for_release",
+        "events",
+        "ledger_sequence",
+        "ledger_position",
+    }
     assert set(held["engine"]["ledger_position"]) == {"sequence", "head"}
     assert sorted(path.name for path in (runs.checkpoints / "last").iterdir()) == [
         "average.safetensors", "model.safetensors", "optimizer.safetensors", "state.json",

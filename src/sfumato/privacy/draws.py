@@ -37,6 +37,7 @@ class Draws(Attached):
         self.random: Random = random if random is not None else SecretRandom()
         self.stopped: Literal["budget", "steps"] | None = None
         self._all_for_release = True  # the chance of the other processes
+        self._earlier_for_release = True  # the chance of the attempts before, by a loaded state
         self._iteration: object | None = None  # of ``batches``, the one that was begun last
         self.steps_started = 0  # draws, each of them charged, over all attempts that the state knows of
         self._expected_batch_size: float | None = plan.expected_batch_size if plan is not None else None
@@ -44,8 +45,16 @@ class Draws(Attached):
 
     @property
     def for_release(self) -> bool:
-        """False if chance comes from a test source, in any process: nothing made with it may be released."""
-        return self.random.for_release and self._all_for_release
+        """False if chance comes from a test source, in any process or attempt: nothing made with it may be released."""
+        return self._own_for_release and self._all_for_release
+
+    @property
+    def _own_for_release(self) -> bool:
+        return self.random.for_release and self._earlier_for_release
+
+    def _continue_chance(self, state: dict[str, Any]) -> None:
+        """What a test source began is not for release, whoever ends it. The states of older versions do not say."""
+        self._earlier_for_release = self._earlier_for_release and state.get("for_release", True) is True
 
     def batches(
         self,
@@ -187,7 +196,7 @@ class Draws(Attached):
         self.processes.require_same("engine", part=part, **self._public_settings())
         if not self._optimizers:
             self.processes.require_different(bytes(self.random.bytes(16)))
-            self._all_for_release = not self.processes.anyone(not self.random.for_release)
+            self._all_for_release = not self.processes.anyone(not self._own_for_release)
             self.processes.make_equal(self.model)
 
     def _public_settings(self) -> dict[str, Any]:

@@ -240,12 +240,18 @@ class DifferentialPrivacyEngine(Draws):
             )
         return value
 
+    @property
+    def spent(self) -> list[Event]:
+        """Everything charged so far: by the ledger if there is one (process 0 tells the others), else by our count."""
+        return list(self._charges.spent)
+
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, up to where the ledger had come, and (adaptive clipping) the bound of the next step. Never the
-        noise, never which units were drawn."""
+        """What was spent, up to where the ledger had come, whether chance came from a test source, and (adaptive clipping) the
+        bound of the next step. Never the noise, never which units were drawn."""
         return {
             "format": STATE_FORMAT,
             "steps_started": self.steps_started,
+            "for_release": self.for_release,
             **self._charges.state(),
             **({"max_grad_norm": self.max_grad_norm} if self._adaptive is not None else {}),
         }
@@ -254,13 +260,14 @@ class DifferentialPrivacyEngine(Draws):
         """Continues the count of a stopped run. Raises LedgerError if the state is newer than the ledger."""
         keys = {"format", "steps_started", "events", "ledger_sequence"}
         keys |= {"max_grad_norm"} if self._adaptive is not None else set()
-        if set(state) - {"ledger_position"} != keys or state["format"] != STATE_FORMAT:
+        if set(state) - {"ledger_position", "for_release"} != keys or state["format"] != STATE_FORMAT:
             raise UsageError(
                 f"state = {sorted(state)} · must have {sorted(keys)} in format {STATE_FORMAT}",
                 next="Give what engine.state_dict() returned.",
             )
         self._charges.load(state)
         self.steps_started = int(state["steps_started"])
+        self._continue_chance(state)
         if self._adaptive is not None:
             checks.positive(max_grad_norm=state["max_grad_norm"])
             self._partition.parts[0].max_grad_norm = float(state["max_grad_norm"])

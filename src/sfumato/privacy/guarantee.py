@@ -12,6 +12,7 @@ from sfumato.privacy.plan import Composition, DpSgd, Estimate, NotPrivate, Priva
 from sfumato.privacy.private_plan import PrivatePlan
 from sfumato.reports import Guarantee
 
+NOTHING_SPENT = "nothing was spent: nothing was trained"
 NOT_PROMISED = (
     "That nothing about a group can be learnt: facts true of the population are what a generator is for.",
     "That what one unit tells about another is hidden, such as the records of relatives, unless they are one unit.",
@@ -33,6 +34,8 @@ def guarantee(
     estimates: Sequence[dict[str, Any]] = (),
 ) -> Guarantee:
     """The claim after ``events_spent``: the plan says of what kind it is, the events alone say how large.
+
+    Before anything was spent there is none: definition "none", and marked not for release, as no model can have it.
 
     Args:
       boundary: sentences on which data and steps are inside, and what is declared public.
@@ -67,10 +70,11 @@ def guarantee(
             f"events_spent · lacks what this plan releases in every run: {', '.join(missing)}",
             next="Give the events of the ledger that was kept while it ran; an older copy hides spending.",
         )
-    figures = accounting.accountants(events_spent, plan.delta, plan.adjacency)
-    epsilon = figures["pld"]
-    assert epsilon is not None  # PLD always applies
-    finite = math.isfinite(epsilon)
+    figures = accounting.accountants(events_spent, plan.delta, plan.adjacency) if events_spent else {}
+    epsilon = figures["pld"] if events_spent else None
+    assert epsilon is not None or not events_spent  # PLD always applies
+    finite = epsilon is not None and math.isfinite(epsilon)
+    why = ("" if finite else "trained without noise") if events_spent else NOTHING_SPENT
     return Guarantee(
         definition="(epsilon, delta)-DP" if finite else "none",
         epsilon=epsilon if finite else None,
@@ -86,12 +90,14 @@ def guarantee(
         estimates=list(estimates),
         composed_with=list(composed_with),
         not_promised=list(NOT_PROMISED),
-        not_for_release=not_for_release or ("" if finite else "trained without noise"),
+        not_for_release=not_for_release or why,
     )
 
 
 def in_words(claim: Guarantee) -> str:
     """One paragraph for a reader who wants to know what is protected."""
+    if claim.epsilon is None and claim.delta is not None and not claim.accountants:
+        return f"There is nothing to claim yet: {NOTHING_SPENT}."
     if claim.epsilon is None or claim.delta is None:
         return (
             "This model was trained without differential privacy. It may repeat what it was trained on, and must "

@@ -64,10 +64,17 @@ class NotPrivateEngine(Draws):
         return math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        return {"format": STATE_FORMAT, "steps_started": self.steps_started, "events": [], "ledger_sequence": None}
+        return {
+            "format": STATE_FORMAT,
+            "steps_started": self.steps_started,
+            "for_release": self.for_release,
+            "events": [],
+            "ledger_sequence": None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps_started = int(state["steps_started"])
+        self._continue_chance(state)
 
     def check_independence(self, losses: Callable[[Batch], Tensor], batch: Batch) -> None:
         """Nothing to check: no unit is protected."""

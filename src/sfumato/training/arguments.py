@@ -67,7 +67,8 @@ _RULES = (
     _Rule("ddp_static_graph", "is about a wrapper that is not used here", "Leave it out.", lambda v: v is None),
     # what leaves
     _Rule("push_to_hub", "sends checkpoints during the training, before anyone has looked at them",
-          "Call trainer.push_to_hub() when the training is over."),
+          "Leave it out; when the training is over, trainer.save_model('model') and upload that folder: output_dir holds the logs, "
+          "with the training loss, and the ledger."),
     _Rule("include_num_input_tokens_seen", "writes how many tokens the drawn units had, uncharged, into every checkpoint",
           "Leave it out."),
     _Rule("include_tokens_per_second", "reports how many tokens the drawn units had, uncharged", "Leave it out."),

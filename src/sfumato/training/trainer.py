@@ -65,8 +65,10 @@ class PrivateTrainer(transformers.Trainer):
     divided by B, whatever was drawn; an empty draw is a step of noise. *Charged*: every step, durably, in the ledger before its
     units are drawn (Abadi et al. 2016, arXiv:1607.00133; accounted by privacy-loss distributions).
 
-    Not covered: the training loss, ``evaluate`` on data that are not public, and what a callback of yours writes. The
-    loss is logged to your callbacks, and left out of what is saved.
+    Not covered: the training loss, ``evaluate`` on data that are not public, and what a callback writes. The loss is told to
+    the callbacks (TensorBoard's writes it into ``args.output_dir``) and is what ``train()`` returns; it is left out of
+    checkpoints, models, ``save_state`` and ``save_metrics``. So give away the folder of ``save_model``, never ``output_dir``;
+    ``push_to_hub``, which uploads that, is refused.
 
     Args (beside those of ``transformers.Trainer``):
       privacy: what is asked for (the noise is then found), or a plan.
@@ -111,7 +113,8 @@ class PrivateTrainer(transformers.Trainer):
         self.engine: DifferentialPrivacyEngine | None = None
         self._book: Ledger | None = None
         self._parts: Iterator[Batch] | None = None
-        self._events: list[Event] = []  # what was spent, as of the end of the last training
+        self._events: list[Event] = []  # what was spent, as of the end of the last attempt
+        self._others: list[dict[str, Any]] = []  # other runs on the account, as of the end of the last attempt
         self._spending: Spending | None = None
         self._saved_state: dict[str, Any] | None = None  # of the checkpoint that is resumed from
         self._wasted = 0
@@ -269,8 +272,13 @@ class PrivateTrainer(transformers.Trainer):
             finally:
                 held, self._book = self._book, None
                 if held is not None:  # what a block in hand has left is given back when it is closed
-                    held.close()
+                    try:
+                        self._others = held.other_runs()
+                    finally:
+                        held.close()
                     self._events = [Event.from_dict(event) for event in ledgers.show(self._ledger_path)["events"]]
+                elif not processes.first and self.engine is not None:
+                    self._events = self.engine.spent
 
     @contextlib.contextmanager
     def _arguments_of_the_loop(self, max_steps: int) -> Iterator[None]:
@@ -437,8 +445,19 @@ class PrivateTrainer(transformers.Trainer):
             logs = {**logs, "epsilon": self.get_epsilon(), "delta": self.plan.delta}
         super().log(logs, *arguments, **named)
 
+    @property
+    def _spent(self) -> list[Event]:
+        """By the ledger while it is open, where a block of steps counts whole; else by what process 0 told the engine; after an
+        attempt, as it ended."""
+        if self._book is not None:
+            return self._book.spent()
+        return self.engine.spent if self.engine is not None and self._parts is not None else self._events
+
     def claim(self) -> Guarantee:
-        """The guarantee of what was trained so far, as a value."""
+        """The guarantee of what was trained so far, as a value; from a callback, of all that is charged already.
+
+        It names the other runs on the account, which only process 0 knows.
+        """
         boundary = [
             "Inside: the training of every weight that is not frozen, over all steps and attempts that the ledger holds.",
             "Declared public: the weights that the training began with, the settings, and the choice of them.",
@@ -447,7 +466,13 @@ class PrivateTrainer(transformers.Trainer):
             boundary.append("Declared public: the evaluation data.")
         tested = self.engine is not None and not self.engine.for_release
         why = "chance came from a test source" if tested else ""
-        return guarantee(self.plan, self._events, boundary=boundary, not_for_release=why)
+        return guarantee(
+            self.plan,
+            self._spent,
+            boundary=boundary,
+            not_for_release=why,
+            composed_with=self._book.other_runs() if self._book is not None else self._others,
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._own_arguments():
@@ -456,7 +481,7 @@ class PrivateTrainer(transformers.Trainer):
             self._write_claim(output_dir)
 
     def _write_claim(self, output_dir: str | None) -> None:
-        if self._events and self.args.should_save:
+        if self._spent and self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             (folder / CLAIM).write_text(json.dumps(to_dict(self.claim()), indent=1), encoding="utf-8")
 
@@ -479,9 +504,20 @@ class PrivateTrainer(transformers.Trainer):
         with self._covered_history():
             super()._save_checkpoint(model, trial, *more, **named)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing. While the engine trains, torch's state is the secret chance of the last part (``privacy.chance``): it would
+        tell what its losses drew, and how many rows they had. A resume draws anew."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: chance that was in a file is known."""
+
     def save_state(self) -> None:
         with self._covered_history():
             super().save_state()
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Writes the covered figures alone: the training loss, and how fast it went, tell of the units drawn."""
+        super().save_metrics(split, self._covered(metrics), combined=combined)
 
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
         with self._covered_history():
@@ -491,23 +527,24 @@ class PrivateTrainer(transformers.Trainer):
     def _covered_history(self) -> Iterator[None]:
         """The log without figures that no noise covers, while it is written where a model is given away."""
         history = self.state.log_history
-        self.state.log_history = [
-            {
-                name: value
-                for name, value in entry.items()
-                if name in COVERED or (self._evaluation_is_public and name.startswith("eval_"))
-            }
-            for entry in history
-        ]
+        self.state.log_history = [self._covered(entry) for entry in history]
         try:
             yield
         finally:
             self.state.log_history = history
 
+    def _covered(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in figures.items()
+            if name in COVERED or (self._evaluation_is_public and name.startswith("eval_"))
+        }
+
     # -- what is refused --
 
     def _refuse(self, args: Any) -> None:
         found = refusals(args, evaluation_is_public=self._evaluation_is_public)
+        found += checks.seeded_collator(getattr(self, "data_collator", None))
         callbacks = getattr(getattr(self, "callback_handler", None), "callbacks", [])
         found += [] if self._evaluation_is_public else checks.choosing_callbacks(callbacks)
         if self._evaluation_is_public and getattr(self, "train_dataset", None) is not None:
@@ -519,6 +556,14 @@ class PrivateTrainer(transformers.Trainer):
                 code=found[0]["code"] if len(found) == 1 else None,
                 refusals=found,
             )
+
+    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
+        raise PrivacyRefused(
+            "push_to_hub · uploads all of output_dir: logs with the training loss, which nothing covers, and the ledger",
+            next="trainer.save_model('model'), into a folder of its own, and upload that folder: huggingface_hub.upload_folder("
+            "repo_id=..., folder_path='model').",
+            code="push_to_hub",
+        )
 
     def hyperparameter_search(self, *arguments: Any, **named: Any) -> Any:
         raise PrivacyRefused(

@@ -1,5 +1,6 @@
 """What ``PrivateTrainer`` looks at before it trains: units, checkpoints, callbacks, collators, and whether rows are alone."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -121,6 +122,25 @@ def refuse_collator(collator: Any) -> None:
                 f"data_collator = {type(collator).__name__} · puts several units into one row, whose gradients cannot be told apart",
                 next="Use a collator that pads: DataCollatorForLanguageModeling(mlm=False), DataCollatorForSeq2Seq.",
             )
+
+
+def seeded_collator(collator: Any) -> list[dict[str, str]]:
+    """Chance of a collator's own is not the engine's (``privacy.chance``): one row more shifts that of all rows after it."""
+    while isinstance(collator, functools.partial):
+        collator = collator.func
+    collator = getattr(collator, "__self__", collator)  # of a method
+    return [
+        {
+            "code": "seeded",
+            "message": f"data_collator.{name} = {value if isinstance(value, int) else type(value).__name__} · "
+            f"{type(collator).__name__} would draw chance that somebody knows, which tells the rows of a batch apart",
+            "next": f"Leave {name} out: the collator then draws from torch's own generator, which the engine fills with secret "
+            "chance.",
+        }
+        for name in ("seed", "generator")
+        for value in [getattr(collator, name, None)]
+        if value is not None
+    ]
 
 
 def without_column(collate: Callable[[list[Any]], Any], column: str | None) -> Callable[[list[Any]], Any]:
