@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tests.end_to_end.test_releases import AXES, TINY, rebuilt
 from tests.test_workflow import Interrupt
@@ -128,20 +129,22 @@ def test_the_private_steps_begin_at_the_weights_that_the_release_made(tmp_path, 
     """And those are not the random ones."""
     from sfumato.training import loop
 
-    begun: list[tuple[str, float, float]] = []
+    begun: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     true = loop.train
 
+    def weights(model) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
     def seen(model, table, plan, settings, performance, **rest):
-        first = next(iter(model.parameters()))
-        before = float(first.detach().sum())
+        before = weights(model)
         result = true(model, table, plan, settings, performance, **rest)
-        begun.append((type(plan).__name__, before, float(first.detach().sum())))
+        begun.append((type(plan).__name__, before, weights(model)))
         return result
 
     monkeypatch.setattr(loop, "train", seen)
     workflow.train(recipe_file(tmp_path), out=tmp_path / "runs")
     (_, random, warm), (kind, start, _) = begun[:2]
-    assert kind == "DpSgd" and start == warm != random
+    assert kind == "DpSgd" and torch.equal(start, warm) and not torch.equal(warm, random)
 
 
 @pytest.mark.parametrize("name", ["mean embedding", "class moments"])
