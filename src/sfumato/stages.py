@@ -343,7 +343,8 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
     if data.limit_units is not None:
         sentences.append(
             f"Of all units in the data, the {data.limit_units} with the smallest hash of their names were taken, and the claim is with "
-            "regard to these. With regard to the whole set, one unit added or removed exchanges another: twice the epsilon."
+            "regard to these. With regard to the whole set, one unit added or removed exchanges another: twice the "
+            "epsilon, and 1 + e^epsilon times the delta."
         )
     if data.source in OWN and data.unit_column is None:
         sentences.append(
