@@ -229,6 +229,38 @@ def test_a_run_that_dies_after_its_release_is_resumed_without_a_second_one(tmp_p
     assert show(run / "ledger.db")["events"] == spent
 
 
+def test_what_is_made_of_two_sums_is_told_their_noise_and_where_their_chance_came_from(tmp_path, monkeypatch):
+    """The noise is that of sums divided by N; one of two sums from a test source makes all of it not for release."""
+    from sfumato.models.from_class_moments import FromClassMoments
+
+    heard: dict[str, float] = {}
+    once, take_first, receive = releasing.once, FromClassMoments.take_first, FromClassMoments.receive
+
+    def once_of_tests(run, book, plan, name, *rest):
+        found, for_release = once(run, book, plan, name, *rest)
+        return found, for_release and name != "classes"
+
+    def heard_first(model, released, std):
+        heard.setdefault("first", std)  # an audit calls it again
+        take_first(model, released, std)
+
+    def heard_last(model, released, std):
+        heard.setdefault("last", std)
+        receive(model, released, std)
+
+    monkeypatch.setattr(releasing, "once", once_of_tests)
+    monkeypatch.setattr(FromClassMoments, "take_first", heard_first)
+    monkeypatch.setattr(FromClassMoments, "receive", heard_last)
+    answer = workflow.train(recipe_file(tmp_path, "cells of classes"), out=tmp_path / "runs")
+    first, last = plan_from_dict(json.loads(Path(answer["run"], "plan.json").read_text())).stages
+    assert heard == {
+        "first": first.noise_multiplier / first.population,
+        "last": last.noise_multiplier / last.population,
+    }
+    assert "test source" in json.loads(Path(answer["run"], "reports", "privacy.json").read_text())["not_for_release"]
+    assert "bundle" not in answer or answer["bundle"] is None or answer["reasons"]
+
+
 def test_a_run_that_dies_between_two_sums_makes_the_second_one_only(tmp_path, monkeypatch):
     recipe = recipe_file(tmp_path, "cells of classes")
     once = releasing.once

@@ -186,6 +186,19 @@ def test_one_of_the_candidates_is_taken_as_likely_as_its_picture_is_read():
     assert stats.binomtest(first, 4_000, expected).pvalue > 1e-6
 
 
+def test_what_a_text_does_not_say_does_not_count():
+    """Oracle: the softmax over a question's answers, without "not said"."""
+    model = built()
+    reader = reader_of(model)
+    torch.nn.init.normal_(reader.layer.weight, generator=torch.Generator().manual_seed(0))
+    features = reader.features(model.encode(corners(3)).tensors["image"])
+    logits = reader(features).detach()
+    upper = logits[:, 3:5].softmax(1)[:, 0].log()
+    found = reader.agreement(features, reader.answers(["upper"] * 3))
+    torch.testing.assert_close(found.detach(), upper)
+    assert not reader.agreement(features, reader.answers([None] * 3)).any()
+
+
 def test_texts_are_drawn_as_likely_as_their_answers_shared_by_those_that_say_the_same():
     """Oracle: probabilities of every text, by a loop; chi square over 6,000 draws, false alarm 1e-6."""
     model = built()
