@@ -13,7 +13,7 @@ def build(recipe: Recipe) -> Any:
     from sfumato.models import model
 
     shapes, seed = shapes_of(recipe), recipe.training.seed
-    kind = releasing.KIND.get(recipe.privacy.mechanism)
+    kind = releasing.kind_of(recipe)
     if kind is not None:
         return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
     return model.build(recipe.model, shapes, seed=seed)

@@ -49,6 +49,28 @@ class Recipe:
                 f"{given}.warm_start · says half of it: {missing}.warm_start is missing",
                 next="privacy.warm_start says what share is spent, model.warm_start on what. Give both, or none.",
             )
+        self._check_class_moments()
+
+    def _check_class_moments(self) -> None:
+        of, released = self.model.class_moments, self.privacy.mean_embedding
+        if of is None:
+            if released is not None and released.first:
+                raise UsageError(
+                    f"privacy.mean_embedding.first = {released.first} · is for cells of classes",
+                    next="Set it to 0, or give model.class_moments with directions.",
+                )
+            return
+        if released is None:
+            raise UsageError(
+                f"model.class_moments · is released by a mean embedding, not by {self.privacy.mechanism}",
+                next="Set privacy.mechanism: mean_embedding, or leave it out.",
+            )
+        if bool(of.directions) != bool(released.first) or released.max_norm != 1:
+            raise UsageError(
+                f"directions = {of.directions}, first = {released.first}, max_norm = {released.max_norm} · cells are told by a first "
+                "sum, and features have length 1",
+                next="Set privacy.mean_embedding: {first: 0.15} with directions, {} without.",
+            )
 
 
 def from_mapping(values: Any) -> Recipe:

@@ -30,7 +30,14 @@ KIND = {
     "latents": "from_latents",
     "mean_embedding": "from_mean",
     "codebook": "from_codes",
-}  # of the model, by mechanism
+}  # of the model, by mechanism; of class moments another
+CLASS_MOMENTS = "from_class_moments"
+
+
+def kind_of(recipe: Recipe) -> str | None:
+    """Of the model that learns from the recipe's release; None where it trains on records."""
+    kind = KIND.get(recipe.privacy.mechanism)
+    return CLASS_MOMENTS if kind == "from_mean" and recipe.model.class_moments is not None else kind
 
 
 def is_release(plan: PrivacyPlan) -> bool:
@@ -74,6 +81,8 @@ def receive(
         return _receive_latents(run, book, recipe.privacy.latents, plan, model, table, random)
     if isinstance(plan, Composition) and recipe.privacy.codebook is not None:
         return _receive_codes(run, book, recipe.privacy.codebook.max_norm, plan, model, table, prompts, random)
+    if recipe.model.class_moments is not None:
+        return table, _receive_class_moments(run, book, plan, model, table, random)
     if not isinstance(plan, MeanEmbedding):
         raise UsageError(f"plan = {type(plan).__name__} · is no mean embedding", next="Resume the run's own recipe.")
     mean, for_release = once(run, book, plan, "mean", lambda: _mean(table, model.record_features, plan, random), random)
@@ -160,6 +169,34 @@ def _receive_codes(
     noisy, fresh = once(run, book, last, "codes", codes, random)
     received = model.receive_codes(noisy["codes"].numpy(), last.noise, found["mean"], prompts)
     return received, for_release and fresh
+
+
+def _receive_class_moments(
+    run: RunFolder, book: Ledger, plan: PrivacyPlan, model: Any, table: UnitTable, random: Random
+) -> bool:
+    """The sums over classes first, where they tell cells; then those over classes or cells. Whether it may be released."""
+    from sfumato.privacy import latents
+
+    stages = list(plan.stages) if isinstance(plan, Composition) else [plan]
+    for_release = True
+    of = model.of
+
+    def sums(features: Any, stage: MeanEmbedding, count: int) -> "Callable[[], dict[str, Tensor]]":
+        return lambda: {
+            "mean": latents.release_class_sums(table, features, stage, random, classes=count, products=of.products)
+        }
+
+    if len(stages) > 1:
+        first = stages[0]
+        assert isinstance(first, MeanEmbedding)
+        made = sums(model.first_features, first, model.maker.classes)
+        found, for_release = once(run, book, first, "classes", made, random)
+        model.take_first(found["mean"], first.noise_multiplier / first.population)
+    last = stages[-1]
+    assert isinstance(last, MeanEmbedding)
+    found, fresh = once(run, book, last, "mean", sums(model.features, last, model.maker.cells), random)
+    model.receive(found["mean"], last.noise_multiplier / last.population)
+    return for_release and fresh
 
 
 def _mean(
@@ -290,6 +327,8 @@ def sync(path: Path) -> None:
 
 def boundary(recipe: Recipe, model: Any, plan: PrivacyPlan) -> list[str]:
     """Sentences for the claim."""
+    if recipe.model.class_moments is not None:
+        return model.in_words()
     sentences = list(model.codes.in_words())
     if recipe.privacy.latents is not None:
         rows = recipe.privacy.records_per_unit

@@ -222,17 +222,20 @@ def train(
             watchers.append(quality)
         if recipe.training.tensorboard:
             watchers.append(watch.Board(run.path / "tensorboard"))
-        trained = loop.train(
-            model,
-            table,
-            steps,
-            recipe.training,
-            recipe.performance,
-            checkpoints=run.checkpoints,
-            ledger=book if isinstance(steps, DpSgd) else None,
-            watchers=watchers,
-            before=spent_before(plan),
-        )
+        if released and getattr(model, "fits_at_once", False):
+            trained = _fitted(model, recipe, progress)
+        else:
+            trained = loop.train(
+                model,
+                table,
+                steps,
+                recipe.training,
+                recipe.performance,
+                checkpoints=run.checkpoints,
+                ledger=book if isinstance(steps, DpSgd) else None,
+                watchers=watchers,
+                before=spent_before(plan),
+            )
         if trained.stopped == "interrupted":
             return trained.stopped
         if quality is not None:
@@ -256,6 +259,19 @@ def train(
         )
         run.write_json("reports/privacy.json", to_dict(claim))  # last: with it the training counts as finished
     return trained.stopped
+
+
+def _fitted(model: Any, recipe: Recipe, progress: Progress) -> Any:
+    """What was released, made into what is drawn from, without steps. It is post-processing: if it is cut, it begins anew."""
+    from sfumato.training.loop import Trained
+
+    began = time.monotonic()
+    stopped = "steps"
+    try:
+        model.fit(recipe.training.seed, progress)
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    return Trained(stopped=stopped, step=0, charged=0, seconds=time.monotonic() - began, units_seen=0, for_release=True)
 
 
 def _with_its_bound(

@@ -23,6 +23,9 @@ from sfumato.models.settings import (
     MelSpectrogram,
     Mlp,
     ModelSettings,
+    Question,
+    Reader,
+    Sampling,
     TermAxis,
     Terms,
     VaeLatents,
@@ -56,6 +59,7 @@ class Combination:
     stays: tuple[str, ...] = ()
 
 
+_SIDES = Question(name="side", answers=(TermAxis(name="left", more=("left",)), TermAxis(name="right", more=("right",))))
 _TERMS = Terms(axes=(TermAxis(name="side", more=("left",), less=("right",)),), width=8)
 _MEL = MelSpectrogram(bands=8, window=64, hop=32, iterations=4)  # 8 bands of 16 frames
 _SOUNDS = replace(TINY, image=None, audio=replace(_MEL, kept=(4, 6)))
@@ -114,6 +118,17 @@ COMBINATIONS: dict[str, Combination] = {
     ),
     "diffusion-vae-words-mlp": Combination(
         settings=replace(TINY, image=VaeLatents(folder=_VAE.name)), prepare=vae_folder
+    ),
+    "diffusion-reader": Combination(
+        settings=replace(TINY, reader=Reader(questions=(_SIDES,)), sampling=Sampling(steps=2, candidates=3)),
+        outside=("reader_texts.",),
+    ),
+    "flow-reader-all-three": Combination(
+        settings=replace(
+            TINY, audio=_MEL, objective=Flow(condition_width=8), reader=Reader(questions=(_SIDES,), weight=0.5)
+        ),
+        shapes=EVERYTHING,
+        outside=("reader_texts.",),
     ),
     "flow-cosine-words-mlp": Combination(settings=replace(TINY, objective=Flow(noise_multiplicity=3))),
     "flow-pixels-words-unet": Combination(settings=replace(TINY_UNET, objective=Flow())),

@@ -112,7 +112,7 @@ def blind_features(table: UnitTable, *, units: np.ndarray, records_per_unit: int
     ones = torch.ones(batch.num_rows, dtype=torch.float64)
     columns = [torch.zeros(batch.num_units, dtype=torch.float64).index_add(0, batch.unit, ones)[:, None]]
     for name, tensor in sorted(batch.tensors.items()):
-        rows = tensor.flatten(1)
+        rows = tensor.reshape(len(tensor), -1)
         if not rows.is_floating_point():
             counts = torch.zeros(len(rows), 1024, dtype=torch.float64)
             rows = counts.scatter_add(1, rows.long() % 1024, (~_padding(rows)).double())

@@ -13,14 +13,16 @@ Shapes: R records, K classes, D entries of a picture, E = D + 1 of a feature.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.models.codecs import terms
 from sfumato.models.codecs.image import PictureCodec
+from sfumato.models.moment_fitting import changed, fitted, root
 from sfumato.models.settings import ClassMoments, TermAxis
 from sfumato.records import Batch, Record, UnitTable
 
@@ -62,11 +64,32 @@ class ClassMomentsMaker:
         of_class = classes_of(prompts, self.settings.classes)
         return [prompt for prompt, number in zip(prompts, of_class.tolist(), strict=True) if number != NOTHING]
 
+    @property
+    def cells(self) -> int:
+        """Of all classes together, side by side for each class."""
+        return self.classes * 2**self.settings.directions
+
+    def cell_features(self, batch: Batch, classes: "Gaussians") -> tuple[Tensor, Tensor]:
+        """As ``features``, with the cell (R,) in place of the class: on which sides of its class's mean a picture lies.
+
+        Args: classes: what was released of them before. Of a record, a public function of what is told apart.
+        """
+        rows, of_class = self.features(batch)
+        away = self.shortened(batch.tensors["image"].double() - self.origin)
+        found = of_class.clone()
+        for number in range(self.classes):
+            mine = of_class == number
+            values, vectors = torch.linalg.eigh(classes.roots[number])  # ascending, symmetric and not negative
+            most = vectors[:, values.argsort(descending=True)[: self.settings.directions]]
+            sides = ((away[mine] - classes.means[number]) @ most > 0).long()
+            bits = (sides << torch.arange(self.settings.directions)).sum(1)
+            found[mine] = (number << self.settings.directions) + bits
+        return rows, found
+
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """x (R, E), of length at most 1, and the class (R,); zero for a record without a picture or a class."""
         away = batch.tensors["image"].double() - self.origin
-        longest = self.settings.longest
-        short = away / away.norm(dim=1, keepdim=True).clamp(min=longest)
+        short = self.shortened(away) / self.settings.longest
         rows = torch.cat([short.new_full((len(short), 1), COUNTING), short * math.sqrt(1 - COUNTING**2)], dim=1)
         both = batch.present["image"] & batch.present["class"]
         return torch.where(both[:, None], rows, rows.new_zeros(())), torch.where(both, batch.tensors["class"], NOTHING)
@@ -76,21 +99,55 @@ class ClassMomentsMaker:
 
         Args: released: as ``release_class_sums`` gives it; std: of its noise, on the diagonal of x x^T or on x.
         """
-        found = fit(released, std, self.settings)
-        of_class = classes_of(prompts, self.settings.classes)
         generator = torch.Generator().manual_seed(seed)
+        found = self.through(fit(released, std, self.settings), generator)
+        of_class = classes_of(prompts, self.settings.classes)
         made: list[Record] = []
         for start in range(0, count, _AT_ONCE):
             asked = [i % len(prompts) for i in range(start, min(start + _AT_ONCE, count))]
             classes = of_class[asked]
-            normal = torch.randn(len(asked), self.entries - 1, generator=generator, dtype=torch.float64)
-            away = found.means[classes] + torch.einsum("rd,rde->re", normal, found.roots[classes])
-            pictures = self.codec.decode(self._latents(away + self.origin))
+            pictures = self.pictures(found, classes, generator)
             made += [
                 Record(id=f"warm/{start + i}", unit=f"warm/{start + i:09d}", text=prompts[asked[i]], image=picture)
                 for i, picture in enumerate(pictures)
             ]
         return made
+
+    def pictures(self, found: "Gaussians", numbers: Tensor, generator: torch.Generator) -> np.ndarray:
+        """One draw of each numbered Gaussian. Args: numbers (R,). Returns: (R, H, W, C) uint8."""
+        normal = torch.randn(len(numbers), self.entries - 1, generator=generator, dtype=torch.float64)
+        away = torch.empty_like(normal)
+        for number in numbers.unique().tolist():
+            mine = numbers == number
+            away[mine] = found.means[number] + normal[mine] @ found.roots[number]
+        shown = changed(self._pictures(away), self.settings.changes, generator)
+        grey = ((shown.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255)
+        return grey.to(torch.uint8).numpy()
+
+    def through(
+        self, asked: "Gaussians", generator: torch.Generator, progress: Callable[[str], None] | None = None
+    ) -> "Gaussians":
+        """Gaussians whose draws, changed and cut to the range of grey levels, have the moments of those that are asked for."""
+        of = self.settings
+        if not of.passes:
+            return asked
+
+        def seen(away: Tensor) -> Tensor:
+            shown = changed(self._pictures(away), of.changes, generator).clamp(-1, 1)
+            back = self._scaled(self.codec.coder.latents(shown).flatten(1)).double() - self.origin
+            return self.shortened(back)
+
+        made = []
+        for number, (mean, spread) in enumerate(zip(asked.means, asked.roots, strict=True)):
+            made.append(fitted(mean, spread @ spread, seen, passes=of.passes, draws=of.draws, generator=generator))
+            if progress is not None:
+                progress(f"fitting: {number + 1} of {len(asked.means)} Gaussians")
+        return replace(asked, means=torch.stack([m for m, _ in made]), roots=torch.stack([r for _, r in made]))
+
+    def shortened(self, away: Tensor) -> Tensor:
+        """Pictures counted from the public level, no longer than ``longest``."""
+        longest = self.settings.longest
+        return away * (longest / away.norm(dim=1, keepdim=True).clamp(min=longest))
 
     def in_words(self) -> str:
         """What is released, for the claim's boundary."""
@@ -110,8 +167,11 @@ class ClassMomentsMaker:
         """Entries whose length is the root mean square of a picture's (kept) grey levels, which are in [-1, 1]."""
         return latents / math.sqrt(latents.shape[1])
 
-    def _latents(self, scaled: Tensor) -> Tensor:
-        return (scaled * math.sqrt(scaled.shape[1])).float()
+    def _pictures(self, away: Tensor) -> Tensor:
+        """(R, D) counted from the public level -> (R, C, H, W) float32, not cut."""
+        scaled = away + self.origin
+        latents = (scaled * math.sqrt(scaled.shape[1])).float()
+        return self.codec.coder.pictures(latents.reshape(-1, *self.codec.shape))
 
 
 _AT_ONCE = 256
@@ -183,9 +243,3 @@ def without_noise(matrix: Tensor, std: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     kept = (values.square() - 4 * len(matrix) * std**2).clamp(min=0).sqrt() * values.sign()
     return (vectors * kept) @ vectors.T
-
-
-def root(matrix: Tensor) -> Tensor:
-    """The symmetric root of the part of a symmetric matrix that is a covariance."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -61,7 +61,7 @@ class Generative(nn.Module, ABC):
     """
 
     family: ClassVar[str]  # the ``kind`` of its objective's settings
-    needs_public: ClassVar[bool] = False  # it cannot train before ``tell_public``
+    needs_public: bool = False  # it cannot train, or not answer, before ``tell_public``
     learns_from_rows: ClassVar[bool] = True  # as the models of releases say of themselves
 
     def __init__(self, settings: ModelSettings, shapes: Shapes) -> None:
@@ -90,8 +90,8 @@ class Generative(nn.Module, ABC):
     @abstractmethod
     def draw(
         self,
-        encoded: Mapping[Modality, Tensor],
-        present: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
         wanted: tuple[Modality, ...],
         sampling: Sampling,
         generator: torch.Generator,
@@ -136,17 +136,19 @@ class Generative(nn.Module, ABC):
     def encode(self, records: Sequence[Record]) -> UnitTable:
         """Records as the tensors that ``losses`` wants, grouped by unit."""
         tensors, present = self._encoded(records)
-        return UnitTable(
-            {str(name): tensor for name, tensor in tensors.items()},
-            [record.unit for record in records],
-            {str(name): there for name, there in present.items()},
-        )
+        return UnitTable(tensors, [record.unit for record in records], present)
 
-    def _encoded(self, records: Sequence[Record]) -> tuple[dict[Modality, Tensor], dict[Modality, Tensor]]:
-        both: dict[Modality, tuple[Tensor, Tensor]] = {
-            name: codec.encode(records) for name, codec in self.codecs.items()
-        }
+    def _encoded(self, records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        both = {str(name): codec.encode(records) for name, codec in self.codecs.items()}
         return {name: pair[0] for name, pair in both.items()}, {name: pair[1] for name, pair in both.items()}
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        """What ``encode`` holds of records that have nothing."""
+        return {str(name): codec.blank(rows) for name, codec in self.codecs.items()}
+
+    def decode(self, name: Modality, drawn: Tensor) -> Sequence[Any]:
+        """What ``draw`` made of a modality, as records hold it."""
+        return self.codecs[name].decode(drawn)
 
     # -- the objective --
 
@@ -185,7 +187,7 @@ class Generative(nn.Module, ABC):
             told = [prompt(**_told(record, wanted)) for record in given[start : start + ROWS_AT_ONCE]]
             encoded, present = self._encoded(told)
             drawn = self.draw(encoded, present, wanted, sampling, generator)
-            decoded = {name: self.codecs[name].decode(drawn[name]) for name in wanted}
+            decoded = {name: self.decode(name, drawn[name]) for name in wanted}
             made += [
                 generated(start + row, {name: decoded[name][row] for name in wanted}, self.shapes.sample_rate)
                 for row in range(len(told))
@@ -226,7 +228,7 @@ class Generative(nn.Module, ABC):
         hooks = [leaf.register_forward_hook(count) for leaf in leaves]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                blank = {name: codec.blank(1) for name, codec in self.codecs.items()}
+                blank = self.blank(1)
                 there = {name: torch.ones(1, dtype=torch.bool) for name in blank}
                 batch = Batch(tensors=blank, present=there, unit=torch.zeros(1, dtype=torch.long), num_units=1)
                 self.record_losses(batch)

@@ -1,6 +1,6 @@
 """From settings, or from a folder, to a model: the one place that chooses its class.
 
-``families`` are trained on records; ``from_latents``, ``from_mean`` and ``from_codes`` on what was released.
+``families`` are trained on records; ``from_latents``, ``from_mean``, ``from_codes`` and ``from_class_moments`` on what was released.
 """
 
 import json
@@ -37,12 +37,13 @@ def build(
 
 
 def build_for_release(kind: str, settings: ModelSettings, *, picture_shape: tuple[int, int, int], seed: int = 0) -> Any:
-    """A model that learns from what was released: ``from_latents``, ``from_mean`` or ``from_codes``."""
+    """A model that learns from what was released: ``from_latents``, ``from_mean``, ``from_codes`` or ``from_class_moments``."""
+    from sfumato.models.from_class_moments import FromClassMoments
     from sfumato.models.from_codes import FromCodes
     from sfumato.models.from_latents import FromLatents
     from sfumato.models.from_mean import FromMean
 
-    kinds = {of.kind: of for of in (FromLatents, FromMean, FromCodes)}
+    kinds = {of.kind: of for of in (FromLatents, FromMean, FromCodes, FromClassMoments)}
     if kind not in kinds:
         raise UsageError(f"kind = {kind!r} · must be one of {', '.join(kinds)}", next="Use the version that wrote it.")
     with torch.random.fork_rng(devices=[]):

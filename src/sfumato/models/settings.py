@@ -515,8 +515,9 @@ class Sampling:
       solver: diffusion: heun, euler, dpmpp_2m (Lu et al. 2022), ancestral (adds noise in each step); flow: heun, euler, midpoint.
       churn, churn_min, churn_max, churn_noise: of a diffusion by heun or euler, noise that is added and taken away again:
         S_churn, S_tmin, S_tmax, S_noise of EDM, algorithm 2; churn 0 adds none.
-      temperature: of tokens; 0 takes the likeliest.
+      temperature: of tokens, and of the texts that a reader answers with; 0 takes the likeliest.
       top_k, top_p: of tokens, the likeliest k alone (0: all), and of these those that have this probability together.
+      candidates: pictures drawn for each text, of which a reader takes one (``model.reader``).
     """
 
     steps: int = 24
@@ -529,9 +530,11 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         checks.non_negative(temperature=self.temperature, top_k=self.top_k)
+        checks.positive(candidates=self.candidates)
         checks.positive(top_p=self.top_p)
         checks.probability(top_p=self.top_p)
         checks.positive(steps=self.steps, churn_noise=self.churn_noise)
@@ -552,6 +555,44 @@ class Sampling:
                 f"model.sampling.churn = {self.churn} · is of a diffusion's solvers {' and '.join(_CHURNING)} only, not of "
                 f"{objective} by {self.solver}",
                 next="Set it to 0, or take another solver.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What a text may say, with its answers: a text gives the first that one of its terms ``more`` says, if none of ``less`` does."""
+
+    name: str
+    answers: tuple[TermAxis, ...]
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.answers]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UsageError(
+                f"question {self.name!r}: answers = {names} · must be at least two, each with a name of its own",
+                next="For example {name: side, answers: [{name: left, more: [left]}, {name: right, more: [right]}]}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reader:
+    """Reads, of a picture, what a text would say of it (``families.reading``); of diffusion and flow only. All of it public.
+
+    Attributes:
+      questions: written by somebody who knows the field and has seen none of the records.
+      weight: of its loss in a record's.
+    """
+
+    questions: tuple[Question, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(weight=self.weight)
+        names = [one.name for one in self.questions]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(
+                f"questions = {names} · must be at least one, each with a name of its own",
+                next="Fill model.reader.questions.",
             )
 
 
@@ -580,6 +621,29 @@ class RandomFeatures:
         checks.positive(width=self.width, longest=self.longest, signs=self.signs, length=self.length)
 
 
+MOST_DIRECTIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """Standard deviations of how pictures of one kind differ, as everybody knows; nothing is fitted (``models.moment_fitting``).
+
+    Attributes: turn: in degrees; shear; scale: of the logarithm of height and of width; shift: in sides; brightness: of the
+        logarithm of what is above black.
+    """
+
+    turn: float = 0.0
+    shear: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.non_negative(
+            turn=self.turn, shear=self.shear, scale=self.scale, shift=self.shift, brightness=self.brightness
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassMoments:
     """Noisy sums over the records of every public class: how many, their pictures, and products of two entries of a picture.
@@ -592,6 +656,10 @@ class ClassMoments:
       level: the grey level, of -1 to 1, that pictures are counted from; public.
       longest: root mean square distance from it that pictures are shortened to; public.
       products: False releases numbers and sums of pictures only ("central images").
+      directions: each class is divided into 2^directions cells, by the sides of its mean in the directions in which its
+        pictures differ most; sums are over cells then. Both are known from sums over classes, which are released before.
+      changes: by which pictures of a class are known to differ.
+      passes, draws: of the fitting of a Gaussian through these changes and the range of grey levels; 0 passes takes the moments.
     """
 
     kind: Literal["class_moments"] = "class_moments"
@@ -600,9 +668,24 @@ class ClassMoments:
     level: float = 0.0
     longest: float = 0.6
     products: bool = True
+    directions: int = 0
+    changes: Changes = field(default_factory=Changes)
+    passes: int = 0
+    draws: int = 1_600
 
     def __post_init__(self) -> None:
-        checks.positive(longest=self.longest)
+        checks.positive(longest=self.longest, draws=self.draws)
+        checks.non_negative(directions=self.directions, passes=self.passes)
+        if self.directions > MOST_DIRECTIONS or (self.directions and not self.products):
+            raise UsageError(
+                f"directions = {self.directions}, products = {self.products} · at most {MOST_DIRECTIONS}, and found from products",
+                next="Set directions: 2, or 0.",
+            )
+        if not self.passes and self.changes != Changes():
+            raise UsageError(
+                "changes · are fitted through in passes, and passes = 0",
+                next="Set passes: 20, or leave out the changes.",
+            )
         names = [one.name for one in self.classes]
         if not names or len(set(names)) < len(names):
             raise UsageError(
@@ -682,6 +765,29 @@ class ModelSettings:
     sampling: Sampling = field(default_factory=Sampling)
     random_features: RandomFeatures = field(default_factory=RandomFeatures)  # of a mean embedding only
     warm_start: WarmStart | None = None  # with privacy.warm_start
+    reader: Reader | None = None
+    class_moments: ClassMoments | None = None  # of mechanism mean_embedding: what is released, and drawn from
 
     def __post_init__(self) -> None:
         self.sampling.check_for(self.objective.kind)
+        if (
+            self.warm_start is not None
+            and isinstance(self.warm_start.release, ClassMoments)
+            and self.warm_start.release.directions
+        ):
+            raise UsageError(
+                f"directions = {self.warm_start.release.directions} · take a release of their own before, and a warm start is one",
+                next="Set model.warm_start.release.directions: 0.",
+            )
+        if self.reader is not None and (
+            not isinstance(self.objective, Diffusion | Flow) or self.objective.target != "image" or self.text is None
+        ):
+            raise UsageError(
+                f"model.reader · reads the pictures that a diffusion or a flow draws for texts, not {self.objective.kind}",
+                next="Leave it out, or set model.objective.kind: diffusion, its target: image, and model.text.",
+            )
+        if self.sampling.candidates > 1 and self.reader is None:
+            raise UsageError(
+                f"model.sampling.candidates = {self.sampling.candidates} · one of them is taken by a reader, and there is none",
+                next="Set it to 1, or give the model a reader.",
+            )

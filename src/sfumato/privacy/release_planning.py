@@ -32,6 +32,8 @@ def release_plan(
         )
     if settings.mean_embedding is not None:
         values = {**whom, "dimension": dimensions["mean"], "max_norm": settings.mean_embedding.max_norm}
+        if settings.mean_embedding.first:
+            return _two_sums(settings, settings.mean_embedding.first, values, dimensions)
         if settings.noise_multiplier is not None:
             return MeanEmbedding(**values, noise_multiplier=settings.noise_multiplier)
         assert settings.epsilon is not None  # the settings hold exactly one
@@ -40,6 +42,28 @@ def release_plan(
         return _codebook(settings, settings.codebook, whom, dimensions)
     assert settings.latents is not None
     return _latents(settings, settings.latents, whom, dimensions)
+
+
+def _two_sums(
+    settings: PrivacySettings, share: float, values: Mapping[str, Any], dimensions: Mapping[str, int]
+) -> Composition:
+    """Gaussians compose by 1 / sigma^2: the first sum has its share of it, the second one the rest."""
+    assert settings.epsilon is not None  # the settings demand it
+    if "first" not in dimensions:
+        raise UsageError(
+            f"privacy.mean_embedding.first = {share} · is for cells of classes, and the model has none",
+            next="Set it to 0, or model.class_moments.directions: 2.",
+        )
+    joint = accounting.calibrate_event(
+        Event(mechanism="gaussian", sampling_rate=1.0, noise_multiplier=1.0),
+        epsilon=settings.epsilon, delta=values["delta"], adjacency=values["adjacency"],
+    )  # fmt: skip
+    before = {**values, "dimension": dimensions["first"]}
+    return Composition.of(
+        MeanEmbedding(**before, noise_multiplier=joint / math.sqrt(share)),
+        MeanEmbedding(**values, noise_multiplier=joint / math.sqrt(1 - share)),
+        target_epsilon=settings.epsilon,
+    )
 
 
 def _latents(

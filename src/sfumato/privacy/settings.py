@@ -153,12 +153,20 @@ class LatentSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeanEmbeddingSettings:
-    """Attributes: max_norm: C, to which a unit's feature is clipped; features have length 1 at most (``models.from_mean``)."""
+    """Attributes:
+    max_norm: C, to which a unit's feature is clipped; features have length 1 at most (``models.from_mean``).
+    first: share of the guarantee (of 1/sigma^2) spent on a sum before, which tells the second one what to sum over
+      (``models.from_class_moments``, with directions); 0: one sum.
+    """
 
     max_norm: float = 1.0
+    first: float = 0.0
 
     def __post_init__(self) -> None:
         checks.positive(max_norm=self.max_norm)
+        checks.probability(first=self.first)
+        if self.first >= 1:
+            raise UsageError("first = 1 · leaves nothing for the second sum", next="Spend a part, 0.15.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,9 +341,10 @@ class PrivacySettings:
                         next=f"Leave out privacy.{name}.",
                     )
         centre = self.latents.centre if self.latents else self.codebook.centre if self.codebook else 0.0
+        centre = self.mean_embedding.first if self.mean_embedding else centre
         if centre and self.epsilon is None:
             raise UsageError(
-                f"centre = {centre} · is a share of epsilon, which is not given",
+                f"{'first' if self.mean_embedding else 'centre'} = {centre} · is a share of epsilon, which is not given",
                 next="Set privacy.epsilon.",
             )
 

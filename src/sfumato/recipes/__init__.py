@@ -7,6 +7,7 @@ from sfumato.recipe import Recipe
 from sfumato.recipes.clinic import (
     clinic,
     clinic_banded,
+    clinic_both_ways,
     clinic_codebook,
     clinic_latents,
     clinic_mean_embedding,
@@ -24,6 +25,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-records": clinic_records,
     "clinic-sound": clinic_sound,
     "clinic-banded": clinic_banded,
+    "clinic-both-ways": clinic_both_ways,
     "clinic-latents": clinic_latents,
     "clinic-shared-latents": clinic_shared_latents,
     "clinic-codebook": clinic_codebook,

@@ -13,7 +13,9 @@ from sfumato.models.settings import (
     MelSpectrogram,
     Mlp,
     ModelSettings,
+    Question,
     RandomFeatures,
+    Reader,
     Sampling,
     TermAxis,
     Terms,
@@ -23,6 +25,7 @@ from sfumato.privacy.settings import (
     LatentModalitySettings,
     LatentSettings,
     MeanEmbeddingSettings,
+    PartSettings,
     PrivacySettings,
 )
 from sfumato.recipe import Recipe
@@ -130,6 +133,71 @@ FINDINGS = (
     TermAxis(name="nodule", more=("nodule",), less=("consolidation", "cavity")),
     TermAxis(name="cavity", more=("cavity",), less=("nodule", "consolidation")),
 )
+
+
+NORMAL_HEART = ("not enlarged", "normal heart", "normal in size", "size is normal")
+NO_EFFUSION = ("no effusion", "no pleural", "without effusion")
+QUESTIONS = (  # what a radiologist would report; nobody looked at the records
+    Question(name="side", answers=(TermAxis(name="left", more=("left",)), TermAxis(name="right", more=("right",)))),
+    Question(
+        name="zone",
+        answers=(
+            TermAxis(name="upper", more=("upper",)),
+            TermAxis(name="lower", more=("lower",)),
+            TermAxis(name="middle", more=("middle", "mid")),
+        ),
+    ),
+    Question(
+        name="view",
+        answers=(TermAxis(name="lateral", more=("lateral",)), TermAxis(name="frontal", more=("frontal",))),
+    ),
+    Question(
+        name="heart",
+        answers=(
+            TermAxis(name="normal", more=NORMAL_HEART),
+            TermAxis(name="enlarged", more=("enlarged", "increased", "cardiomegaly"), less=NORMAL_HEART),
+        ),
+    ),
+    Question(
+        name="effusion",
+        answers=(
+            TermAxis(name="none", more=NO_EFFUSION),
+            TermAxis(name="effusion", more=("effusion", "pleural fluid"), less=NO_EFFUSION),
+        ),
+    ),
+    Question(
+        name="kind",
+        answers=(
+            TermAxis(name="nodule", more=("nodule",)),
+            TermAxis(name="cavity", more=("cavity",)),
+            TermAxis(name="consolidation", more=("consolidation",)),
+        ),
+    ),
+)
+
+
+def clinic_both_ways() -> Recipe:
+    """The demo with a private reader beside the denoiser: histories for films too, and of two films for a history the one that reads so."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-both-ways",
+        model=replace(
+            recipe.model,
+            reader=Reader(questions=QUESTIONS),
+            sampling=Sampling(guidance=1.0, candidates=4, temperature=0.0),
+        ),
+        privacy=PrivacySettings(
+            unit="person",
+            records_per_unit=2,
+            epsilon=8.0,
+            parts=(
+                PartSettings(name="reader", modules=("reader",), max_grad_norm=0.5, share=0.2),
+                PartSettings(name="denoiser", modules=("",), max_grad_norm=0.5, share=0.8),
+            ),
+        ),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
 
 
 EQUAL = (  # w = 1 / d: both modalities have half of the guarantee, which leaves their covariance the least noise

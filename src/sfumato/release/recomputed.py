@@ -71,6 +71,8 @@ def _dimensions(plan: "PrivatePlan") -> dict[str, int]:
             case Codebook():
                 found["categories"] = stage.categories
             case MeanEmbedding():
+                if "mean" in found:  # the second of two sums
+                    found["first"] = found["mean"]
                 found |= {"mean": stage.dimension, "image": found.get("image", stage.dimension)}
                 found["warm_start"] = stage.dimension
             case _:

@@ -38,7 +38,7 @@ _OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "ga
 _CLAIMS = {  # what a recipe's mechanism may be called in its claim
     "dp_sgd": ("dp_sgd",),
     "latents": ("latent_release", "composition"),
-    "mean_embedding": ("mean_embedding",),
+    "mean_embedding": ("mean_embedding", "composition"),
     "codebook": ("composition",),
 }
 _LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without

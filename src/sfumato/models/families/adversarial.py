@@ -232,8 +232,8 @@ class AdversarialModel(Generative):
 
     def draw(
         self,
-        encoded: Mapping[Modality, Tensor],
-        present: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
         wanted: tuple[Modality, ...],
         sampling: Sampling,
         generator: torch.Generator,

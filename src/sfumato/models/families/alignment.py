@@ -53,7 +53,7 @@ class Bank(nn.Module):
             self.register_buffer(name, codec.blank(0))
             self.register_buffer(f"{name}_present", torch.zeros(0, dtype=torch.bool))
 
-    def take(self, encoded: Mapping[Modality, Tensor], present: Mapping[Modality, Tensor]) -> None:
+    def take(self, encoded: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
         for name in encoded:
             self._buffers[name] = encoded[name]
             self._buffers[f"{name}_present"] = present[name]
@@ -152,8 +152,8 @@ class AlignmentModel(Generative):
 
     def draw(
         self,
-        encoded: Mapping[Modality, Tensor],
-        present: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
         wanted: tuple[Modality, ...],
         sampling: Sampling,
         generator: torch.Generator,

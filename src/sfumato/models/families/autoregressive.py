@@ -137,8 +137,8 @@ class AutoregressiveModel(Generative):
 
     def draw(
         self,
-        encoded: Mapping[Modality, Tensor],
-        present: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
         wanted: tuple[Modality, ...],
         sampling: Sampling,
         generator: torch.Generator,
@@ -160,7 +160,7 @@ class AutoregressiveModel(Generative):
 
     def _draw(
         self,
-        encoded: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
         told: Sequence[Modality],
         wanted: tuple[Modality, ...],
         sampling: Sampling,

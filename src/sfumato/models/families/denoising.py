@@ -8,7 +8,7 @@ Shapes: R records, K draws, D latent entries of the target, E width of the condi
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from sfumato.models.backbones.mlp import ResidualMlp
 from sfumato.models.codecs import sentence
 from sfumato.models.codecs.image import PictureCodec
 from sfumato.models.families.conditions import ConditionEncoder, Told, beside
-from sfumato.models.generative import Direction, Generative, write_json
+from sfumato.models.families.reading import ANSWERS, FEATURES, Bank, PictureReader
+from sfumato.models.generative import Direction, Generative, Origin, write_json
 from sfumato.models.settings import (
     Diffusion,
     Flow,
@@ -33,7 +34,7 @@ from sfumato.models.settings import (
     UNet,
 )
 from sfumato.models.shapes import Shapes
-from sfumato.records import MODALITIES, Batch, Modality
+from sfumato.records import MODALITIES, Batch, Modality, Record
 
 
 class Denoising(Generative):
@@ -82,6 +83,17 @@ class Denoising(Generative):
                     next="Set model.backbone.kind to mlp or unet, or model.objective.kind: autoregressive.",
                 )
 
+        self.reader: PictureReader | None = None
+        if settings.reader is not None:
+            if not isinstance(codec, PictureCodec):
+                raise UsageError(
+                    f"model.reader · sees pixels, which model.image.kind = {codec.settings.kind} cannot be led back to",
+                    next="Set model.image: {kind: pixels} or {kind: cosine}, or leave out the reader.",
+                )
+            self.needs_public = True  # it has no texts to answer with before
+            self.reader = PictureReader(settings.reader, codec)
+            self.reader_texts = Bank()
+
     # -- what an objective says --
 
     @property
@@ -118,7 +130,42 @@ class Denoising(Generative):
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        return (Direction(tuple(self.told), (self.target,)),)
+        drawn = Direction(tuple(self.told), (self.target,))
+        return (drawn,) if self.reader is None else (drawn, Direction((self.target,), ("text",)))
+
+    def tell_public(self, records: Sequence[Record]) -> None:
+        """A reader answers with their texts."""
+        if self.reader is not None:
+            self.reader_texts.take(records)
+
+    def origin(self, part: str) -> Origin:
+        return "public" if part == "reader_texts" else super().origin(part)
+
+    def boundary(self) -> list[str]:
+        if self.reader is None:
+            return []
+        asked = ", ".join(question.name for question in self.reader.settings.questions)
+        return [
+            f"What a picture is read for is a public list of questions, which is in the recipe ({asked}); the reader, one linear layer "
+            "over fixed features of pictures, is trained inside the guarantee. It takes part in drawing pictures for texts.",
+            "Declared public: the texts of half of the public units. They are saved with the model, and it answers with them.",
+        ]
+
+    def _encoded(self, records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        encoded, present = super()._encoded(records)
+        if self.reader is not None:
+            encoded[FEATURES], _ = self.reader.blank(len(records))
+            seen = present[self.target]
+            encoded[FEATURES][seen] = self.reader.features(encoded[self.target][seen])
+            encoded[ANSWERS] = self.reader.answers([record.text for record in records])
+            present |= dict.fromkeys((FEATURES, ANSWERS), seen & present["text"])
+        return encoded, present
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        blank = super().blank(rows)
+        if self.reader is not None:
+            blank[FEATURES], blank[ANSWERS] = self.reader.blank(rows)
+        return blank
 
     def condition(self, encoded: Mapping[Any, Tensor], present: Mapping[Any, Tensor]) -> Tensor:
         """Encoded records -> (R, E); a missing part is zero, which is what "no condition" means to the denoiser."""
@@ -155,29 +202,84 @@ class Denoising(Generative):
     ) -> Tensor:
         """Args: condition (R, E), levels (R, K), noise (R, K, D); clean: copies (R, K, D) in place of the batch's (R, D)."""
         values = self.latent_losses(batch.tensors[self.target] if clean is None else clean, condition, levels, noise)
-        return values * batch.present[self.target]  # a record without the target has nothing to lose
+        values = values * batch.present[self.target]  # a record without the target has nothing to lose
+        if self.reader is None:
+            return values
+        read = self.reader.losses(batch.tensors[FEATURES], batch.tensors[ANSWERS])
+        return values + self.reader.settings.weight * read * batch.present[ANSWERS]
 
     def draw(
         self,
-        encoded: Mapping[Modality, Tensor],
-        present: Mapping[Modality, Tensor],
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
         wanted: tuple[Modality, ...],
         sampling: Sampling,
         generator: torch.Generator,
     ) -> dict[Modality, Tensor]:
         sampling.check_for(self.family)
+        if wanted == ("text",):
+            return {"text": self._read(encoded, present, sampling, generator)}
+        if sampling.candidates > 1:
+            return {self.target: self._candidate(encoded, present, sampling, generator)}
         condition = self.condition(encoded, present)
         start = torch.randn(len(condition), self.scale.numel(), generator=generator)
         return {self.target: self.drawn(condition, start, sampling, generator)}
+
+    def decode(self, name: Modality, drawn: Tensor) -> Sequence[Any]:
+        if name == "text" and self.reader is not None:
+            texts = self.reader_texts.texts()
+            return [texts[number] for number in drawn.tolist()]
+        return super().decode(name, drawn)
+
+    def _read(
+        self,
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Pictures -> numbers of the bank's texts; of no picture, any of them."""
+        assert self.reader is not None  # or texts are not among the directions
+        if not len(self.reader_texts.lengths):
+            raise UsageError(
+                "public texts = none · a reader answers with public texts",
+                next="Set data.public_units; in a loop of your own, call tell_public(records).",
+            )
+        found = self.reader.texts(encoded[FEATURES], self.reader_texts, sampling.temperature, generator)
+        anyone = torch.randint(len(self.reader_texts.lengths), found.shape, generator=generator)
+        return torch.where(present[self.target], found, anyone)
+
+    def _candidate(
+        self,
+        encoded: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Several pictures of every condition, (R, n, D), and the one that the reader takes, (R, D)."""
+        if self.reader is None:
+            raise UsageError(
+                f"sampling.candidates = {sampling.candidates} · one of them is taken by a reader, and this model has none",
+                next="Set it to 1, or train a model with model.reader.",
+            )
+        count = sampling.candidates
+        condition = self.condition(encoded, present).repeat_interleave(count, 0)
+        start = torch.randn(len(condition), self.scale.numel(), generator=generator)
+        drawn = self.drawn(condition, start, sampling, generator)
+        return self.reader.chosen(drawn.unflatten(0, (-1, count)), encoded[ANSWERS], generator)
 
     # -- on disk: the folders of a diffusers pipeline --
 
     def parts(self) -> dict[str, nn.Module]:
         name, part = self._denoiser_part()
-        return {**{f"{told}_encoder": self.get_submodule(f"{told}_encoder") for told in self.told}, name: part}
+        found = {**{f"{told}_encoder": self.get_submodule(f"{told}_encoder") for told in self.told}, name: part}
+        if self.reader is None:
+            return found
+        return {**found, "reader": self.reader, "reader_texts": self.reader_texts}
 
     def file_of(self, part: str) -> str:
-        return f"{part}/{'model' if part.endswith('_encoder') else 'diffusion_pytorch_model'}.safetensors"
+        ours = part.endswith("_encoder") or part.startswith("reader")
+        return f"{part}/{'model' if ours else 'diffusion_pytorch_model'}.safetensors"
 
     def write(self, folder: Path) -> None:
         name, part = self._denoiser_part()
