@@ -282,10 +282,7 @@ def figures_of(name: str, row: dict[str, Any]) -> str:
     said = []
     for figure in row["figures"]:
         real = figure["baseline"].get("real held-out")
-        said.append(
-            f"{figure['direction']}: {figure['name']} {figure['value']:.3g}"
-            + ("" if real is None else f" ({real:.3g})")
-        )
+        said.append(f"{figure['name']} {figure['value']:.3g}" + ("" if real is None else f" ({real:.3g})"))
     private = row["epsilon"] is not None and math.isfinite(row["epsilon"])
     epsilon = f"ε = {row['epsilon']:.3f}" if private else "not private"
     return f"| {name} | {epsilon} | {'; '.join(said)} | {row['training_seconds'] / 60:.0f} min |"
