@@ -14,6 +14,7 @@ Prints Markdown; writes a JSON for each row and the table.
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -62,6 +63,25 @@ ROWS: dict[str, Row] = {
     "mnist-10": _labelled("mnist-labels", 10.0),
     "fashion-1": _labelled("fashion-labels", 1.0, "model.class_moments.directions=0", "privacy.mean_embedding.first=0"),
     "fashion-10": _labelled("fashion-labels", 10.0),
+    **{
+        f"clinic-{epsilon}": Row(
+            recipe="clinic-both-ways", epsilon=epsilon, changes=(f"privacy.epsilon={epsilon}",), measure="report"
+        )
+        for epsilon in (1, 4, 8)
+    },
+    "clinic-not-private": Row(
+        recipe="clinic-both-ways",
+        epsilon=math.inf,
+        changes=("privacy.mechanism=none", "privacy.parts=[]", "privacy.max_grad_norm=1.0"),
+        measure="report",
+    ),
+    **{
+        f"{recipe}-{epsilon}": Row(
+            recipe=recipe, epsilon=epsilon, changes=(f"privacy.epsilon={epsilon}",), measure="report"
+        )
+        for recipe in ("wordnet", "emails")
+        for epsilon in (1, 10)
+    },
 }
 
 PUBLISHED = {  # accuracy (%), Fréchet distance over Inception features (FID): /docs/results.md names the sources
@@ -232,7 +252,7 @@ def table(out: Path) -> str:
         "published: accuracy, FID |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    commands, extractors = [], set()
+    commands, extractors, reported = [], set(), []
     for name in ROWS:
         kept = out / f"{name}.json"
         if not kept.is_file():
@@ -242,6 +262,7 @@ def table(out: Path) -> str:
             f"- {name}: `{row['command']}`, {row['steps']} steps, {row['parameters']:,} parameters, {row['machine']}"
         )
         if "accuracy" not in row:
+            reported.append(figures_of(name, row))
             continue
         cells = [f"{row['accuracy'][n]['value']:.2%}" if n in row["accuracy"] else "–" for n in usefulness.NETWORKS]
         far = row["frechet"]
@@ -253,7 +274,25 @@ def table(out: Path) -> str:
             f"{row['training_seconds'] / 60:.0f} min, {row['generating_seconds'] / 60:.0f} min | {others} |"
         )
     named = ", ".join(sorted(e for e in extractors if e)) or "none"
-    return "\n".join([*lines, "", f"Extractor: {named}.", "", *commands]) + "\n"
+    return "\n".join([*lines, "", f"Extractor: {named}.", *_section(reported), "", *commands]) + "\n"
+
+
+def figures_of(name: str, row: dict[str, Any]) -> str:
+    """One line: what the run's own report measured, each figure beside that of real held-out records where there is one."""
+    said = []
+    for figure in row["figures"]:
+        real = figure["baseline"].get("real held-out")
+        said.append(f"{figure['name']} {figure['value']:.3g}" + ("" if real is None else f" ({real:.3g})"))
+    private = row["epsilon"] is not None and math.isfinite(row["epsilon"])
+    epsilon = f"ε = {row['epsilon']:.3f}" if private else "not private"
+    return f"| {name} | {epsilon} | {'; '.join(said)} | {row['training_seconds'] / 60:.0f} min |"
+
+
+def _section(reported: list[str]) -> list[str]:
+    if not reported:
+        return []
+    head = ["", "| row | | figures of the run's report (real held-out) | training |", "|---|---|---|---|"]
+    return [*head, *reported]
 
 
 if __name__ == "__main__":

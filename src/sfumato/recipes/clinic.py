@@ -135,6 +135,31 @@ FINDINGS = (
 )
 
 
+def clinic_both_ways() -> Recipe:
+    """The demo with a private reader beside the denoiser: histories for films too, and of two films for a history the one that reads so."""
+    recipe = clinic()
+    return replace(
+        recipe,
+        name="clinic-both-ways",
+        model=replace(
+            recipe.model,
+            text=Terms(axes=TERMS + FINDINGS, width=128),
+            reader=Reader(questions=QUESTIONS),
+            sampling=Sampling(guidance=1.0, candidates=4, temperature=0.0),
+        ),
+        privacy=PrivacySettings(
+            unit="person",
+            records_per_unit=2,
+            epsilon=8.0,
+            parts=(
+                PartSettings(name="reader", modules=("reader",), max_grad_norm=0.5, share=0.2),
+                PartSettings(name="denoiser", modules=("",), max_grad_norm=0.5, share=0.8),
+            ),
+        ),
+        evaluation=replace(recipe.evaluation, twin=False),
+    )
+
+
 NORMAL_HEART = ("not enlarged", "normal heart", "normal in size", "size is normal")
 NO_EFFUSION = ("no effusion", "no pleural", "without effusion")
 QUESTIONS = (  # what a radiologist would report; nobody looked at the records
@@ -174,30 +199,6 @@ QUESTIONS = (  # what a radiologist would report; nobody looked at the records
         ),
     ),
 )
-
-
-def clinic_both_ways() -> Recipe:
-    """The demo with a private reader beside the denoiser: histories for films too, and of two films for a history the one that reads so."""
-    recipe = clinic()
-    return replace(
-        recipe,
-        name="clinic-both-ways",
-        model=replace(
-            recipe.model,
-            reader=Reader(questions=QUESTIONS),
-            sampling=Sampling(guidance=1.0, candidates=4, temperature=0.0),
-        ),
-        privacy=PrivacySettings(
-            unit="person",
-            records_per_unit=2,
-            epsilon=8.0,
-            parts=(
-                PartSettings(name="reader", modules=("reader",), max_grad_norm=0.5, share=0.2),
-                PartSettings(name="denoiser", modules=("",), max_grad_norm=0.5, share=0.8),
-            ),
-        ),
-        evaluation=replace(recipe.evaluation, twin=False),
-    )
 
 
 EQUAL = (  # w = 1 / d: both modalities have half of the guarantee, which leaves their covariance the least noise
