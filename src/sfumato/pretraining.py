@@ -69,7 +69,9 @@ def begin(run: RunFolder, recipe: Recipe, prepared: Any, model: Any, progress: C
     run.write_json(CARD, card)
     progress(f"public start: {card['records']:,} records of {card['name']}; {_left_out(card)}")
     with model.whole():
-        if not start.train("training", model, building.encode(model, recipe, records), _steps(asked, recipe), recipe, progress):
+        if not start.train(
+            "training", model, building.encode(model, recipe, records), _steps(asked, recipe), recipe, progress
+        ):
             return "interrupted"
     start.save(model)
     progress("public start: done; the private steps begin at its weights")
@@ -94,9 +96,9 @@ def boundary(run: RunFolder, recipe: Recipe, model: Any) -> list[str]:
     held = sum(parameter.numel() for parameter in model.held)
     inside = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     sentences = [
-        f"{PUBLIC_START}{card['name']} ({card['origin']}): "
-        f"{card['records']:,} records, sha256 {card['sha256']}, {asked.steps:,} steps, before any private record was trained on. Whoever wrote the recipe says "
-        "that none of the protected is among these records; if one is, the guarantee says nothing of what is learnt from them there.",
+        f"{PUBLIC_START}{card['name']} ({card['origin']}): {card['records']:,} records, sha256 {card['sha256']}, {asked.steps:,} steps, "
+        "before any private record was trained on. Whoever wrote the recipe says that none of the protected is among these "
+        "records; if one is, the guarantee says nothing of what is learnt from them there.",
         f"What measures the quality was not seen by that training either: {_left_out(card)}.",
     ]
     if held:

@@ -21,6 +21,7 @@ from tests.test_workflow import Interrupt
 from sfumato import measuring, pretraining, stages, workflow
 from sfumato.data import prepare
 from sfumato.errors import DataError, UsageError
+from sfumato.evaluation import features
 from sfumato.privacy.ledger import show
 from sfumato.release import keys, verify
 
@@ -35,7 +36,7 @@ TINY: dict[str, Any] = {
         "backbone": {"kind": "mlp", "width": 16, "depth": 1},
         "sampling": {"steps": 2},
     },
-    "privacy": {"unit": "record", "epsilon": 8.0},
+    "privacy": {"unit": "record", "epsilon": None, "noise_multiplier": 2.0},
     "training": {"steps": STEPS, "expected_batch_size": 40, "log_every": 1},
     "evaluation": {"samples": 30, "judge_seconds": 1},
     "audit": {"members": 30, "draws": 1},
@@ -102,6 +103,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         set_home(folder / "home", patch)
+        for extractor in ("image_extractor", "text_extractor"):  # networks of half a minute, where they are installed
+            patch.setattr(features, extractor, lambda: None)
         recipe = recipe_file(folder, evaluation={"twin": True})
         lines = Interrupt()
         yield recipe, workflow.train(recipe, out=folder / "runs", progress=lines), keys.own(), lines.lines
@@ -119,7 +122,7 @@ def test_it_costs_nothing_and_the_claim_names_what_it_was_trained_on(finished):
     recipe, answer, _, lines = finished
     run = Path(answer["run"])
     assert (answer["stopped"], answer["reasons"], steps_charged(run)) == ("steps", [], [STEPS])
-    assert answer["epsilon"] == pytest.approx(workflow.plan(recipe)["epsilon"], abs=1e-9) and answer["epsilon"] <= 8.0
+    assert answer["epsilon"] == pytest.approx(workflow.plan(recipe)["epsilon"], abs=1e-9) and answer["epsilon"] > 0
     card = read(run, "public/card.json")
     assert card["name"] == "others" and card["records"] == 40 - sum(card["left_out"].values())
     assert any(line.startswith("public start, training: step") and line.endswith("· public") for line in lines)
@@ -146,7 +149,7 @@ def test_only_what_is_named_left_the_public_weights_and_the_taint_says_which(fin
             same = torch.equal(value, start[f"{Path(file).parent.name}.{name}"])
             seen[tensors[name]] += 1
             assert same == (tensors[name] == "public"), (file, name)
-    assert seen == {"dp-sgd": 4, "public": 8}
+    assert seen == {"dp-sgd": 4, "public": 10}
     numbers = read(run, "reports/cost.json")["parameters"]
     assert numbers == workflow.plan(finished[0])["parameters"] == 16 * 16 + 16 + 8 + 8
 
@@ -202,7 +205,7 @@ def test_nothing_that_is_measured_is_learnt_from_and_the_private_steps_begin_at_
     workflow.train(recipe, out=tmp_path / "runs")
     first, second = begun
     assert torch.equal(second["before"], first["after"]) and not torch.equal(first["before"], first["after"])
-    assert (first["open"], second["open"]) == (12, 4)
+    assert (first["open"], second["open"]) == (14, 4)
     wanted = workflow.resolve(recipe)
     labels = {str(r.metadata["label"]).casefold() for r in stages.load(wanted).public}
     assert wanted.public_start is not None
@@ -259,7 +262,9 @@ workflow.train(recipe, out=out)
 """
 
 
-@pytest.mark.parametrize("at", ["card", "learnt", "saved"])
+@pytest.mark.parametrize(
+    "at", ["learnt", pytest.param("card", marks=pytest.mark.slow), pytest.param("saved", marks=pytest.mark.slow)]
+)
 def test_a_kill_at_each_boundary_charges_nothing_twice(tmp_path, at, trains_only):
     recipe = recipe_file(tmp_path)
     ended = subprocess.run(
@@ -281,7 +286,7 @@ def test_other_public_records_than_it_began_with_are_refused_on_resume(tmp_path,
     workflow.train(recipe, out=out, progress=Interrupt(at="public start, training: step 1/"))
     shutil.rmtree(tmp_path / "others")
     records(tmp_path / "others", ["cow 1", "cow 2"], seed=9)
-    with pytest.raises(DataError, match="others than .* began with"):
+    with pytest.raises(DataError, match=r"others than .* began with"):
         workflow.train(recipe, out=out, resume=True)
 
 
@@ -292,11 +297,12 @@ def test_other_public_records_than_it_began_with_are_refused_on_resume(tmp_path,
     ("sections", "words"),
     [
         ({"data": {"source": "clinic", "path": None}, "public_start": {"data": {"source": "clinic", "public_units": 0}}},
-         "public_start.data.source = clinic · is the set that is to be protected"),
-        ({"public_start": {"data": {"source": "mnist", "image_size": 28, "public_units": 0}}}, "image_size = 28 · must be that of data, 16"),
+         "source = clinic · is the set that is to be protected"),
+        ({"public_start": {"data": {"source": "mnist", "image_size": 28, "public_units": 0}}},
+         "image_size = 28 · must be that of data, 16"),
         ({"public_start": {"data": {"source": "mnist", "image_size": 16}}}, "public_units = 6000 · all of these records are public"),
         ({"privacy": {"mechanism": "mean_embedding"}}, "what is released once is not trained in steps"),
-        ({"privacy": {"warm_start": {"share": 0.1}},
+        ({"privacy": {"epsilon": 8.0, "noise_multiplier": None, "warm_start": {"share": 0.1}},
           "model": {"warm_start": {"release": {"kind": "class_moments", "classes": [{"name": "cat", "more": ["cat"]}]}}}},
          "a run begins at one of them"),
         ({"public_start": {"steps": 0}}, "steps = 0"),
@@ -332,7 +338,9 @@ def test_a_built_in_set_under_another_name_is_found_in_the_cache(tmp_path, monke
         recipe_file(
             tmp_path,
             data={"source": "emoji", "path": None},
-            public_start={"data": {"source": "folder", "path": str(place / "flat"), "public_units": 0, "image_size": 16}},
+            public_start={
+                "data": {"source": "folder", "path": str(place / "flat"), "public_units": 0, "image_size": 16}
+            },
         )
     )
     with pytest.raises(UsageError, match="the records that are to be protected"):

@@ -10,9 +10,7 @@ from sfumato.privacy.engine import make_engine
 from sfumato.privacy.plan import NotPrivate
 from sfumato.records import Record
 
-SETTINGS = ModelSettings(
-    image=Cosine(kept=4), text=HashedWords(buckets=16, width=8), backbone=Mlp(width=16, depth=2)
-)
+SETTINGS = ModelSettings(image=Cosine(kept=4), text=HashedWords(buckets=16, width=8), backbone=Mlp(width=16, depth=2))
 
 
 def fresh():
