@@ -234,6 +234,7 @@ def test_ctrl_c_and_resume_in_both_trainings(tmp_path, trains_only):
     again = workflow.train(recipe, out=out, resume=True, progress=Interrupt(at="· epsilon "))
     shutil.rmtree(tmp_path / "others")  # once the private steps have a checkpoint nothing of it is read
     shutil.rmtree(Path(begun["run"]) / "public" / "training")
+    (Path(begun["run"]) / "public" / "model.safetensors").unlink()
     lines = Interrupt()
     ended = workflow.train(recipe, out=out, resume=True, progress=lines)
     assert ended["run"] == again["run"] == begun["run"] and ended["stopped"] == "steps"
