@@ -99,7 +99,7 @@ def boundary(run: RunFolder, recipe: Recipe, model: Any) -> list[str]:
         f"{PUBLIC_START}{card['name']} ({card['origin']}): {card['records']:,} records, sha256 {card['sha256']}, {asked.steps:,} steps, "
         "before any private record was trained on. Whoever wrote the recipe says that none of the protected is among these "
         "records; if one is, the guarantee says nothing of what is learnt from them there.",
-        f"What measures the quality was not seen by that training either: {_left_out(card)}.",
+        f"What measures the quality was kept from that training too, as far as names and copies tell; {_left_out(card)}.",
     ]
     if held:
         sentences.append(
@@ -121,7 +121,7 @@ def _place(data: DataSettings) -> Path | None:
 
 
 def _left_out(card: dict[str, Any]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in card["left_out"].items()) + ", left out"
+    return f"left out: {', '.join(f'{count:,} {reason}' for reason, count in card['left_out'].items())}"
 
 
 def _records(asked: PublicStart, recipe: Recipe, prepared: Any) -> tuple[Any, dict[str, Any]]:

@@ -30,7 +30,12 @@ def emoji() -> Recipe:
 
 
 def emoji_private() -> Recipe:
-    """Icons of three other sets first, which are public, then the emoji, (8, 1/(N ln N))-DP per emoji, N = 5,111."""
+    """Icons of three other sets first, which are public, then the emoji, (8, 1/(N ln N))-DP per emoji, N = 5,111.
+
+    Measured on concepts that neither training saw: Fréchet distance 4.5 (public start alone 6.0, without privacy 3.3), by our own small
+    network; by EfficientNet it is no better than the public start. 854 s of public training, 119 s of private. Every parameter is
+    trained privately: a layer, or the biases alone, gave less (docs/results.md).
+    """
     recipe = emoji()
     return replace(
         recipe,
