@@ -206,8 +206,8 @@ def test_fuzz_any_assignment(assignment):
     _tolerated(values)
 
 
-@pytest.mark.parametrize("name", ["clinic-tokens", "wordnet", "emails"])
-def test_a_recipe_of_tokens_is_written_and_read_the_same(name, tmp_path):
+@pytest.mark.parametrize("name", ["clinic-tokens", "wordnet", "emails", "emoji-private"])
+def test_a_recipe_of_many_parts_is_written_and_read_the_same(name, tmp_path):
     from sfumato.recipes import named
 
     recipe = named(name)

@@ -10,13 +10,17 @@ from sfumato.recipe import Recipe
 
 
 def build(recipe: Recipe) -> Any:
+    """Fresh; of a run that begins at public weights, with those frozen that the private steps do not train."""
     from sfumato.models import model
 
     shapes, seed = shapes_of(recipe), recipe.training.seed
     kind = releasing.kind_of(recipe)
     if kind is not None:
         return model.build_for_release(kind, recipe.model, picture_shape=shapes.of_picture(), seed=seed)
-    return model.build(recipe.model, shapes, seed=seed)
+    built = model.build(recipe.model, shapes, seed=seed)
+    if recipe.public_start is not None and recipe.public_start.trained:
+        built.train_only(recipe.public_start.trained)
+    return built
 
 
 def shapes_of(recipe: Recipe) -> Any:

@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 def run(recipe: Recipe, *, out: Path, progress: Progress) -> dict[str, Any]:
     """Federated averaging of what each site learnt under its own plan, charged to its own ledger and account.
 
-    Raises: PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
+    Raises: UsageError for what sites cannot do; PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
     """
     from sfumato.federation.local import load_trained
     from sfumato.federation.simulate import simulate
     from sfumato.training.rounds import LocalTraining
 
+    if recipe.public_start is not None:
+        raise UsageError(
+            "public_start · is of `sfumato train`: sites begin at the recipe's fresh weights",
+            next="Leave public_start out, or train at one place.",
+        )
     federation = recipe.federation
     train_steps = LocalTraining(recipe.training, recipe.performance)  # refuses what a site cannot do, before any folder
     progress(f"{recipe.name}: reading the data")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import building, releasing, warming
+from sfumato import building, pretraining, releasing, warming
 from sfumato.privacy import planning
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.private_plan import PrivatePlan
@@ -59,11 +59,12 @@ def evaluate(
         recipe.evaluation,
         covered_by="post-processing" if isinstance(plan, PrivatePlan) else "internal",
         twin=twin,
+        start=pretraining.alone(run, recipe) if recipe.public_start is not None else None,
     )
-    worth = _worth(quality)
+    worth = " ".join(filter(None, (_worth(quality), _beyond_the_start(quality))))
     fell = watching.note(watching.history(run.path))
     notes = [*([worth] if worth else []), *([fell] if fell else []), *quality.notes]
-    for warning in planning.warnings_of(plan, parameters=sum(p.numel() for p in trained.parameters())):
+    for warning in planning.warnings_of(plan, parameters=_trained_numbers(recipe)):
         if warning["code"] in ("few_units", "epsilon_small"):
             notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
     for note in notes[: len(notes) - len(quality.notes)]:
@@ -71,6 +72,10 @@ def evaluate(
     quality = replace(quality, notes=notes)
     run.write_json("reports/quality.json", to_dict(quality))
     return quality
+
+
+def _trained_numbers(recipe: Recipe) -> int:
+    return sum(p.numel() for p in building.build(recipe).parameters() if p.requires_grad)
 
 
 def _worth(quality: QualityReport) -> str:
@@ -95,6 +100,20 @@ def _worth(quality: QualityReport) -> str:
     return " ".join(said)
 
 
+def _beyond_the_start(quality: QualityReport) -> str:
+    """Which figures the private steps made better, and which not, of those that the public start has too."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for figure in quality.figures:
+        start = figure.baseline.get("public start alone")
+        if start is not None:
+            better = figure.value > start if figure.better == "higher" else figure.value < start
+            found[better].append(figure.name.removeprefix(f"{figure.direction}: "))
+    if not (found[True] or found[False]):
+        return ""
+    rest = f"; not better: {', '.join(found[False])}" if found[False] else ""
+    return f"Better than the public start alone: {', '.join(found[True]) or 'nothing'}{rest}."
+
+
 def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any, progress: Progress) -> Any:
     """The same model, data, steps and batches without clipping and noise. Internal: it protects nobody."""
     from sfumato.training.samples import Samples
@@ -105,6 +124,8 @@ def _twin(run: RunFolder, recipe: Recipe, plan: DpSgd, table: Any, prepared: Any
     table = building.encode(model, recipe, prepared.private) if table is None else table
     if recipe.privacy.warm_start is not None:
         warming.load(run, model)  # what it costs to train privately from there on
+    if recipe.public_start is not None:
+        pretraining.load(run, model)
     settings = replace(recipe.training, checkpoint_every_seconds=60.0)
     internal = run.path / "internal" / "twin"
     _train_openly(model, table, plan, settings, recipe, internal / "checkpoints", progress)
@@ -191,6 +212,8 @@ def _control_scores(
     names = sorted({record.unit for record in prepared.private})[:CONTROL_UNITS]
     kept = set(names)
     model = building.build(recipe)
+    if recipe.public_start is not None:
+        pretraining.load(run, model)
     inside = model.encode([record for record in prepared.private if record.unit in kept])
     outside = model.encode(prepared.public)
     if releasing.is_release(plan):

@@ -17,6 +17,7 @@ from sfumato.federation.settings import FederationSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.release.settings import ReleaseSettings
+from sfumato.training.public_start import PublicStart
 from sfumato.training.settings import PerformanceSettings, TrainingSettings
 
 
@@ -29,6 +30,7 @@ class Recipe:
     name: str
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    public_start: PublicStart | None = None
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
@@ -50,6 +52,8 @@ class Recipe:
                 next="privacy.warm_start says what share is spent, model.warm_start on what. Give both, or none.",
             )
         self._check_class_moments()
+        if self.public_start is not None:
+            self._check_public_start(self.public_start)
 
     def _check_class_moments(self) -> None:
         of, released = self.model.class_moments, self.privacy.mean_embedding
@@ -70,6 +74,20 @@ class Recipe:
                 f"directions = {of.directions}, first = {released.first}, max_norm = {released.max_norm} · cells are told by a first "
                 "sum, and features have length 1",
                 next="Set privacy.mean_embedding: {first: 0.15} with directions, {} without.",
+            )
+
+    def _check_public_start(self, start: PublicStart) -> None:
+        start.check_beside(self.data)
+        if self.model.warm_start is not None:
+            raise UsageError(
+                "public_start, model.warm_start · a run begins at one of them",
+                next="Leave one out; a warm start is charged, a public start costs no privacy.",
+            )
+        if self.privacy.mechanism not in ("dp_sgd", "none"):
+            raise UsageError(
+                f"public_start, privacy.mechanism = {self.privacy.mechanism} · what is released once is not trained in steps that "
+                "could begin at public weights",
+                next="Set privacy.mechanism: dp_sgd, or leave public_start out.",
             )
 
 

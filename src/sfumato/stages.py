@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato import measuring, releasing, warming
+from sfumato import measuring, pretraining, releasing, starting, warming
 from sfumato import recipe as recipes_file
 from sfumato.building import build, shapes_of, told_public
 from sfumato.data.settings import OWN
@@ -202,6 +202,11 @@ def train(
         else:
             model.tell_public(told_public(prepared))
         steps, estimates = releasing.loop_plan(recipe, table) if released else in_steps(plan), []
+        if recipe.public_start is not None:
+            if pretraining.begin(run, recipe, prepared, model, progress) == "interrupted":
+                return "interrupted"
+            if not starting.steps_have_begun(run):
+                samples(run, recipe, model, prepared).write("step-000000", model)
         start = warmed(plan)
         if start is not None:
             stopped, for_release = warming.begin(
@@ -250,6 +255,7 @@ def train(
                     recipe,
                     released=releasing.boundary(recipe, model, plan) if released else (),
                     family=() if released else model.boundary(),
+                    start=() if recipe.public_start is None else pretraining.boundary(run, recipe, model),
                 ),
                 *(warming.boundary(recipe, model.shapes.of_picture()) if start is not None else ()),
             ],
@@ -338,18 +344,23 @@ def account_limit(recipe: Recipe, plan: PrivacyPlan) -> tuple[float, float] | No
     return (epsilon, plan.delta) if epsilon is not None and isinstance(plan, PrivatePlan) else None
 
 
-def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[str] = ()) -> list[str]:
+def boundary(
+    recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[str] = (), start: Sequence[str] = ()
+) -> list[str]:
     """Args:
     released: sentences on what was released, where the training saw nothing else.
     family: what the model's family says itself of its networks.
+    start: what a training on public records says of itself.
     """
     data, text = recipe.data, recipe.model.text
+    some = recipe.public_start is not None and recipe.public_start.trained
     trained = (
-        "Inside: the training of every weight of the model, over all steps and attempts that the ledger holds; "
-        "the weights, their moving average and everything computed from them."
+        f"Inside: the training of {'the weights named below' if some else 'every weight of the model'}, over all steps and attempts "
+        "that the ledger holds; the weights, their moving average and everything computed from them."
     )
     sentences = [
         *(released or [trained]),
+        *start,
         *family,
         f"Declared public: {data.public_units} units set aside before training and never trained on; they measure the "
         "quality and are shown in the report.",
@@ -371,16 +382,17 @@ def boundary(recipe: Recipe, *, released: Sequence[str] = (), family: Sequence[s
         case _ if released:
             pass  # nothing of it is trained, and the sentences above name it
         case Terms():
-            sentences.append(
-                "Texts are read by a public list of terms, which is in the recipe; the layers after it are trained inside the "
-                "guarantee."
-            )
+            after = "" if some else "; the layers after it are trained inside the guarantee"
+            sentences.append(f"Texts are read by a public list of terms, which is in the recipe{after}.")
         case HashedWords():
             sentences.append(
-                "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
+                "Texts are read by a fixed public hash of words."
+                if some
+                else "The text encoder is trained inside the guarantee; its features are a fixed public hash of words."
             )
         case FrozenSentence(name=name):
-            sentences.append(f"The sentence encoder {name} is public and frozen; only the layers after it are trained.")
+            after = "" if some else "; only the layers after it are trained"
+            sentences.append(f"The sentence encoder {name} is public and frozen{after}.")
         case Bytes():
             sentences.append("Texts are read and said byte by byte: no vocabulary was fitted to anything.")
         case Words():

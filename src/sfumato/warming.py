@@ -12,20 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sfumato import releasing
-from sfumato.errors import OutsideError, UsageError
+from sfumato import releasing, starting
+from sfumato.errors import UsageError
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.plan import NotPrivate
 from sfumato.privacy.releases import MeanEmbedding
 from sfumato.randomness import Random, SecretRandom
 from sfumato.recipe import Recipe
 from sfumato.records import Record
+from sfumato.starting import Start
 from sfumato.training.folder import RunFolder
 from sfumato.training.settings import TrainingSettings
 
 NAME = "warm_start"  # of the release, in RUN/released
 FOLDER = "warm"  # of what was made of it, in RUN
-MODEL = "model.safetensors"  # the weights that the private steps begin at
 
 
 def maker_of(recipe: Recipe, picture_shape: tuple[int, int, int]) -> Any:
@@ -81,11 +80,11 @@ def begin(
     found, for_release = releasing.once(
         run, book, release, NAME, lambda: {"mean": _released(maker, private, release, random)}, random
     )
-    if (run.checkpoints / "last" / "state.json").is_file():
-        return "steps", for_release  # the private steps have begun: their checkpoint holds everything
-    weights = run.path / FOLDER / MODEL
-    if weights.is_file():
-        load(run, model)
+    start = _start(run)
+    if starting.steps_have_begun(run):
+        return "steps", for_release
+    if start.there:
+        start.load(model)
         return "steps", for_release
     progress(f"warm start: released once, and charged; drawing {_settings(recipe).records} records from it")
     drawn = _drawn(run, recipe, maker, found["mean"], release, prompts, progress)
@@ -95,22 +94,16 @@ def begin(
     steps = replace(
         recipe.training, steps=asked.steps, expected_batch_size=asked.records_at_once, learning_rate=asked.learning_rate
     )
-    if not _train(run, "model", model, model.encode(drawn), steps, recipe, progress):
+    if not start.train("model", model, model.encode(drawn), steps, recipe, progress):
         return "interrupted", for_release
-    _save(run, model)
+    start.save(model)
     progress("warm start: the model has learnt what was released; the private steps begin at its weights")
     return "steps", for_release
 
 
 def load(run: RunFolder, model: Any) -> None:
     """The weights that the private steps begin at."""
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(run.path / FOLDER / MODEL))
-
-
-def is_there(run: RunFolder) -> bool:
-    return (run.path / FOLDER / MODEL).is_file()
+    _start(run).load(model)
 
 
 def boundary(recipe: Recipe, picture_shape: tuple[int, int, int]) -> list[str]:
@@ -139,6 +132,10 @@ def _by_class(maker: Any) -> bool:
     from sfumato.models.class_moments import ClassMomentsMaker
 
     return isinstance(maker, ClassMomentsMaker)
+
+
+def _start(run: RunFolder) -> Start:
+    return Start(run, FOLDER, "warm start", unspent="post-processing")
 
 
 def _settings(recipe: Recipe) -> Any:
@@ -175,7 +172,7 @@ def _drawn(
     settings = TrainingSettings(
         steps=of.steps, expected_batch_size=of.texts_at_once, learning_rate=of.learning_rate, seed=seed
     )
-    if not _train(run, "generator", maker, table, settings, recipe, progress):
+    if not _start(run).train("generator", maker, table, settings, recipe, progress):
         return None
     texts = [prompts[i % len(prompts)] for i in range(asked.records)]
     pictures = maker.generate(texts, seed=seed)
@@ -183,47 +180,3 @@ def _drawn(
         Record(id=f"warm/{i}", unit=f"warm/{i:09d}", text=text, image=picture)
         for i, (text, picture) in enumerate(zip(texts, pictures, strict=True))
     ]
-
-
-def _train(
-    run: RunFolder,
-    name: str,
-    model: Any,
-    table: Any,
-    settings: TrainingSettings,
-    recipe: Recipe,
-    progress: Callable[[str], None],
-) -> bool:
-    """Trains on what nobody gave, from a checkpoint of its own if there is one. False where Ctrl-C ended it."""
-    from sfumato.training import loop, watch
-
-    batch = min(settings.expected_batch_size, table.num_units)
-    trained = loop.train(
-        model,
-        table,
-        NotPrivate(population=table.num_units, expected_batch_size=float(batch), steps=settings.steps),
-        settings,
-        recipe.performance,
-        checkpoints=run.path / FOLDER / name,
-        watchers=[watch.Line(lambda line: progress(f"warm start, {name}: {line}"), unspent="post-processing")],
-    )
-    return trained.stopped != "interrupted"
-
-
-def _save(run: RunFolder, model: Any) -> None:
-    """There whole, or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = run.path / FOLDER / MODEL
-    scratch = path.with_name(f".{MODEL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, scratch)
-        releasing.sync(scratch)
-        scratch.replace(path)
-        releasing.sync(path.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is an OSError to some, and not to safetensors
-        raise OutsideError(
-            f"{path} · could not be written ({error})", next="Free some disk space and run again with --resume."
-        ) from None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import building, federating, measuring, stages
+from sfumato import building, federating, measuring, pretraining, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.generating import generate as generate  # the verb
@@ -86,6 +86,7 @@ def plan(
             training.expected_batch_size if expected_batch_size is None else expected_batch_size
         )
         sizes["steps"] = training.steps if steps is None else steps
+        pretraining.refuse(resolved)
         stages.check_preparation(resolved)
         stages.check_parts(resolved)
         memory, parameters = stages.memory_left(resolved)
@@ -194,6 +195,7 @@ def train(
 ) -> dict[str, Any]:
     """One recipe, one run: trains, measures, attacks, reports, and releases if the gate approves."""
     wanted = resolve(recipe, assignments)
+    pretraining.refuse(wanted)
     run = _resumed(Path(out), wanted) if resume else None
     if resume and run is None:
         progress(f"{wanted.name}: there is no run to resume in {out}; a new one begins")

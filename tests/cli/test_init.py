@@ -86,7 +86,10 @@ def test_every_key_of_a_recipe_is_explained_and_nothing_else():
         if section.name != "name":
             keys |= {
                 section.name,
-                *(f"{section.name}.{field}" for field in recipes.to_mapping(recipes.Recipe(name="x"))[section.name]),
+                *(
+                    f"{section.name}.{field}"
+                    for field in recipes.to_mapping(recipes.Recipe(name="x"))[section.name] or ()
+                ),
             }
     assert set(EXPLAINED) == keys
 

@@ -203,6 +203,9 @@ def test_icons_are_drawn_at_the_asked_size_with_name_tags_and_style(icons):
         "anchor, ship, tool, boat, colour",
     }
     assert len({r.metadata["concept"] for r in prepared.public}) == 1
+    held = {r.id: (r.metadata["tags"], r.metadata.get("code")) for r in together}
+    assert held["mdi/ship"] == (["big boat", "ship"], None)
+    assert held["openmoji/2693"] == (["ship", "tool", "boat"], "2693")
     for r in together:
         assert r.image.shape == (48, 48, 3)
         assert (r.image[:, 30:] == 255).all()

@@ -164,8 +164,7 @@ def test_ctrl_c_and_resume_at_each_of_its_trainings(tmp_path, name, trains_only)
 
 _KILLED = """
 import os, signal, sys
-from sfumato import releasing, warming, workflow
-from sfumato.training import loop
+from sfumato import starting, warming, workflow
 
 def dies(*args, **rest):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -174,11 +173,11 @@ at, recipe, out = sys.argv[1:]
 if at == "released":
     warming._drawn = dies
 elif at == "learnt":
-    true = warming._train
+    true = starting.Start.train
     def killed(*args):
         true(*args)
         dies()
-    warming._train = killed
+    starting.Start.train = killed
 elif at == "begun":
     true = warming.begin
     def killed(*args, **rest):

@@ -39,6 +39,8 @@ EXPLAINED = {
     "model.class_moments": "of mechanism mean_embedding: sums over classes, and Gaussians fitted to them, {classes: [...], passes: 20}",
     "model.reader": "of a diffusion or flow: reads pictures, {questions: [...]}; answers in public texts, takes one of several drawn",
     "model.sampling": "how records are drawn afterwards; changes no guarantee",
+    "public_start": "null; or a training on PUBLIC records before the private steps: {data: {source: icons, public_units: 0, ...}, "
+    "steps: 2000, trained: [denoiser.outward]}; trained: what the private steps train, []: everything",
     "privacy": "The guarantee. These lines say everything that it depends on, together with steps and batch size below.",
     "privacy.mechanism": "dp_sgd; latents, mean_embedding or codebook: released once, then trained on; or none: not private, and marked so",
     "privacy.unit": "what is protected: one record, or all the records of one person",

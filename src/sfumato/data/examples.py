@@ -13,7 +13,7 @@ from sfumato.data import fetch as fetching
 from sfumato.data.clinic import Clinic
 from sfumato.data.entries import Entries, Entry, Source
 from sfumato.data.fetch import EXAMPLES, IDX_FILES, missing_files
-from sfumato.data.icons import Icons
+from sfumato.data.icons import Icons, code_points
 from sfumato.data.settings import OWN, DataSettings
 from sfumato.data.spoken import Prompts, Stamps
 from sfumato.data.words import Emails, WordNet
@@ -249,7 +249,7 @@ class Emoji(Entries):
         self.captions = {language: self._words(language) for language in self.languages}
         self.files = {
             style: {
-                _concept(file.stem): file
+                code_points(file.stem): file
                 for file in sorted((folder / style).iterdir())
                 if file.suffix in (".png", ".webp")
             }
@@ -264,7 +264,7 @@ class Emoji(Entries):
         path = self.folder / "captions" / f"{language}.json"
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
-            return {_concept(row["hexcode"]): (row["label"], list(row.get("tags", []))) for row in rows}
+            return {code_points(row["hexcode"]): (row["label"], list(row.get("tags", []))) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} · must be the emojibase list of captions ({error})", next="Fetch it again.", code="unreadable"
@@ -284,8 +284,3 @@ class Emoji(Entries):
                 name = f"{concept}/{style}"
                 metadata = {"concept": concept, "style": style, "label": label, "language": language}
                 yield Entry(id=name, unit=name, text=text, image=files[concept], metadata=metadata)
-
-
-def _concept(code: str) -> str:
-    """One spelling for a code point sequence: lower case, dashes, without the presentation selector."""
-    return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")

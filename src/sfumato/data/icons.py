@@ -17,7 +17,8 @@ STYLES = {"mdi": "glyph", "lucide": "outline", "openmoji": "colour"}
 class Icons(Entries):
     """Three sets: Material Design (glyphs), Lucide (outlines), OpenMoji (in colour). Caption: name, tags, style word.
 
-    Split by ``concept``, the name. Variants by skin colour and deprecated icons are left out.
+    Split by ``concept``, the name. ``tags`` holds all of them, ``code`` the code points that OpenMoji names its files by.
+    Variants by skin colour and deprecated icons are left out.
     Args: size: pixels a side; SVG is drawn at that size, not scaled afterwards.
     """
 
@@ -31,17 +32,24 @@ class Icons(Entries):
     def entries(self) -> Iterator[Entry]:
         for pack in STYLES:
             for stem, label, tags in _listed(pack, self._json(pack)):
-                yield self._entry(pack, stem, label, tags)
+                yield self._entry(pack, stem, label, [tag for tag in dict.fromkeys(tags) if tag])
 
     def _entry(self, pack: str, stem: str, label: str, tags: list[str]) -> Entry:
-        others = [tag for tag in dict.fromkeys(tags) if tag and tag.casefold() != label.casefold()]
+        others = [tag for tag in tags if tag.casefold() != label.casefold()]
         name, file = f"{pack}/{stem}", self.folder / pack / f"{stem}.svg"
         return Entry(
             id=name,
             unit=None,
             text=", ".join([label, *others[:4], STYLES[pack]]),
             image=lambda: self._picture(file, name),
-            metadata={"facts": {"style": STYLES[pack]}, "concept": label.casefold(), "label": label, "pack": pack},
+            metadata={
+                "facts": {"style": STYLES[pack]},
+                "concept": label.casefold(),
+                "label": label,
+                "tags": tags,
+                "pack": pack,
+                **({"code": code_points(stem)} if pack == "openmoji" else {}),
+            },
         )
 
     def _picture(self, file: Path, name: str) -> np.ndarray:
@@ -78,6 +86,11 @@ def _listed(pack: str, listed: Any) -> Iterator[tuple[str, str, list[str]]]:
                 yield row["hexcode"], row["annotation"], [tag.strip() for tag in tags]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{pack}.json · has another shape ({error!r})", next="Fetch it again.", code="row") from None
+
+
+def code_points(code: str) -> str:
+    """One spelling for a sequence of code points: lower case, dashes, without the presentation selector."""
+    return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")
 
 
 def _renderer() -> Any:

@@ -43,6 +43,7 @@ def evaluate(
     seed: int = 0,
     covered_by: Covered = "post-processing",
     twin: Sampler | None = None,
+    start: Sampler | None = None,
 ) -> QualityReport:
     """Tells the model what held-out public records hold, asks for the rest, and measures what it makes.
 
@@ -51,6 +52,7 @@ def evaluate(
       covered_by: of the figures; "internal" for a model trained without privacy.
       twin: a second generator, trained without privacy on the same records: its figures stand beside the first one's as
         the baseline "non-private twin", which is internal and never leaves the run.
+      start: the model as public records made it, before its first private step: the baseline "public start alone".
 
     Raises: UsageError where a direction is asked for that the model has not, or where it does not give what it was asked for.
     """
@@ -65,10 +67,11 @@ def evaluate(
             notes.append(_too_few(direction, public))
             continue
         found = bench.figures(asked, asked.made_by(model, seed), model, covered_by)
-        if twin is not None:
-            made = asked.made_by(twin, seed)
-            beside = {figure.name: figure.value for figure in bench.figures(asked, made, twin, covered_by)}
-            found = [replace(f, baseline={**f.baseline, "non-private twin": beside[f.name]}) for f in found]
+        for name, other in (("public start alone", start), ("non-private twin", twin)):
+            if other is not None:
+                made = asked.made_by(other, seed)
+                beside = {figure.name: figure.value for figure in bench.figures(asked, made, other, covered_by)}
+                found = [replace(f, baseline={**f.baseline, name: beside[f.name]}) for f in found]
         figures += found
     return QualityReport(figures=figures, notes=[*notes, *bench.notes()])
 

@@ -10,7 +10,9 @@ Shapes: R records, B units, K draws of chance inside one record's loss.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -69,6 +71,7 @@ class Generative(nn.Module, ABC):
         self.settings = settings
         self.shapes = shapes
         self.codecs = build_codecs(settings, shapes)
+        self.held: tuple[nn.Parameter, ...] = ()  # frozen by ``train_only``
 
     # -- what each family says --
 
@@ -130,6 +133,39 @@ class Generative(nn.Module, ABC):
     def boundary(self) -> list[str]:
         """Sentences for the claim: what is inside and outside of the guarantee, where it is not all trained alike."""
         return []
+
+    # -- some of it trained, the rest as it was --
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Freezes every trained parameter that is not named: by its own name, or by that of a module around it; ``*`` stands
+        for anything, so "*.bias" is every bias. Frozen parameters keep what they hold, and ``origins`` says "public" of them.
+
+        Raises: UsageError for a name of nothing that is trained.
+        """
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found = {name: [other for other in trained if _is_named(other, name)] for name in names}
+        nothing = [name for name, parameters in found.items() if not parameters]
+        if nothing or not names:
+            raise UsageError(
+                f"trained = {', '.join(nothing) or 'nothing'} · names no trained parameter of this {self.family} model; it has "
+                f"{_few(trained)}",
+                next="Name modules or parameters as model.named_parameters() does; * stands for anything.",
+            )
+        kept = {name for parameters in found.values() for name in parameters}
+        self.held = tuple(parameter for name, parameter in trained.items() if name not in kept)
+        for parameter in self.held:
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it what ``train_only`` froze is trained too: for a training on public records."""
+        for parameter in self.held:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self.held:
+                parameter.requires_grad_(False)
 
     # -- codecs --
 
@@ -293,11 +329,21 @@ class Generative(nn.Module, ABC):
 
     def origins(self) -> dict[tuple[str, str], Origin]:
         """Where each of ``named_tensors`` comes from."""
-        return {
-            (self.file_of(name), key): self.origin(name)
-            for name, part in self.parts().items()
-            for key in part.state_dict()
-        }
+        held = {id(parameter) for parameter in self.held}
+        found: dict[tuple[str, str], Origin] = {}
+        for name, part in self.parts().items():
+            frozen = {key for key, p in part.named_parameters(remove_duplicate=False) if id(p) in held}
+            for key in part.state_dict():
+                found[self.file_of(name), key] = "public" if key in frozen else self.origin(name)
+        return found
+
+
+def _is_named(parameter: str, name: str) -> bool:
+    return fnmatchcase(parameter, name) or fnmatchcase(parameter, f"{name}.*")
+
+
+def _few(names: Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _told(record: Record, wanted: tuple[Modality, ...]) -> dict[str, Any]:

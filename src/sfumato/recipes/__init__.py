@@ -15,7 +15,7 @@ from sfumato.recipes.clinic import (
     clinic_shared_latents,
     clinic_sound,
 )
-from sfumato.recipes.emoji import emoji
+from sfumato.recipes.emoji import emoji, emoji_private
 from sfumato.recipes.families import clinic_adversarial, clinic_variational
 from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
 from sfumato.recipes.tokens import clinic_tokens, emails, wordnet
@@ -38,6 +38,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "mnist-labels": mnist_labels,
     "fashion-labels": fashion_labels,
     "emoji": emoji,
+    "emoji-private": emoji_private,
     "wordnet": wordnet,
     "emails": emails,
 }

@@ -17,7 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-PUBLIC_BASELINES = ("real held-out", "shuffled captions", "shuffled conditions", "chance", "public letter model")
+PUBLIC_BASELINES = (
+    "real held-out", "shuffled captions", "shuffled conditions", "chance", "public letter model", "public start alone",
+)  # fmt: skip
 LEAVES = ("public", "charged", "post-processing")
 FIGURE_KEYS = (
     "name", "value", "low", "high", "better", "baseline", "extractor", "samples", "covered_by", "note", "direction",
@@ -122,9 +124,20 @@ def recipe(values: Mapping[str, Any]) -> dict[str, Any]:
         entries = clean.get(section)
         if isinstance(entries, dict) and entries.get(key) is not None:
             entries[key] = "(local)"
+    start = clean.get("public_start")
+    if isinstance(start, dict) and isinstance(start.get("data"), Mapping):
+        clean["public_start"] = {**start, "data": _without_paths(start["data"])}
     if isinstance(clean.get("model"), dict):
         clean["model"] = _without_paths(clean["model"])
     return clean
+
+
+PUBLIC_START = "Declared public: the weights that the private steps began at were trained on "
+
+
+def says_public_start(sentence: str) -> bool:
+    """Whether a claim's sentence names the public records that the weights began with."""
+    return sentence.startswith(PUBLIC_START)
 
 
 def _without_paths(values: Any) -> Any:

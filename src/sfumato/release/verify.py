@@ -279,6 +279,10 @@ class _Bundle:
             raise _failed(
                 f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
             )
+        if recipe.get("public_start") is not None and not any(map(boundary.says_public_start, privacy["boundary"])):
+            raise _failed(
+                "boundary: the recipe begins at public weights, the claim does not name what they were trained on"
+            )
         target = asked.get("epsilon")
         if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
