@@ -136,7 +136,12 @@ FINDINGS = (
 
 
 def clinic_both_ways() -> Recipe:
-    """The demo with a private reader beside the denoiser: histories for films too, and of two films for a history the one that reads so."""
+    """Histories to films and films to histories: the demo with a private reader beside the denoiser, told by a public list of terms.
+
+    Of four films drawn for a history, the one that reads as it is taken; a film is answered with a public history that says what is
+    read in it. Measured: epsilon 7.999, mean kappa .863 from history to film (kind .26) and .984 back; with hashed words in place of
+    the terms .731 and .984.
+    """
     recipe = clinic()
     return replace(
         recipe,
