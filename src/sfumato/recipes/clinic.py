@@ -83,13 +83,27 @@ def clinic_banded() -> Recipe:
     )
 
 
+FASTEST, SLOWEST = 130, 40  # beats a minute that a history may say
+SOUND_TERMS = (  # what is heard; a rate is told by which of these it reaches
+    TermAxis(name="murmur", more=("murmur",), less=("no murmur",)),
+    TermAxis(name="wheeze", more=("wheeze", "wheezing"), less=("no wheeze", "no wheezing")),
+    *(
+        TermAxis(
+            name=f"rate from {reached}",
+            more=tuple(f"{rate} beats" for rate in range(reached, FASTEST + 1)),
+            less=tuple(f"{rate} beats" for rate in range(SLOWEST, reached)),
+        )
+        for reached in range(60, 121, 5)
+    ),
+)
+
+
 def clinic_sound() -> Recipe:
     """Case history to one second of auscultation, (8, 1/(N ln N))-DP per patient: the outline of a mel spectrogram by diffusion.
 
-    Heart rate, murmur and wheeze are in the history and can be heard and measured. Measured on 100 public histories, without privacy
-    (8,000 patients, 2,500 steps of 256, 82 s of processor time): heart rates asked and heard correlate by .52, murmurs are right at
-    .89 balanced accuracy. Not tuned in private: a smaller run (12,000 patients, 400 steps of 1,024, epsilon 8.8)
-    gave sounds that do not follow the text yet.
+    Heart rate, murmur and wheeze are in the history and can be heard and measured. Measured: epsilon 7.999, 228 s in all: wheezes
+    follow the text (kappa .998), murmurs hardly (.22), heart rates not at all (correlation .01). Without privacy, on fewer patients
+    and with hashed words, rates correlate by .52: a beat begins anywhere, and so much is not learnt under the noise.
     """
     recipe = clinic()
     return replace(
@@ -99,7 +113,7 @@ def clinic_sound() -> Recipe:
         model=ModelSettings(
             image=None,
             audio=MelSpectrogram(bands=32, window=256, hop=64, kept=(12, 40)),
-            text=HashedWords(buckets=1024, width=128),
+            text=Terms(axes=SOUND_TERMS, width=128),
             backbone=Mlp(width=256, depth=2),
             objective=Diffusion(
                 target="audio",
