@@ -283,6 +283,27 @@ def test_a_run_that_dies_between_two_sums_makes_the_second_one_only(tmp_path, mo
     assert verify.verify(answer["bundle"])["valid"]
 
 
+def test_a_fit_that_is_interrupted_begins_anew_and_spends_nothing_more(tmp_path, monkeypatch):
+    from sfumato.models.from_class_moments import FromClassMoments
+
+    recipe = recipe_file(tmp_path, "class moments")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FromClassMoments, "fit", interrupted)
+        answer = workflow.train(recipe, out=tmp_path / "runs")
+    assert answer["stopped"] == "interrupted"
+    run = Path(answer["run"])
+    released, spent = (run / "released" / "mean.safetensors").read_bytes(), show(run / "ledger.db")["events"]
+    again = workflow.train(recipe, out=tmp_path / "runs", resume=True)
+    assert (again["stopped"], again["run"]) == ("steps", answer["run"])
+    assert (run / "released" / "mean.safetensors").read_bytes() == released
+    assert show(run / "ledger.db")["events"] == spent
+    assert verify.verify(again["bundle"])["valid"]
+
+
 def test_a_release_is_not_taken_where_the_ledger_was_set_back_before_it(tmp_path, monkeypatch):
     """A copy of the ledger from before the release, put back: the files are there, and their event is not."""
     from sfumato.training import loop
