@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato import measuring, pretraining, releasing, starting, warming
+from sfumato import measuring, pretraining, releasing, starting, warm_parts, warming
 from sfumato import recipe as recipes_file
-from sfumato.building import build, shapes_of, told_public
+from sfumato.building import build, told_public
 from sfumato.data.settings import OWN
 from sfumato.errors import DataError, PrivacyRefused
 from sfumato.models.settings import Adapter, Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
@@ -78,7 +78,7 @@ def check_parts(recipe: Recipe) -> None:
 def dimensions(recipe: Recipe) -> dict[str, int] | None:
     """Of what is released, where the mechanism is a release, or begins with one."""
     if recipe.privacy.warm_start is not None:
-        return {"warm_start": warming.dimension(warming.maker_of(recipe, shapes_of(recipe).of_picture()))}
+        return {"warm_start": warm_parts.dimension(warming.parts(recipe))}
     return build(recipe).dimensions if recipe.privacy.mechanism in releasing.KIND else None
 
 
@@ -257,7 +257,7 @@ def train(
                     family=() if released else model.boundary(),
                     start=() if recipe.public_start is None else pretraining.boundary(run, recipe, model),
                 ),
-                *(warming.boundary(recipe, model.shapes.of_picture()) if start is not None else ()),
+                *(warming.boundary(recipe) if start is not None else ()),
             ],
             not_for_release="" if trained.for_release and for_release else "chance came from a test source",
             composed_with=book.other_runs(),

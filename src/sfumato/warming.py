@@ -10,10 +10,11 @@ in RUN/warm, as has their end. Once the private steps have a checkpoint, none of
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sfumato import releasing, starting
+from sfumato import releasing, starting, warm_parts
 from sfumato.errors import UsageError
+from sfumato.models.settings import WarmStart
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.releases import MeanEmbedding
 from sfumato.randomness import Random, SecretRandom
@@ -21,32 +22,20 @@ from sfumato.recipe import Recipe
 from sfumato.records import Record
 from sfumato.starting import Start
 from sfumato.training.folder import RunFolder
-from sfumato.training.settings import TrainingSettings
+from sfumato.warm_parts import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "warm_start"  # of the release, in RUN/released
 FOLDER = "warm"  # of what was made of it, in RUN
 
 
-def maker_of(recipe: Recipe, picture_shape: tuple[int, int, int]) -> Any:
+def parts(recipe: Recipe) -> tuple[Part, ...]:
     """What the recipe's warm start releases of records, and draws of the release."""
-    from sfumato.models.class_moments import ClassMomentsMaker
-    from sfumato.models.from_mean import FromMean
-    from sfumato.models.settings import ClassMoments, ModelSettings
+    from sfumato.building import shapes_of
 
-    asked = recipe.model.warm_start
-    assert asked is not None  # the recipe sees to it
-    if isinstance(asked.release, ClassMoments):
-        return ClassMomentsMaker(asked.release, picture_shape)
-    from sfumato.models import model as models
-
-    of = asked.release
-    settings = ModelSettings(image=of.image, text=of.text, backbone=of.backbone, random_features=of.random_features)
-    return models.build_for_release(FromMean.kind, settings, picture_shape=picture_shape, seed=recipe.training.seed)
-
-
-def dimension(maker: Any) -> int:
-    """How many numbers are released."""
-    return maker.dimension if _by_class(maker) else maker.dimensions["mean"]
+    return warm_parts.parts_of(_settings(recipe), recipe.model, shapes_of(recipe), recipe.training.seed)
 
 
 def begin(
@@ -70,35 +59,62 @@ def begin(
     Raises: BudgetExhausted where the release was charged and is lost.
     """
     random = random or SecretRandom()
-    maker = maker_of(recipe, model.shapes.of_picture())
-    prompts = maker.usable(prompts) if _by_class(maker) else prompts
-    if not prompts:  # before anything is charged
+    own = parts(recipe)
+    usable(own, prompts)  # or it refuses, before anything is charged
+    found, for_release = releasing.once(
+        run, book, release, NAME, lambda: warm_parts.release(own, private, release, random), random
+    )
+    stds = {part.name: part.std(release) for part in own}
+    return learn(run, recipe, model, own, found, stds, prompts, progress), for_release
+
+
+def usable(own: Sequence[Part], prompts: Sequence[str]) -> list[str]:
+    """The public texts for which records can be drawn. Raises UsageError where there is none."""
+    found = warm_parts.usable(own, prompts)
+    if not found:
         raise UsageError(
             "warm_start · draws records for texts of public units, and none of these says a class; or there are none",
             next="Raise data.public_units, or correct model.warm_start.release.",
         )
-    found, for_release = releasing.once(
-        run, book, release, NAME, lambda: {"mean": _released(maker, private, release, random)}, random
-    )
+    return found
+
+
+def learn(
+    run: RunFolder,
+    recipe: Recipe,
+    model: Any,
+    own: Sequence[Part],
+    released: "dict[str, Tensor]",
+    stds: dict[str, float],
+    prompts: Sequence[str],
+    progress: Callable[[str], None],
+) -> str:
+    """Trains ``model`` on records drawn from what was released, or loads the weights that this came to before. Post-processing.
+
+    Args: released, stds: by part, over the population. Returns: how it stopped, "steps" or "interrupted".
+    """
     start = _start(run)
     if starting.steps_have_begun(run):
-        return "steps", for_release
+        return "steps"
     if start.there:
         start.load(model)
-        return "steps", for_release
-    progress(f"warm start: released once, and charged; drawing {_settings(recipe).records} records from it")
-    drawn = _drawn(run, recipe, maker, found["mean"], release, prompts, progress)
+        return "steps"
+    asked, seed = _settings(recipe), recipe.training.seed
+    progress(f"warm start: released once, and charged; drawing {asked.records} records from it")
+    drawn = warm_parts.draw(
+        own, released, stds, usable(own, prompts), asked.records, seed,
+        lambda of, table, steps: start.train("generator", of, table, steps, recipe, progress),
+    )  # fmt: skip
     if drawn is None:
-        return "interrupted", for_release
-    asked = _settings(recipe)
+        return "interrupted"
     steps = replace(
         recipe.training, steps=asked.steps, expected_batch_size=asked.records_at_once, learning_rate=asked.learning_rate
     )
     if not start.train("model", model, model.encode(drawn), steps, recipe, progress):
-        return "interrupted", for_release
+        return "interrupted"
     start.save(model)
     progress("warm start: the model has learnt what was released; the private steps begin at its weights")
-    return "steps", for_release
+    return "steps"
 
 
 def load(run: RunFolder, model: Any) -> None:
@@ -106,19 +122,12 @@ def load(run: RunFolder, model: Any) -> None:
     _start(run).load(model)
 
 
-def boundary(recipe: Recipe, picture_shape: tuple[int, int, int]) -> list[str]:
+def boundary(recipe: Recipe) -> list[str]:
     """Sentences for the claim."""
-    asked, maker = _settings(recipe), maker_of(recipe, picture_shape)
+    asked = _settings(recipe)
     share = recipe.privacy.warm_start
     assert share is not None  # the recipe sees to it
-    if _by_class(maker):
-        what = maker.in_words()
-    else:
-        terms = ", ".join(axis.name for axis in maker.settings.text.axes)
-        what = (
-            "one noisy mean of random features of pictures and of terms of texts together (a public list of terms, written without "
-            f"looking at private records: {terms})"
-        )
+    what = ", and ".join(part.maker.in_words() for part in parts(recipe))
     return [
         f"Inside, and charged before the first step, with {share.share:.3g} of the guarantee: {what}. "
         f"{asked.records:,} records were drawn from it for texts of public units, and the model was trained on those: that is "
@@ -127,56 +136,10 @@ def boundary(recipe: Recipe, picture_shape: tuple[int, int, int]) -> list[str]:
     ]
 
 
-def _by_class(maker: Any) -> bool:
-    """Else it is a ``FromMean``."""
-    from sfumato.models.class_moments import ClassMomentsMaker
-
-    return isinstance(maker, ClassMomentsMaker)
-
-
 def _start(run: RunFolder) -> Start:
     return Start(run, FOLDER, "warm start", unspent="post-processing")
 
 
-def _settings(recipe: Recipe) -> Any:
+def _settings(recipe: Recipe) -> WarmStart:
     assert recipe.model.warm_start is not None  # the recipe sees to it
     return recipe.model.warm_start
-
-
-def _released(maker: Any, private: Sequence[Record], release: MeanEmbedding, random: Random) -> Any:
-    from sfumato.privacy import latents
-
-    table = maker.encode(private)
-    if _by_class(maker):
-        return latents.release_class_sums(
-            table, maker.features, release, random, classes=maker.classes, products=maker.settings.products
-        )
-    return latents.release_mean(table, maker.record_features, release, random)
-
-
-def _drawn(
-    run: RunFolder,
-    recipe: Recipe,
-    maker: Any,
-    released: Any,
-    release: MeanEmbedding,
-    prompts: Sequence[str],
-    progress: Callable[[str], None],
-) -> list[Record] | None:
-    """Records that are nobody's; None where the fitting of the generator was interrupted."""
-    asked, seed = _settings(recipe), recipe.training.seed
-    if _by_class(maker):
-        std = release.noise_multiplier * release.max_norm / release.population
-        return maker.draw(released, std, prompts, asked.records, seed)
-    table, of = maker.receive(released, prompts), asked.release
-    settings = TrainingSettings(
-        steps=of.steps, expected_batch_size=of.texts_at_once, learning_rate=of.learning_rate, seed=seed
-    )
-    if not _start(run).train("generator", maker, table, settings, recipe, progress):
-        return None
-    texts = [prompts[i % len(prompts)] for i in range(asked.records)]
-    pictures = maker.generate(texts, seed=seed)
-    return [
-        Record(id=f"warm/{i}", unit=f"warm/{i:09d}", text=text, image=picture)
-        for i, (text, picture) in enumerate(zip(texts, pictures, strict=True))
-    ]

@@ -15,7 +15,7 @@ import yaml
 from tests.end_to_end.test_releases import AXES, TINY, rebuilt
 from tests.test_workflow import Interrupt
 
-from sfumato import measuring, stages, warming, workflow
+from sfumato import measuring, stages, warm_parts, warming, workflow
 from sfumato.cli.plan import _words
 from sfumato.errors import BudgetExhausted, LedgerError, UsageError
 from sfumato.privacy.ledger import show
@@ -164,14 +164,14 @@ def test_ctrl_c_and_resume_at_each_of_its_trainings(tmp_path, name, trains_only)
 
 _KILLED = """
 import os, signal, sys
-from sfumato import starting, warming, workflow
+from sfumato import starting, warm_parts, warming, workflow
 
 def dies(*args, **rest):
     os.kill(os.getpid(), signal.SIGKILL)
 
 at, recipe, out = sys.argv[1:]
 if at == "released":
-    warming._drawn = dies
+    warm_parts.draw = dies
 elif at == "learnt":
     true = starting.Start.train
     def killed(*args):
@@ -185,7 +185,7 @@ elif at == "begun":
         dies()
     warming.begin = killed
 elif at == "charged":
-    warming._released = dies
+    warm_parts.release = dies
 workflow.train(recipe, out=out)
 """
 
@@ -257,6 +257,6 @@ def test_nothing_is_drawn_where_the_private_steps_have_a_checkpoint(tmp_path, mo
     recipe = recipe_file(tmp_path)
     stopped = workflow.train(recipe, out=tmp_path / "runs", progress=Interrupt(at="· epsilon "))
     assert stopped["stopped"] == "interrupted"
-    monkeypatch.setattr(warming, "_drawn", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr(warm_parts, "draw", lambda *args: pytest.fail("drawn again"))
     ended = workflow.train(recipe, out=tmp_path / "runs", resume=True)
     assert ended["stopped"] == "steps" and counts(ended["run"]) == [1, STEPS]

@@ -24,7 +24,7 @@ def test_the_recipes_records_fit_its_model_and_a_private_step_runs():
     prepared = stages.load(recipe)
     model = stages.build(recipe)
     assert isinstance(model, DiffusionModel)
-    assert model.shapes == stages.shapes_of(recipe)
+    assert model.shapes == building.shapes_of(recipe)
     assert (model.shapes.picture, model.shapes.samples, model.shapes.sample_rate) == (None, 4_000, 4_000)
     assert [str(direction) for direction in model.directions] == ["text→audio"]
     table = model.encode(prepared.private)

@@ -87,8 +87,8 @@ def test_what_is_summed_is_each_sound_laid_where_it_is_loudest(longest):
     n = np.arange(bands)
     cosines = np.stack([np.cos(np.pi / bands * (n + 0.5) * k) for k in range(of.outline)]) * math.sqrt(2 / bands)
     cosines[0] /= math.sqrt(2)
-    tones = [b for b in range(bands) if 900 <= float(maker._peaks[b]) <= 1_900]
-    low = [b for b in range(bands) if float(maker._peaks[b]) <= 300]
+    tones = [b for b in range(bands) if 900 <= float(maker.codec.peaks[b]) <= 1_900]
+    low = [b for b in range(bands) if float(maker.codec.peaks[b]) <= 300]
     assert len(tones) >= 2 and low
     expected = np.zeros((maker.classes, 1 + of.outline, 2 * frames - 1))
     for i, record in enumerate(given):

@@ -59,6 +59,10 @@ class MelSpectrogram:
 
     ``kept``: only the lowest cosine frequencies over (bands, frames): the outline of a sound in a few numbers. Their assumed
     standard deviation is amplitude / (1 + r) ** decay at distance r from the mean, as ``Cosine`` has it for pictures.
+
+    ``aligned_below``: hertz; every sound is turned, its end before its beginning, until the frame that is loudest below it lies in
+    the middle. A heart beats at any moment of a recording, and a model that must say when spends itself on that. Sounds that
+    are made have their loudest frame in the middle.
     """
 
     kind: Literal["mel"] = "mel"
@@ -71,6 +75,7 @@ class MelSpectrogram:
     amplitude: float = 1.5
     decay: float = 1.0
     iterations: int = 32  # of Griffin-Lim, when a sound is made of it
+    aligned_below: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive(
@@ -84,6 +89,8 @@ class MelSpectrogram:
             )
         if not self.floor_db < 0:
             raise UsageError(f"floor_db = {self.floor_db} · must be below 0", next="For example -80.")
+        if self.aligned_below is not None:
+            checks.positive(aligned_below=self.aligned_below)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

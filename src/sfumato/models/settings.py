@@ -418,11 +418,15 @@ class WarmStart:
     """What is released before the first private step, and how the model is trained on records drawn from it (``warming``).
 
     Attributes:
+      release: of pictures; sounds: of sounds too, if it is given.
+      sound_share: of the release's guarantee (of 1/sigma^2) that sounds have.
       records: drawn from the release.
       steps, records_at_once, learning_rate: of the training on them.
     """
 
     release: WarmRelease
+    sounds: SoundMoments | None = None
+    sound_share: float = 0.5
     records: int = 20_000
     steps: int = 800
     records_at_once: int = 512
@@ -435,6 +439,10 @@ class WarmStart:
             records_at_once=self.records_at_once,
             learning_rate=self.learning_rate,
         )
+        if not 0 < self.sound_share < 1:
+            raise UsageError(
+                f"sound_share = {self.sound_share} · must be between 0 and 1, both excluded", next="Take 0.5."
+            )
 
 
 Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
@@ -473,6 +481,14 @@ class ModelSettings:
                 f"directions = {self.warm_start.release.directions} · take a release of their own before, and a warm start is one",
                 next="Set model.warm_start.release.directions: 0.",
             )
+        if self.warm_start is not None and self.warm_start.sounds is not None:
+            of = self.warm_start.sounds
+            if not isinstance(self.audio, MelSpectrogram) or of.outline > self.audio.bands:
+                raise UsageError(
+                    f"model.audio = {self.audio}, warm_start.sounds.outline = {of.outline} · sounds are summed by cosine "
+                    "frequencies over all bands of a mel spectrogram",
+                    next="Set model.audio: {kind: mel}, and no more outline than bands.",
+                )
         if self.sound_moments is not None:
             self._check_sound_moments(self.sound_moments)
         if self.reader is not None and (

@@ -60,14 +60,13 @@ class SoundMomentsMaker:
     def __init__(self, settings: SoundMoments, audio: MelSpectrogram, samples: int, sample_rate: int) -> None:
         self.settings = settings
         self.codec = SoundCodec(audio, samples, sample_rate)
-        self.floor_db = audio.floor_db
         self.bands, self.frames = self.codec.shape
         self.canvas = self.frames if settings.aligned_below is None else 2 * self.frames - 1
         self.longest = settings.longest * math.sqrt(self.bands * self.frames)  # of z
         if settings.aligned_below is not None and not len(self._low):
             raise UsageError(
                 f"sound_moments.aligned_below = {settings.aligned_below} · is below every band: the first is loudest at "
-                f"{float(self._peaks[0]):.0f} hertz",
+                f"{float(self.codec.peaks[0]):.0f} hertz",
                 next="Raise it, or leave it out.",
             )
 
@@ -206,18 +205,12 @@ class SoundMomentsMaker:
         return cosine_matrix(self.bands, self.settings.outline).float()
 
     @cached_property
-    def _peaks(self) -> Tensor:
-        """(B,) hertz, the middle of each band's triangle."""
-        filters = self.codec.spectrogram.filters
-        return filters.argmax(dim=1) * (self.codec.sample_rate / 2) / (filters.shape[1] - 1)
-
-    @cached_property
     def _tones(self) -> list[Tensor]:
         """Of each aspect the bands whose middle is in ``tones``; none where classes are not divided."""
         found = []
         for aspect in self.settings.aspects:
             low, high = aspect.tones or (math.inf, math.inf)
-            found.append(torch.nonzero((self._peaks >= low) & (self._peaks <= high))[:, 0])
+            found.append(torch.nonzero((self.codec.peaks >= low) & (self.codec.peaks <= high))[:, 0])
             if aspect.tones is not None and len(found[-1]) < 2:
                 raise UsageError(
                     f"aspect {aspect.name!r}: tones = {aspect.tones} · holds {len(found[-1])} of {self.bands} bands",
@@ -229,14 +222,13 @@ class SoundMomentsMaker:
     def _low(self) -> Tensor:
         """Bands whose middle is not above ``aligned_below``."""
         below = math.inf if self.settings.aligned_below is None else self.settings.aligned_below
-        return torch.nonzero(self._peaks <= below)[:, 0]
+        return torch.nonzero(self.codec.peaks <= below)[:, 0]
 
     def _loudest(self, pictures: Tensor) -> Tensor:
-        """(R,) int64: the frame of most power in the low bands. Args: pictures (R, B, N), decibels mapped to [-1, 1]."""
+        """(R,) int64: the frame that lies in the middle of the canvas. Args: pictures (R, B, N), decibels mapped to [-1, 1]."""
         if self.settings.aligned_below is None:
             return torch.zeros(len(pictures), dtype=torch.int64)
-        decibels = (1 - pictures[:, self._low]) * (self.floor_db / 2)
-        return (10.0 ** (decibels / 10)).sum(dim=1).argmax(dim=1)
+        return self.codec.loudest(pictures, self._low)
 
     def _laid(self, parts: Tensor, loudest: Tensor) -> Tensor:
         """(R, P, N) -> (R, P, M): the loudest frame in the middle of the canvas, zero where there is no sound."""

@@ -44,7 +44,12 @@ class SoundCodec:
         match self.settings:
             case Waveform():
                 pass
-            case MelSpectrogram(kept=kept, bands=bands):
+            case MelSpectrogram(kept=kept, bands=bands, aligned_below=below):
+                if below is not None and not len(self.low):
+                    raise UsageError(
+                        f"aligned_below = {below} · is below every band: the first is loudest at {float(self.peaks[0]):.0f} hertz",
+                        next="Raise it, or leave it out.",
+                    )
                 if kept is not None and not (1 <= kept[0] <= bands and 1 <= kept[1] <= self.spectrogram.frames):
                     raise UsageError(
                         f"model.audio.kept = {kept} · must be at most {bands} bands and {self.spectrogram.frames} frames",
@@ -103,6 +108,8 @@ class SoundCodec:
             case MelSpectrogram(floor_db=floor_db, kept=kept):
                 decibels = 10.0 * self.spectrogram.power(sounds).clamp(min=10.0 ** (floor_db / 10)).log10()
                 picture = 1.0 - 2.0 * decibels / floor_db
+                if self.settings.aligned_below is not None:
+                    picture = turned(picture, picture.shape[2] // 2 - self.loudest(picture))
                 if kept is not None:
                     down, across = self._cosines
                     picture = down @ picture @ across.T
@@ -122,6 +129,25 @@ class SoundCodec:
                 decibels = ((1.0 - picture) * (floor_db / 2)).clamp(max=_LOUDEST_DB)
                 power = 10.0 ** (decibels / 10.0)
                 return self.spectrogram.sound(torch.where(decibels > floor_db, power, torch.zeros_like(power)))
+
+    @cached_property
+    def peaks(self) -> Tensor:
+        """(B,) hertz, the middle of each band's triangle."""
+        filters = self.spectrogram.filters
+        return filters.argmax(dim=1) * (self.sample_rate / 2) / (filters.shape[1] - 1)
+
+    @cached_property
+    def low(self) -> Tensor:
+        """Bands whose middle is not above ``aligned_below``."""
+        assert isinstance(self.settings, MelSpectrogram)
+        below = self.settings.aligned_below
+        return torch.nonzero(self.peaks <= (math.inf if below is None else below))[:, 0]
+
+    def loudest(self, pictures: Tensor, low: Tensor | None = None) -> Tensor:
+        """(R,) int64: the frame of most power in the low bands. Args: pictures (R, B, N), decibels mapped to [-1, 1]."""
+        assert isinstance(self.settings, MelSpectrogram)
+        decibels = (1 - pictures[:, self.low if low is None else low]) * (self.settings.floor_db / 2)
+        return (10.0 ** (decibels / 10)).sum(dim=1).argmax(dim=1)
 
     @cached_property
     def _cosines(self) -> tuple[Tensor, Tensor]:
@@ -145,6 +171,13 @@ class SoundCodec:
         fitted = np.zeros(self.samples, np.float32)
         fitted[: len(sound)] = np.clip(sound[: self.samples], -1.0, 1.0)
         return fitted
+
+
+def turned(pictures: Tensor, by: Tensor) -> Tensor:
+    """Each picture's frames, moved later by its number of them; what passes the end comes in at the beginning. (R, B, N), (R,)."""
+    frames = pictures.shape[2]
+    source = (torch.arange(frames) - by[:, None]) % frames
+    return pictures.gather(2, source[:, None].expand(-1, pictures.shape[1], -1))
 
 
 _LOUDEST_DB = 6.0  # a sampled latent may be anything; what is louder than full scale would be clipped anyway
