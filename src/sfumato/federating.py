@@ -13,25 +13,35 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, measuring, stages
+from sfumato import building, measuring, stages, warm_parts, warming
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.federation.opening import PREFIX, Released
 from sfumato.federation.policy import WITHOUT_TRUST, SitePolicy
 from sfumato.privacy import ledger
 from sfumato.privacy.events import Event
 from sfumato.privacy.guarantee import guarantee
-from sfumato.privacy.plan import NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan import MeanEmbedding, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.warm_planning import in_steps, warmed
+from sfumato.randomness import Random
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, to_dict
 from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sfumato.federation.local import Site, Work
     from sfumato.federation.mechanisms import Promise
+    from sfumato.federation.messages import Part as MessagePart
+    from sfumato.federation.messages import State
+    from sfumato.federation.public import Public
     from sfumato.federation.secure.keys import Identity
     from sfumato.federation.serving import Exchange
     from sfumato.federation.simulate import FederationResult
+    from sfumato.records import Record
+    from sfumato.warm_parts import Part
 
     Engine = Callable[[Sequence[Site], Work, RunFolder], AbstractContextManager[Exchange]]
 
@@ -90,7 +100,7 @@ def run(
     members = list(members_here(recipe, prepared, model, policy) if members is None else members)
     work = work_for(recipe, members)
     promise = mechanisms.build(federation).promise(work.public)
-    stated = promise.at_site or promise.at_server or members[0].plan
+    stated = promise.at_site or promise.at_server or members[0].whole
     if resume is None:
         folder = stages.begin(out, recipe, stated, prepared, model)
     else:
@@ -113,6 +123,7 @@ def run(
                 on_round=shown,
                 pause=stop.is_set,
                 exchange=exchange,
+                opened=_Opened(recipe, folder, model, prepared, work.public, progress),
             )
         seconds, processor = time.monotonic() - began, time.process_time() - processor
         report = _report(recipe, members, work, promise, folder, result)
@@ -136,6 +147,29 @@ def run(
         "quality": stages.quality_values(folder),
         **stages.render(folder, public=False),
     }
+
+
+class _Opened:
+    """Of what the sites released before the first round, the weights that it begins at: post-processing, at the server."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, model: Any, prepared: Any, public: "Public", progress: Progress
+    ) -> None:
+        self._recipe, self._folder, self._model, self._public, self._progress = recipe, folder, model, public, progress
+        self._prompts = stages.prompts(prepared)
+        if public.released:
+            warming.usable(warming.parts(recipe), self._prompts)  # or it refuses, before anything is charged
+
+    def __call__(self, released: "MessagePart") -> "State | None":
+        from sfumato.federation import opening
+        from sfumato.federation.local import trained_state
+
+        own = [part for part in warming.parts(self._recipe) if part.name in released.tensors]
+        stds = opening.noise_std(self._public, released)
+        stopped = warming.learn(
+            self._folder, self._recipe, self._model, own, dict(released.tensors), stds, self._prompts, self._progress
+        )
+        return trained_state(self._model) if stopped == "steps" else None
 
 
 class _Shown:
@@ -168,6 +202,9 @@ class _Shown:
         federation = self._recipe.federation
         sites = f"{len(result.sites)} of {len(self._members)} sites"
         discarded = f" · discarded: {result.discarded}" if result.discarded else ""
+        if result.round == 0:
+            self._progress(f"before the first round: {sites} released what the plan says, once{discarded}")
+            return None
         self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{discarded}")
         self._samples.picture(result.round, self._model)
         if self._quality is None:
@@ -190,6 +227,14 @@ def work_for(recipe: Recipe, members: "Sequence[Site]") -> "Work":
         train_steps=LocalTraining(recipe.training, recipe.performance, proximal=recipe.federation.proximal),
         settings=recipe.federation,
         recipe=hashlib.sha256(recipes_file.to_yaml(recipe).encode()).hexdigest(),
+        releases={
+            site.name: {
+                part.name: Released(shape=part.maker.shape, noise_std=part.std(site.opening))
+                for part in parts_of(recipe, site.name)
+            }
+            for site in members
+            if site.opening is not None
+        },
     )
 
 
@@ -214,6 +259,7 @@ def members_here(recipe: Recipe, prepared: Any, model: Any, policy: SitePolicy |
             name,
             plans[name],
             table=cache(partial(model.encode, records)),
+            records=lambda records=records: records,
             ledger=Path("sites") / f"site-{number}" / "ledger.db",
             account=accounts / f"account-site-{number}-of-{federation.sites}.db" if private else None,
             sign=keys.signer(key) if key is not None else None,
@@ -231,9 +277,11 @@ def is_charged_at_site(recipe: Recipe) -> bool:
     return recipe.federation.mechanism.kind != "record_level" or recipe.privacy.mechanism != "none"
 
 
-def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> "dict[str, TrainingPlan]":
+def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> dict[str, PrivacyPlan]:
     """By site, a plan over all rounds for its own units, with a share of the batch that is its share of the units."""
     from sfumato.federation.simulate import site_plan
+
+    opens = recipe.privacy.warm_start is not None
 
     unknown = sorted(set(recipe.federation.holds) - set(populations))
     if unknown:
@@ -248,17 +296,59 @@ def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> "dict[str, Trai
             recipe.federation,
             expected_batch_size=max(1.0, recipe.training.expected_batch_size * population / total),
             population=population,
+            released=warm_parts.dimension(parts_of(recipe, name)) if opens else None,
         )
         for name, population in populations.items()
     }
 
 
-def member(recipe: Recipe, name: str, plan: "TrainingPlan", **own: Any) -> "Site":
-    """A site with this plan. ``own``: table, ledger, account, sign, policy, as `Site` has them."""
+def parts_of(recipe: Recipe, site: str) -> "tuple[Part, ...]":
+    """What a site releases before the first round: what it holds of it. Raises UsageError where that is nothing."""
+    every = warming.parts(recipe)
+    holds = recipe.federation.holds.get(site)
+    if holds is None:
+        return every
+    named = [name.removeprefix(PREFIX) for name in holds if name.startswith(PREFIX)]
+    own = warm_parts.some_of(every, named)
+    if not own or len(own) < len(named):
+        raise UsageError(
+            f"federation.holds.{site} = {', '.join(holds)} · says what a site releases before the first round, too: of "
+            f"{', '.join(PREFIX + part.name for part in every)} at least one, and no other",
+            next="Add what the site has records of.",
+        )
+    return own
+
+
+def member(
+    recipe: Recipe,
+    name: str,
+    plan: PrivacyPlan,
+    *,
+    records: "Callable[[], Sequence[Record]] | None" = None,
+    **own: Any,
+) -> "Site":
+    """A site with this plan. Args: records: its own, read when it releases of them. own: table, ledger, account, sign, policy,
+    as `Site` has them."""
     from sfumato.federation.local import Site
 
     limit = stages.account_limit(recipe, plan)
-    return Site(name=name, plan=plan, account_limit=limit, build=_build_of(recipe, name), **own)
+    opening = warmed(plan)
+
+    def release(of: MeanEmbedding, random: Random) -> "dict[str, Tensor]":
+        assert records is not None  # a site elsewhere has its own
+        return warm_parts.release(parts_of(recipe, name), records(), of, random)
+
+    steps = in_steps(plan)
+    assert isinstance(steps, TrainingPlan)
+    return Site(
+        name=name,
+        plan=steps,
+        account_limit=limit,
+        build=_build_of(recipe, name),
+        opening=opening,
+        release=None if opening is None or records is None else release,
+        **own,
+    )
 
 
 def identity(folder: Path) -> "Identity":
@@ -275,10 +365,11 @@ def _build_of(recipe: Recipe, site: str) -> "Callable[[], Any] | None":
     names = recipe.federation.holds.get(site)
     if names is None:
         return None
+    trained = [name for name in names if not name.startswith(PREFIX)]
 
     def build() -> Any:
         model = building.build(recipe)
-        model.train_only(names)
+        model.train_only(trained)
         return model
 
     return build
@@ -396,10 +487,11 @@ def _claim(
     worst = max(members, key=lambda site: epsilons[site.name])
     unit = "site" if promise.unit == "site" else recipe.privacy.unit
     claim = guarantee(
-        worst.plan if promise.at_site is None else promise.at_site,
+        worst.whole if promise.at_site is None else promise.at_site,
         _events_of(worst, promise, result, recipe.federation.steps_per_round),
         boundary=[
             *inside,
+            *(warming.boundary(recipe, by="each site, of its own records") if worst.opening is not None else ()),
             f"Sites hold different {recipe.privacy.unit}s: what is stated is the largest of the sites' epsilons "
             f"({worst.name}); a {unit} at several sites pays their composition."
             if unit != "site"
@@ -418,10 +510,10 @@ def _claim(
 
 
 def _events_of(site: "Site", promise: "Promise", result: "FederationResult", steps: int) -> "list[Event]":
-    from sfumato.federation.simulate import event_asked
+    from sfumato.federation.simulate import events_asked
 
     if site.elsewhere:
-        return [event_asked(site, promise, result.rounds, steps)]
+        return list(events_asked(site, promise, result.rounds, steps))
     return ledger.events_of_jsonl(ledger.export_jsonl(site.ledger))
 
 

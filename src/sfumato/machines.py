@@ -374,8 +374,9 @@ class Member:
         def table() -> Any:
             return building.build(recipe).encode(self._records(recipe)[0])
 
-        own = {
+        own: dict[str, Any] = {
             "table": cache(table),
+            "records": lambda: self._records(recipe)[0],
             "ledger": self._folder / "runs" / run / "ledger.db",
             "account": self._account(recipe) if private else None,
             "sign": keys.signer(key) if key is not None else None,

@@ -197,7 +197,7 @@ def train(
         released = releasing.is_release(plan)
         for_release = True
         if released:
-            table, for_release = releasing.receive(run, book, recipe, plan, model, table, _prompts(prepared))
+            table, for_release = releasing.receive(run, book, recipe, plan, model, table, prompts(prepared))
             progress("released: what the plan says is charged, and lies in released/; from here on nothing is spent")
         else:
             model.tell_public(told_public(prepared))
@@ -210,7 +210,7 @@ def train(
         start = warmed(plan)
         if start is not None:
             stopped, for_release = warming.begin(
-                run, book, recipe, start, model, prepared.private, _prompts(prepared), progress
+                run, book, recipe, start, model, prepared.private, prompts(prepared), progress
             )
             if stopped == "interrupted":
                 return stopped
@@ -315,7 +315,7 @@ def cost_of(trained: Any, model: Any, processor_before: float) -> CostReport:
     )
 
 
-def _prompts(prepared: Any) -> list[str]:
+def prompts(prepared: Any) -> list[str]:
     """Their texts."""
     return [str(record.text) for record in told_public(prepared) if record.text]
 

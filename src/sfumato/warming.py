@@ -122,14 +122,14 @@ def load(run: RunFolder, model: Any) -> None:
     _start(run).load(model)
 
 
-def boundary(recipe: Recipe) -> list[str]:
-    """Sentences for the claim."""
+def boundary(recipe: Recipe, *, by: str = "") -> list[str]:
+    """Sentences for the claim. Args: by: who released it, where that is not one."""
     asked = _settings(recipe)
     share = recipe.privacy.warm_start
     assert share is not None  # the recipe sees to it
     what = ", and ".join(part.maker.in_words() for part in parts(recipe))
     return [
-        f"Inside, and charged before the first step, with {share.share:.3g} of the guarantee: {what}. "
+        f"Inside, and charged before the first step, with {share.share:.3g} of the guarantee{f', by {by}' if by else ''}: {what}. "
         f"{asked.records:,} records were drawn from it for texts of public units, and the model was trained on those: that is "
         "post-processing. The private steps began at its weights.",
         "Declared public: the texts, not the pictures, of half of the public units, for which these records were drawn.",

@@ -14,6 +14,7 @@ from sfumato.federation.mechanisms import Promise
 from sfumato.federation.public import Public
 from sfumato.federation.rounds import RoundResult
 from sfumato.privacy import accounting
+from sfumato.privacy.events import Event
 from sfumato.privacy.plan import DpSgd, SiteUpdates
 
 MOST_SITES = 20  # whose epsilon is computed for every round; of more, the one that has spent most at the end
@@ -79,6 +80,7 @@ def epsilon_after(
     if len(counted) > MOST_SITES:
         counted = [max(counted, key=lambda site: epsilons[site.name] or 0.0)]
     events = dict.fromkeys((site.name for site in counted), 0)
+    opened: set[str] = set()  # sites that were asked for a release before the first round
     after: list[dict[str, float]] = []
     for number, result in enumerate(results, start=1):
         now: dict[str, float] = {}
@@ -86,26 +88,32 @@ def epsilon_after(
             plan = promise.at_site or promise.at_server or site.plan
             if not isinstance(plan, DpSgd | SiteUpdates):
                 continue
+            if result.round == 0:
+                opened |= {site.name} & set(result.asked)
+            before = site.opening.events() if site.opening is not None and site.name in opened else ()
             most = plan.event().count
             if promise.at_site is None and promise.at_server is not None:
                 count = plan.event(number).count  # the server charges every round that it opens
+            elif result.round == 0:
+                count = 0
             elif site.name in result.charged:
                 count = result.charged[site.name]
             else:
                 a_round = plan.event(1).count if isinstance(plan, SiteUpdates) else plan.events_of(local_steps)
                 count = events[site.name] + a_round * (site.name in result.asked)
             events[site.name] = max(events[site.name], min(count, most))
-            value = _epsilon(plan, events[site.name])
+            value = _epsilon(plan, events[site.name], before)
             now[site.name] = min(value, epsilons[site.name] or 0.0)
         after.append(now)
     return after
 
 
 @cache
-def _epsilon(plan: DpSgd | SiteUpdates, events: int) -> float:
-    if not events:
+def _epsilon(plan: DpSgd | SiteUpdates, events: int, before: tuple[Event, ...] = ()) -> float:
+    spent = [*before, *([replace(plan.event(1), count=events)] if events else [])]
+    if not spent:
         return 0.0
-    value = accounting.epsilon([replace(plan.event(1), count=events)], plan.delta, adjacency=plan.adjacency)
+    value = accounting.epsilon(spent, plan.delta, adjacency=plan.adjacency)
     assert value is not None  # PLD always applies
     return value
 

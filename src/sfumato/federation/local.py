@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sfumato.errors import LedgerError, PrivacyRefused, UsageError
-from sfumato.federation import collecting, mechanisms
+from sfumato.federation import collecting, mechanisms, opening
 from sfumato.federation.compression import compressed
 from sfumato.federation.gate import Gate
 from sfumato.federation.keeping import read_part, write_part
@@ -33,7 +33,16 @@ from sfumato.federation.secure.keys import Identity
 from sfumato.federation.settings import ByChargedLoss, FederationSettings
 from sfumato.privacy.ledger import Ledger, Sign
 from sfumato.privacy.ledger.storage import Lock
-from sfumato.privacy.plan import DpSgd, NotPrivate, SiteUpdates, TrainingPlan
+from sfumato.privacy.plan import (
+    Composition,
+    DpSgd,
+    MeanEmbedding,
+    NotPrivate,
+    PrivacyPlan,
+    PrivatePlan,
+    SiteUpdates,
+    TrainingPlan,
+)
 from sfumato.randomness import Random, SecretRandom
 from sfumato.records import UnitTable
 
@@ -66,6 +75,8 @@ class Site:
 
     Attributes:
       table: its records, or what reads them; that is called after policy and ledger have agreed, by training only.
+      opening: its plan of what is released once, before the first round, where the recipe begins with that; ``release``
+        makes it, of the site's own records: called after policy and ledger have agreed.
       plan: covers ALL rounds: ``plan.steps = rounds x local_steps``. With bands > 1, they should divide local_steps: every
         round begins its own cycle, which is charged whole. ``plan.population`` is public. Where the mechanism and not the
         steps protects (``Promise.trains`` is "free"), it is a ``NotPrivate`` one.
@@ -91,6 +102,16 @@ class Site:
     build: "Callable[[], nn.Module] | None" = None
     identity: Identity | None = None
     elsewhere: bool = False
+    opening: MeanEmbedding | None = None
+    release: "Callable[[MeanEmbedding, Random], State] | None" = None
+
+    @property
+    def whole(self) -> PrivacyPlan:
+        """What is charged to its ledger in all."""
+        if self.opening is None:
+            return self.plan
+        assert isinstance(self.plan, DpSgd)  # ``planning`` makes no other
+        return Composition.of(self.opening, self.plan, target_epsilon=self.plan.target_epsilon)
 
     @property
     def folder(self) -> Path:
@@ -152,6 +173,11 @@ def answer(site: Site, work: Work, ask: Ask, *, failed: Callable[[Exception], No
 
 
 def _answer(site: Site, work: Work, ask: Ask, memory: "Memory") -> Reply:
+    if ask.kind == opening.KIND:
+        tensors = open_round(site, run=ask.run, random=work.random())
+        return Reply.to(
+            ask, site.name, Part(tensors=_gated(site, tensors), values={"said": {"steps": 0, "charged": 0}})
+        )
     mechanism, way, random = mechanisms.build(work.settings), _way(site, work), work.random()
     told: Any = ask.values.get("told")
     said: dict[str, Json] = {}
@@ -179,11 +205,7 @@ def _answer(site: Site, work: Work, ask: Ask, memory: "Memory") -> Reply:
         after = replace(after, home=update.home, rounds=memory.rounds + 1)
         said.update({name: value for name, value in update.said().items() if name in site.policy.may_say})
         part = mechanism.at_site(update.delta, work.public, told if isinstance(told, dict) else {}, random)
-        for gate in site.gates:
-            why = gate(part.tensors)
-            if why is not None:
-                raise PolicyRefused(why, next="Look at the update at the site.", code="gate")
-        return replace(part, tensors=compressed(work.settings.compression, part.tensors, random))
+        return replace(part, tensors=compressed(work.settings.compression, _gated(site, part.tensors), random))
 
     tensors = {
         name.removeprefix(OF_COLLECTING): tensor
@@ -197,6 +219,15 @@ def _answer(site: Site, work: Work, ask: Ask, memory: "Memory") -> Reply:
     return Reply.to(ask, site.name, Part(tensors=part.tensors, values={**said, "said": dict(part.values)}))
 
 
+def _gated(site: Site, tensors: State) -> State:
+    """What is about to be sent, unless a gate refuses it."""
+    for gate in site.gates:
+        why = gate(tensors)
+        if why is not None:
+            raise PolicyRefused(why, next="Look at the update at the site.", code="gate")
+    return tensors
+
+
 def _way(site: Site, work: Work) -> collecting.Collecting:
     trust = collecting.trusted(work.public, site.policy.identities, site.policy.colluders)
     return collecting.build(work.settings, work.public, trust=trust, sign=site.identity.sign if site.identity else None)
@@ -204,7 +235,11 @@ def _way(site: Site, work: Work) -> collecting.Collecting:
 
 def _check_address(site: Site, work: Work, ask: Ask, memory: "Memory") -> None:
     """Raises PolicyRefused for an ask that is not the next one of this run, of another recipe, or for other parameters."""
-    kinds = collecting.build(work.settings, work.public).kinds
+    kinds: tuple[str, ...] = collecting.build(work.settings, work.public).kinds
+    if ask.round == 0:
+        kinds = (
+            (opening.KIND,) if site.name in {name for held in work.public.releasing.values() for name in held} else ()
+        )
     if (ask.round, ask.exchange) <= memory.answered:
         raise PolicyRefused(
             f"round = {ask.round}, exchange = {ask.exchange} · was asked before; the last was {memory.answered}",
@@ -213,7 +248,8 @@ def _check_address(site: Site, work: Work, ask: Ask, memory: "Memory") -> None:
         )
     if ask.exchange >= len(kinds) or ask.kind != kinds[ask.exchange]:
         raise PolicyRefused(
-            f"exchange = {ask.exchange}, kind = {ask.kind!r} · a round has the exchanges {', '.join(kinds)}",
+            f"round = {ask.round}, exchange = {ask.exchange}, kind = {ask.kind!r} · the round has the exchanges "
+            f"{', '.join(kinds) or 'none'}",
             next="Use the same recipe at the server.",
             code="not_an_exchange",
         )
@@ -256,7 +292,7 @@ class Memory:
 
     path: Path
     run: str
-    answered: tuple[int, int] = (0, 0)
+    answered: tuple[int, int] = (0, -1)  # before the opening
     rounds: int = 0
     collecting: Part = field(default_factory=Part)
     home: State = field(default_factory=dict)
@@ -358,13 +394,36 @@ class LocalUpdate:
         }
 
 
-def open_ledger(site: Site, run: str, plan: TrainingPlan | SiteUpdates) -> Ledger:
+def open_ledger(site: Site, run: str, plan: PrivacyPlan) -> Ledger:
     limit = site.account_limit
-    if site.policy.account_epsilon is not None and isinstance(plan, DpSgd | SiteUpdates):
+    if site.policy.account_epsilon is not None and isinstance(plan, PrivatePlan):
         limit = (site.policy.account_epsilon, plan.delta)
     return Ledger.open(
         site.ledger, run=run, plan=plan, account=site.account, account_limit=limit, sign=site.sign
     )  # fmt: skip
+
+
+def open_round(site: Site, *, run: str, random: Random | None = None) -> State:
+    """What this site releases before the first round, by the name of each part.
+
+    Guarantee: the site's ledger was charged with ``site.opening`` before its records were read; what comes back is that one
+    event. It is made once: a ledger that holds it already refuses.
+    Raises: PrivacyRefused: the policy or the ledger says no.
+    """
+    if site.opening is None or site.release is None:
+        raise UsageError(
+            f"site {site.name} · has nothing to release before the first round", next="Use the recipe of the server."
+        )
+    with open_ledger(site, run, site.whole) as ledger:
+        (event,) = site.opening.events()
+        left = ledger.remaining(site.plan.event(1)) if isinstance(site.plan, DpSgd) else None
+        check_limits(site.policy, plan=site.plan, left=left, steps=0, before=(event,))
+        if ledger.remaining(event) < 1:
+            raise PolicyRefused(
+                "opening · was charged before; it is made once", next="Begin a new run.", code="budget_exhausted"
+            )
+        ledger.commit(ledger.reserve(event, 0))  # durable before the data are read
+        return dict(site.release(site.opening, random if random is not None else SecretRandom()))
 
 
 def train_round(
@@ -397,18 +456,22 @@ def train_round(
 
     if promise is not None and promise.trains == "free":
         return _free_round(site, global_state, build, train_steps, steps, run, promise, home or {}, rounds, number)
-    with open_ledger(site, run, site.plan) as ledger:
+    with open_ledger(site, run, site.whole) as ledger:
         left = ledger.remaining(site.plan.event(1)) if isinstance(site.plan, DpSgd) else None
         told = isinstance(site.plan, DpSgd) and largest_loss is not None
-        check_limits(site.policy, plan=site.plan, left=left, steps=steps + told)
+        released = (
+            site.opening.events() if site.opening is not None and not ledger.remaining(site.opening.events()[0]) else ()
+        )
+        check_limits(site.policy, plan=site.plan, left=left, steps=steps + told, before=released)
         model, fixed = _prepared(build, global_state, home or {})
         loss = None
         if isinstance(site.plan, DpSgd) and largest_loss is not None:
             loss = charged_loss(model, site.read, site.plan, ledger, largest_loss=largest_loss, random=random)
-        before = ledger.spent_steps
+        opened = len(released)
+        before = ledger.spent_steps - opened
         first = steps_of(site.plan, before) if isinstance(site.plan, DpSgd) else rounds * steps
         train_steps(model, site.read(), site.plan, ledger, steps=steps, first_step=first)
-        spent = ledger.spent_steps
+        spent = ledger.spent_steps - opened
         if isinstance(site.plan, DpSgd) and spent - before != site.plan.events_of(steps):
             raise LedgerError(
                 f"site {site.name}: {spent - before} events charged · the round has {steps} steps, which are "

@@ -14,7 +14,7 @@ A policy is a YAML file at the site (``load``), read by nobody else:
     colluders: 1                 # so many other sites might work with a hostile server
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from sfumato import checks
 from sfumato.errors import PrivacyRefused, SfumatoError, UsageError
 from sfumato.federation.public import check_identities
 from sfumato.privacy import accounting
+from sfumato.privacy.events import Event
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd, SiteUpdates, TrainingPlan
 
@@ -159,11 +160,18 @@ def check_asked(policy: SitePolicy, *, recipe: str, mechanism: str, population: 
     _refuse(reasons)
 
 
-def check_limits(policy: SitePolicy, *, plan: TrainingPlan | SiteUpdates, left: int | None, steps: int) -> None:
+def check_limits(
+    policy: SitePolicy,
+    *,
+    plan: TrainingPlan | SiteUpdates,
+    left: int | None,
+    steps: int,
+    before: Sequence[Event] = (),
+) -> None:
     """Raises PolicyRefused, with every reason, unless ``steps`` more steps stay within the plan and the policy.
 
     Args: plan: what is charged; of updates, a step is a round. left: events that its account has left; None for a plan without a
-      guarantee.
+      guarantee. before: what was charged before the first step, or is.
     Reads numbers of the plan only, so that a refusal tells nothing about the site's data. With bands an event is a cycle of
     steps, and a round begins its own.
     """
@@ -189,7 +197,9 @@ def check_limits(policy: SitePolicy, *, plan: TrainingPlan | SiteUpdates, left: 
             )
         elif policy.max_epsilon is not None:
             spent = replace(plan.event(1), count=planned - left + events)
-            after = accounting.epsilon([spent], plan.delta, adjacency=plan.adjacency)
+            after = accounting.epsilon(
+                [*before, spent] if spent.count else before, plan.delta, adjacency=plan.adjacency
+            )
             assert after is not None  # PLD always applies
             if after > policy.max_epsilon:
                 reasons.append(

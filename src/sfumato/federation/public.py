@@ -19,6 +19,9 @@ class Public:
       rates: q_k by site: with which probability it is asked in a round; 1 where every site always is.
       weights: w_k by site, for a mean: public, so neither a private count nor a loss.
       shapes: of every trained parameter of the federation, by name; the keys of ``holders``.
+      released, releasing: of what sites release before the first round (``opening``), the shape, and the sites that hold it, by
+        name; empty where there is no opening. release_noise: by site and name, the standard deviation of what it noises every
+        number with, over its population.
       identities: Ed25519 public keys of the sites (64 hexadecimal digits), for secure aggregation; empty without.
     """
 
@@ -28,6 +31,9 @@ class Public:
     rates: Mapping[str, float]
     weights: Mapping[str, float]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    released: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    releasing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    release_noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     identities: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,7 +58,12 @@ class Public:
                     f"identities of {sorted(self.identities)} · must be of the same sites as the populations",
                     next="Give every site its public key, or none.",
                 )
-        for name, sites in self.holders.items():
+        if set(self.released) != set(self.releasing):
+            raise UsageError(
+                f"released, releasing of {sorted(self.released)}, {sorted(self.releasing)} · must be of the same parts",
+                next="Give each its shape and its sites.",
+            )
+        for name, sites in (*self.holders.items(), *self.releasing.items()):
             if not sites or not set(sites) <= set(self.populations):
                 raise UsageError(
                     f"holders[{name!r}] = {list(sites)} · must be sites of the federation, at least one",

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DataError, SfumatoError, UsageError
-from sfumato.federation import averaging, collecting, mechanisms, selection
+from sfumato.federation import averaging, collecting, mechanisms, opening, selection
 from sfumato.federation.averaging import check_update
 from sfumato.federation.compression import decompressed
 from sfumato.federation.mechanism_settings import ROBUST_UNDER
@@ -63,7 +63,7 @@ class RoundResult:
         all: a site that sends too much, or the wrong way, shows. Only where each update is private by itself.
     """
 
-    round: int  # from 1
+    round: int  # from 1; 0 is the opening, where there is one
     asked: tuple[str, ...]
     sites: tuple[str, ...] = ()
     steps: int = 0
@@ -84,7 +84,8 @@ class ServerState:
     Attributes:
       recipe: the sha256 of the resolved recipe, which a site compares with its own.
       state: the trained parameters, all names that any site holds.
-      round: the one that is open, or comes next; from 1.
+      round: the one that is open, or comes next; from 1, or from 0 where sites release something before the first.
+      released: what they released then, together.
       exchange: of the open round, from 0.
       waiting: the sites that have been asked and have not been received; None where nobody is being asked.
       open: what the open round has come to so far.
@@ -105,6 +106,7 @@ class ServerState:
     mechanism: Part = field(default_factory=Part)
     optimizer: Part = field(default_factory=Part)
     losses: Part = field(default_factory=Part)
+    released: Part = field(default_factory=Part)
     charged: int = 0
     stopped: str = ""  # why no further round is opened, before the last one
     results: tuple[RoundResult, ...] = ()
@@ -169,8 +171,19 @@ def begin(settings: FederationSettings, public: Public, state: State, *, run: st
             next="Give the trained parameters of the model.",
         )
     begun = {name: tensor.detach().clone() for name, tensor in state.items()}
+    if public.released and settings.mechanism.kind != "record_level":
+        raise UsageError(
+            f"mechanism = {settings.mechanism.kind} · sites release something before the first round, each under its own plan",
+            next="Set federation.mechanism: {kind: record_level}, or leave the warm start out.",
+        )
     return ServerState(
-        run=run, recipe=recipe, settings=settings, public=public, state=begun, mechanism=mechanism.begin(public)
+        run=run,
+        recipe=recipe,
+        settings=settings,
+        public=public,
+        state=begun,
+        mechanism=mechanism.begin(public),
+        round=0 if public.released else 1,
     )
 
 
@@ -183,6 +196,10 @@ def asks(server: ServerState, chance: "Random") -> tuple[ServerState, dict[str, 
         raise UsageError(
             f"round = {server.round} · {'is over' if server.done else 'waits for replies'}", next="Call receive first."
         )
+    if server.round == 0:
+        asked = opening.asks(server.run, server.recipe, server.public)
+        begun = RoundResult(round=0, asked=tuple(sorted(asked)), bytes_down=sum(ask.bytes for ask in asked.values()))
+        return replace(server, open=begun, waiting=begun.asked), asked
     way = collecting.build(server.settings, server.public)
     if server.open is None:
         drawn = selection.draw(server.settings.selection, server.public.rates, server.losses, chance)
@@ -224,7 +241,7 @@ def receive(
     if server.open is None or server.waiting is None:
         raise UsageError("waiting = nobody · replies are received after asks", next="Call asks first.")
     way = collecting.build(server.settings, server.public)
-    kind = way.kinds[server.exchange]
+    kind = way.kinds[server.exchange] if server.round else opening.KIND
     open_, usable = server.open, {}
     for site in sorted(set(server.waiting) | set(replies)):
         reply = replies.get(site)
@@ -234,6 +251,8 @@ def receive(
         except _Unusable as no:
             open_ = replace(open_, left_out=(*open_.left_out, LeftOut(site=site, code=no.code, message=no.message)))
     open_ = replace(open_, seconds=open_.seconds + seconds)
+    if kind == opening.KIND:
+        return _opened(replace(server, open=open_, waiting=None), usable)
     if kind == "train":
         steps = sum(_whole(replies[site].values.get("steps")) for site in usable)
         charged = {
@@ -286,6 +305,16 @@ def part_of(state: State, public: Public, site: str) -> "dict[str, Tensor]":
 # -- inside --
 
 
+def _opened(server: ServerState, usable: Mapping[str, Reply]) -> ServerState:
+    assert server.open is not None
+    if len(usable) < server.settings.least_sites:
+        return discard(
+            server, f"{len(usable)} of {len(server.open.asked)} sites, {server.settings.least_sites} are needed"
+        )
+    released = opening.combined(server.public, usable)
+    return _closed(replace(server, released=released), replace(server.open, sites=tuple(sorted(usable))))
+
+
 _BROKEN = ("update_shape", "update_not_finite")
 
 
@@ -310,6 +339,11 @@ def _usable(server: ServerState, site: str, reply: Reply | None, kind: str, show
     said = reply.values.get("said", {})
     if not isinstance(said, dict):
         raise _Unusable("said something that is not a mapping", code="reply_malformed")
+    if kind == opening.KIND:
+        try:
+            opening.check(site, reply, server.public)
+        except UsageError as broken:
+            raise _Unusable(broken.message, code=broken.code) from None
     if kind == "train" and shows_updates:
         like = part_of(server.state, server.public, site)
         try:
@@ -373,7 +407,7 @@ def _whole(value: Any) -> int:
 
 # -- as plain values --
 
-_PARTS = ("collecting", "mechanism", "optimizer", "losses")
+_PARTS = ("collecting", "mechanism", "optimizer", "losses", "released")
 
 
 def to_part(server: ServerState) -> Part:

@@ -29,6 +29,7 @@ def serve(
     ledger: Ledger | None = None,
     on_round: Callable[[ServerState], ServerState | None] | None = None,
     pause: Callable[[], bool] | None = None,
+    until: int | None = None,
 ) -> ServerState:
     """Goes on with ``server`` to its last round, or to the one after which ``pause`` says so.
 
@@ -36,6 +37,7 @@ def serve(
       server: from ``rounds.begin``, or ``rounds.interrupted(keeper.load(...))`` after a restart.
       chance: of selection and of the server's noise; by default the operating system's.
       ledger: the server's, opened with the promise's ``at_server`` plan; needed where there is one.
+      until: the last round; the recipe's last by default.
       on_round: sees the state after every round; it may give back another, a stopped one for example.
     Raises: LedgerError: ledger and state are not of one moment.
     """
@@ -57,7 +59,11 @@ def serve(
             next="Restore the checkpoint that belongs to the ledger, or begin a new run.",
             code="checkpoint_older_than_ledger",
         )
-    while not server.done and not (pause is not None and server.open is None and pause()):
+    while (
+        not server.done
+        and (until is None or server.round <= until)
+        and not (pause is not None and server.open is None and pause())
+    ):
         server, asked = rounds.asks(server, chance)
         if plan is not None and ledger is not None:
             while _rounds(ledger, plan) < server.charged:

@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import checks
 from sfumato.errors import UsageError
-from sfumato.federation import local, mechanisms, rounds
+from sfumato.federation import local, mechanisms, opening, rounds
 from sfumato.federation.keeping import Keeper
 from sfumato.federation.local import Site, TrainSteps, Work
-from sfumato.federation.messages import Ask, Refusal, Reply, State
+from sfumato.federation.messages import Ask, Part, Refusal, Reply, State
+from sfumato.federation.opening import Released
 from sfumato.federation.public import Public
 from sfumato.federation.rounds import RoundResult, ServerState
 from sfumato.federation.serving import Exchange, serve
@@ -29,8 +30,8 @@ from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Adjacency
 from sfumato.privacy.events import Event
 from sfumato.privacy.ledger import Ledger, events_of_jsonl, export_jsonl, show
-from sfumato.privacy.plan import DpSgd, NotPrivate, SiteUpdates, TrainingPlan
-from sfumato.privacy.planning import training_plan
+from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, SiteUpdates
+from sfumato.privacy.planning import make_plan, training_plan
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.randomness import Random, SecretRandom
 from sfumato.records import Record, UnitTable
@@ -124,6 +125,7 @@ def simulate(
     on_round: "Callable[[RoundResult, State], str | None] | None" = None,
     pause: Callable[[], bool] | None = None,
     exchange: Exchange | None = None,
+    opened: "Callable[[Part], State | None] | None" = None,
 ) -> FederationResult:
     """All rounds of ``work.settings``, or those that are left.
 
@@ -138,6 +140,8 @@ def simulate(
       on_round: sees each round's result and the global state after it; a text that it returns is why no further round is opened.
       pause: asked before each round; then the result is not ``finished``, and can be resumed.
       exchange: another engine's; by default the sites answer in this process.
+      opened: makes of what the sites released before the first round the state that it begins with; None where that was
+        interrupted. Asked again on ``resume`` until the first round is opened. Without it training begins at fresh weights.
     """
     _check_sites(sites)
     keeper = Keeper(folder) if folder is not None else None
@@ -153,15 +157,24 @@ def simulate(
         return rounds.stop(after, why) if why else None
 
     with server_ledger(work, run, folder) as ledger:
-        server = serve(
-            server,
-            exchange_here(sites, work) if exchange is None else exchange,
+        go_on = partial(
+            serve,
+            exchange=exchange_here(sites, work) if exchange is None else exchange,
             chance=SecretRandom() if chance is None else chance,
             keeper=keeper,
             ledger=ledger,
             on_round=seen,
             pause=pause,
         )
+        if server.round == 0:
+            server = go_on(server, until=0)
+        if server.round == 1 and server.released.tensors and opened is not None:
+            begun = opened(server.released)
+            if begun is None:
+                return result_of(server, sites, folder)
+            server = replace(server, state={name: begun[name].detach().clone() for name in server.state})
+        if server.round > 0:
+            server = go_on(server)
     return result_of(server, sites, folder)
 
 
@@ -227,11 +240,12 @@ def work_of(
     settings: FederationSettings,
     recipe: str = "",
     random: Callable[[], Random] = SecretRandom,
+    releases: Mapping[str, Mapping[str, Released]] | None = None,
 ) -> Work:
-    """What these sites run together, in one process."""
+    """What these sites run together, in one process. Args: releases: by site and part, of what is released before the first round."""
     return Work(
         settings=settings,
-        public=public_of(sites, settings, build),
+        public=opening.announced(public_of(sites, settings, build), releases or {}),
         build=build,
         train_steps=train_steps,
         recipe=recipe,
@@ -273,11 +287,18 @@ def result_of(server: ServerState, sites: Sequence[Site], folder: Path | None) -
 
 
 def site_plan(
-    privacy: PrivacySettings, federation: FederationSettings, *, expected_batch_size: float, population: int
-) -> TrainingPlan:
+    privacy: PrivacySettings,
+    federation: FederationSettings,
+    *,
+    expected_batch_size: float,
+    population: int,
+    released: int | None = None,
+) -> PrivacyPlan:
     """One site's plan, over all rounds. Its population is its own, never the federation's.
 
-    Args: population: of the site: public where ``federation.populations`` gives it, else counted and hereby declared public.
+    Args:
+      population: of the site: public where ``federation.populations`` gives it, else counted and hereby declared public.
+      released: how many numbers the site releases before the first round, where ``privacy.warm_start`` says so.
 
     Raises: UsageError: a round would end within a cycle of correlated noise, which is charged whole; or one public number is
       given for all sites together. PrivacyRefused: no plan.
@@ -316,12 +337,20 @@ def site_plan(
             "its own cycles of so many steps, and a cycle is charged whole",
             next=f"Set federation.local_steps: {-(-federation.local_steps // privacy.bands) * privacy.bands}, or fewer bands.",
         )
-    return training_plan(
-        replace(privacy, population=population if federation.populations else None),
-        steps=federation.rounds * federation.steps_per_round,
-        expected_batch_size=expected_batch_size,
-        population=population,
-    )
+    sizes: dict[str, Any] = {
+        "steps": federation.rounds * federation.steps_per_round,
+        "expected_batch_size": expected_batch_size,
+        "population": population,
+    }
+    own = replace(privacy, population=population if federation.populations else None)
+    if released is None:
+        return training_plan(own, **sizes)
+    if privacy.clip_estimate is not None:
+        raise UsageError(
+            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
+            next="Give privacy.max_grad_norm a number.",
+        )
+    return make_plan(own, **sizes, dimensions={"warm_start": released})
 
 
 def split_by_site(records: Sequence[Record], sites: int) -> dict[str, list[Record]]:
@@ -356,18 +385,19 @@ def _site_result(
     of_server: dict[str, Any] | None,
     epsilon_of: Callable[[tuple[Event, ...], float, Adjacency], float | None],
 ) -> SiteResult:
-    taken = sum(site.name in result.sites for result in server.results)
+    taken = sum(site.name in result.sites for result in server.results if result.round)
     charged = promise.at_site or (site.plan if promise.trains == "private" else None)
     steps, epsilon, delta = taken * server.settings.local_steps, None, None
     if isinstance(charged, DpSgd | SiteUpdates):
         if site.elsewhere:
-            events = (event_asked(site, promise, server.results, server.settings.steps_per_round),)
+            events = events_asked(site, promise, server.results, server.settings.steps_per_round)
         else:  # Where no ledger could be opened, nothing was charged and no data touched.
             events = tuple(events_of_jsonl(export_jsonl(site.ledger))) if site.ledger.exists() else ()
         value, delta = epsilon_of(events, charged.delta, charged.adjacency), charged.delta
         epsilon = value if value is None or math.isfinite(value) else None
         if promise.trains == "private":
-            steps = local.steps_of(site.plan, sum(event.count for event in events))
+            before = site.opening.events() if site.opening is not None else ()
+            steps = local.steps_of(site.plan, sum(event.count for event in events if event not in before))
     elif of_server is not None:
         epsilon, delta = of_server["epsilon"], of_server["delta"]
     return SiteResult(
@@ -381,15 +411,20 @@ def _site_result(
     )
 
 
-def event_asked(site: Site, promise: mechanisms.Promise, results: Sequence[RoundResult], steps: int) -> Event:
+def events_asked(
+    site: Site, promise: mechanisms.Promise, results: Sequence[RoundResult], steps: int
+) -> tuple[Event, ...]:
     """What a site has charged at most, as its ledger is on another machine: every round that it was asked for, whether it
     answered or not. What it did charge, its own ledger says. Args: steps: charged in a round."""
-    asked = sum(site.name in result.asked for result in results)
+    asked = sum(site.name in result.asked for result in results if result.round)
+    opened = any(site.name in result.asked for result in results if not result.round)
+    before = site.opening.events() if site.opening is not None and opened else ()
     charged = promise.at_site or site.plan
     assert isinstance(charged, DpSgd | SiteUpdates)
     if isinstance(charged, SiteUpdates):
-        return charged.event(asked)
-    return charged.event(min(charged.event().count, asked * charged.events_of(steps)))
+        return (charged.event(asked),)
+    steps_asked = min(charged.event().count, asked * charged.events_of(steps))
+    return (*before, *((charged.event(steps_asked),) if steps_asked else ()))
 
 
 def _check_sites(sites: Sequence[Site]) -> None:

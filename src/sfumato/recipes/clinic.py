@@ -128,6 +128,19 @@ BREATH = (
 )
 
 
+def sound_moments() -> SoundMoments:
+    """Sums of sounds over every rate, murmur and wheeze that a history may say; public."""
+    return SoundMoments(
+        aspects=(
+            Aspect(name="heart", questions=HEART),
+            Aspect(name="breath", questions=BREATH, tones=(250.0, 500.0)),
+        ),
+        level=-0.1,
+        longest=0.22,
+        aligned_below=110.0,
+    )
+
+
 def clinic_sound() -> Recipe:
     """Case history to one second of auscultation, (8, 1/(N ln N))-DP per patient, by one noisy sum of sounds, each moved to its
     loudest beat, over every rate, murmur and wheeze that a history may say.
@@ -143,15 +156,7 @@ def clinic_sound() -> Recipe:
         model=ModelSettings(
             image=None,
             audio=MelSpectrogram(bands=32, window=256, hop=64),
-            sound_moments=SoundMoments(
-                aspects=(
-                    Aspect(name="heart", questions=HEART),
-                    Aspect(name="breath", questions=BREATH, tones=(250.0, 500.0)),
-                ),
-                level=-0.1,
-                longest=0.22,
-                aligned_below=110.0,
-            ),
+            sound_moments=sound_moments(),
         ),
         privacy=PrivacySettings(
             mechanism="mean_embedding",

@@ -4,17 +4,23 @@ from sfumato.data.settings import DataSettings
 from sfumato.evaluation.settings import EvaluationSettings
 from sfumato.federation.mechanism_settings import TrimmedMean
 from sfumato.federation.settings import FederationSettings
-from sfumato.models.settings import Cosine, MelSpectrogram, Mlp, ModelSettings, TermAxis, Terms, Variational
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.models.settings import (
+    Cosine,
+    MeanGenerator,
+    MelSpectrogram,
+    Mlp,
+    ModelSettings,
+    RandomFeatures,
+    Terms,
+    Variational,
+    WarmStart,
+)
+from sfumato.privacy.settings import PrivacySettings, WarmStartSettings
 from sfumato.recipe import Recipe
-from sfumato.recipes.clinic import FINDINGS, TERMS
+from sfumato.recipes.clinic import FINDINGS, SOUND_TERMS, TERMS, sound_moments
 from sfumato.training.settings import TrainingSettings
 
-HEARD = (
-    TermAxis(name="murmur", more=("murmur",), less=("no murmur",)),
-    TermAxis(name="wheeze", more=("wheeze", "wheezing"), less=("no wheeze", "no wheezing")),
-)
-SEEN = ("encoders.text", "encoders.image", "decoders.text", "decoders.image")
+SEEN = ("encoders.text", "encoders.image", "decoders.text", "decoders.image", "released.mean")
 
 
 def hospitals() -> Recipe:
@@ -39,12 +45,26 @@ def hospitals() -> Recipe:
         ),
         model=ModelSettings(
             image=Cosine(kept=12),
-            audio=MelSpectrogram(bands=32, window=256, hop=64, kept=(12, 2)),
-            text=Terms(axes=(*TERMS, *FINDINGS, *HEARD)),
-            backbone=Mlp(width=64, depth=1),
-            objective=Variational(experts="mixture_of_products", latent=16, text_weight=4.0, audio_weight=0.2),
+            audio=MelSpectrogram(bands=32, window=256, hop=64, kept=(12, 40), aligned_below=110.0),
+            text=Terms(axes=(*TERMS, *FINDINGS, *SOUND_TERMS)),
+            backbone=Mlp(width=96, depth=1),
+            objective=Variational(experts="mixture_of_products", latent=24, text_weight=4.0, audio_weight=0.2),
+            warm_start=WarmStart(
+                release=MeanGenerator(
+                    image=Cosine(kept=12, amplitude=1.2, decay=1.2),
+                    text=Terms(axes=(*TERMS, *FINDINGS)),
+                    random_features=RandomFeatures(pairs=True, longest=6.0),
+                ),
+                sounds=sound_moments(),
+                sound_share=0.5,
+                records=6_000,
+                steps=600,
+                learning_rate=5e-3,
+            ),
         ),
-        privacy=PrivacySettings(unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=1.0),
+        privacy=PrivacySettings(
+            unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=1.0, warm_start=WarmStartSettings(share=0.6)
+        ),
         training=TrainingSettings(steps=150, expected_batch_size=2_048, learning_rate=1e-2, warmup_steps=4),
         federation=FederationSettings(
             sites=4,
