@@ -45,7 +45,7 @@ class Part:
 class Refusal:
     """A round that a site, or the server in its name, said no to. The message says nothing about a record."""
 
-    round: int  # from 1
+    round: int  # from 1; 0 is the opening
     code: str
     message: str
 
@@ -56,7 +56,7 @@ class Ask:
 
     Attributes:
       run: the federated run; a site's ledger belongs to one.
-      round: from 1.
+      round: from 1; 0 is the opening, where sites release something before the first.
       exchange: from 0 within the round.
       kind: what is asked: "train", or what the way of collecting needs besides ("keys", "shares", "unmask").
       tensors: where training begins, by parameter name: those that this site holds.
@@ -188,9 +188,9 @@ def _unpack(
             f"{what}.format = {body['format']!r} · must be {FORMAT}", next="Install the same version at every site."
         )
     for name in ("round", "exchange"):
-        if body[name] < (name == "round"):
+        if body[name] < 0:
             raise DataError(
-                f"{what}.{name} = {body[name]} · must not be below {int(name == 'round')}", next="Refuse it."
+                f"{what}.{name} = {body[name]} · must not be below 0", next="Refuse it."
             )
     dtypes = body["dtypes"]
     if set(dtypes) != set(arrays):
