@@ -8,12 +8,13 @@ import pytest
 import torch
 from tests.federation.conftest import Tiny, charging, work_for
 
-from sfumato import workflow
+from sfumato import warming, workflow
 from sfumato.data.clinic import HOSPITALS, Clinic
 from sfumato.errors import DataError
 from sfumato.federation import simulate
 from sfumato.federation.local import Site
 from sfumato.federation.mechanism_settings import Mean, TrimmedMean
+from sfumato.privacy.ledger import show
 from sfumato.privacy.plan import DpSgd
 from sfumato.records import UnitTable
 
@@ -21,8 +22,10 @@ SMALL = [
     "data.units=240",
     "data.public_units=120",
     "federation.populations=[140,110,120,130]",
-    "privacy.epsilon=null",
-    "privacy.noise_multiplier=3.0",
+    "model.warm_start.records=60",
+    "model.warm_start.steps=2",
+    "model.warm_start.release.steps=2",
+    "model.warm_start.release.texts_at_once=32",
     "training.expected_batch_size=24",
     "model.backbone.width=8",
     "evaluation.judge_seconds=1",
@@ -76,17 +79,25 @@ def test_the_recipe_trains_what_each_hospital_holds_and_reports_every_round(tmp_
     report = json.loads((run / "reports" / "federation.json").read_text())
     assert [site["name"] for site in report["sites"]] == ["city", "district", "heart", "lung"]
     assert "rounds_detail" not in report
-    for number, round_ in enumerate(report["rounds"], start=1):
+    opening, *rounds = report["rounds"]
+    assert (opening["round"], opening["sites"], opening["left_out"]) == (0, ["city", "district", "heart", "lung"], [])
+    pictures, sounds = (part.maker.dimension for part in warming.parts(workflow.resolve("hospitals", SMALL)))
+    assert opening["bytes_up"] == 8 * (4 * pictures + 3 * sounds) and opening["bytes_down"] == 0  # no sounds at one
+    for number, round_ in enumerate(rounds, start=1):
         assert (round_["round"], round_["discarded"], round_["left_out"]) == (number, "", [])
         assert round_["bytes_up"] == round_["bytes_down"] > 0
         assert round_["quality"]["public_loss"] > 0 and "kappa_mean" in round_["quality"]
         assert set(round_["epsilons"]) == {"city", "district", "heart", "lung"}
         assert round_["epsilon"] == max(round_["epsilons"].values())
-    first, last = report["rounds"]
+    first, last = rounds
+    assert all(0 < opening["epsilons"][name] < first["epsilons"][name] for name in first["epsilons"])
     assert all(0 < first["epsilons"][name] < last["epsilons"][name] for name in first["epsilons"])
     for site in report["sites"]:
         assert last["epsilons"][site["name"]] == pytest.approx(site["epsilon"], rel=1e-9)
     page = (run / "reports" / "report.html").read_text()
+    assert "by each site, of its own records" in page and "60 records were drawn from it" in page
+    for path in sorted(run.glob("sites/*/ledger.db")):
+        assert sorted(event["count"] for event in show(path)["events"]) == [1, 4]
     assert "Round by round" in page and "Quality, privacy and cost of a federation" in page
 
     recipe = workflow.federated("hospitals", [*SMALL, "federation.local_steps=2"], rounds=2)
