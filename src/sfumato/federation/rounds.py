@@ -40,7 +40,8 @@ OF_COLLECTING = "collecting/"  # before the names of what the way of collecting 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A site that was asked in a round and is not in it, with the reason: its own, or the server's."""
+    """A site that was asked in a round and is not in it, with the reason: its own, or the server's. Under secure aggregation a
+    site may be in the sum, and have been left out of what came after: silent then, or with wrong shares."""
 
     site: str
     code: str
@@ -256,7 +257,7 @@ def receive(
         received = way.total(memory, open_.asked)
         return _finished(server, received, chance)
     except UsageError as no:
-        if no.code not in ("too_few_sites", "update_not_finite"):
+        if no.code not in ("too_few_sites", "wrong_share", "update_not_finite"):
             raise
         return discard(server, no.message)
 
@@ -331,7 +332,13 @@ def _finished(server: ServerState, received: "mechanisms.Received", chance: "Ran
     state, optimizer = averaging.server_step(server.settings.server, server.state, delta, server.optimizer)
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         return discard(server, "the state would not be finite any more")
-    result = replace(server.open, sites=received.sites)
+    said = {out.site for out in server.open.left_out}  # who was silent is said already
+    broken = [
+        LeftOut(site=site, code=code, message=why[:LONGEST_MESSAGE])
+        for site, (code, why) in sorted(received.broken.items())
+        if site not in said
+    ]
+    result = replace(server.open, sites=received.sites, left_out=(*server.open.left_out, *broken))
     if server.settings.mechanism.kind in ROBUST_UNDER:
         lengths, cosines = averaging.compared(received.updates, delta)
         result = replace(result, lengths=lengths, cosines=cosines)

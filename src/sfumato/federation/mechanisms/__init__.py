@@ -62,6 +62,7 @@ class Received:
       updates: by site; empty where only the sum is known (secure aggregation).
       values: by site, what it said beside its tensors; under secure aggregation empty too.
       sum: of what `at_site` gave, over ``sites``, as the secure aggregation yields it; None where updates are known.
+      broken: by site, (code, what it did wrong in the secure aggregation); its contribution may be in the sum all the same.
     """
 
     asked: tuple[str, ...]
@@ -69,6 +70,7 @@ class Received:
     updates: Mapping[str, State] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     sum: State | None = None
+    broken: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 Combine = Callable[
