@@ -34,8 +34,9 @@ sent y_u in time. With fewer than t replies at any exchange the round ends with 
 Another attempt of a round has fresh keys and the same terms; a site that has answered an unmask request helps in no other.
 
 **What it is not.** The sum itself is not private: noise is added to x_u before (``mechanisms/distributed.py``), for as many
-sites as surely remain honest. A site can send any vector it likes. Wrong shares are found (``opening.py``) and left out where t right
-ones are there; else the round is refused: with t = n any one site can spoil it. Whether sums wrap is the caller's to prevent. The names of the sites and their silence are public.
+sites as surely remain honest. A site can send any vector it likes. Wrong shares are found (``opening.py``) and left out where t
+right ones are there; else the round is refused: with t = n any one site can spoil it. Whether sums wrap is the caller's to
+prevent. The names of the sites and their silence are public.
 
 Differs: the signature covers U1 with its keys and U2 too, so that sites that were told different things sign different
 messages; keys are bound to the terms by HKDF; ``Shared.commitment`` lets the server see that a rebuilt b_v is right; shares are
