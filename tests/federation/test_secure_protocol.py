@@ -306,14 +306,6 @@ def test_private_keys_are_forgotten_with_the_masked_vector_and_shares_with_the_u
     assert (memory.held, memory.survivors, memory.advertised) == ({}, (), {})
 
 
-def test_trust_on_first_use_keeps_what_it_saw_first():
-    first = protocol.pinned({"a": b"1"}, {"a": b"1", "b": b"2"})
-    assert first == {"a": b"1", "b": b"2"}
-    with pytest.raises(PrivacyRefused, match="identity of b") as refused:
-        protocol.pinned(first, {"b": b"3"})
-    assert refused.value.code == "secure_unknown_site"
-
-
 def test_a_policy_refuses_terms_that_do_not_stand_up_to_its_colluders():
     of = terms(7)  # t = 5, so up to 2
     identities = Sites(of.sites).identities

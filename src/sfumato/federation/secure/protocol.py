@@ -136,7 +136,7 @@ class Trust:
     Attributes:
       identities: Ed25519 public keys (32 raw bytes) by site. **This list is what keeps the server out of the middle**: a server
         that may choose the identities can play every other site, and then it knows the vector. Get it from the other sites,
-        not from the server. ``pinned`` gives trust on first use where that cannot be done.
+        not from the server. Where that cannot be done, `machines.Member` remembers the keys that it saw first.
       colluders: how many other sites might work with a hostile server; terms that do not stand up to it are refused.
     """
 
@@ -168,24 +168,6 @@ class Trust:
                 next="Ask for a higher threshold (2t > n + colluders) or for more sites.",
                 code="secure_terms",
             )
-
-
-def pinned(identities: Mapping[str, bytes], claimed: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Trust on first use: ``identities`` with the claimed keys of names not yet in it; the site keeps the result for good.
-
-    What it gives: a server (or whoever sits between) that was honest when a name was first seen cannot put itself in later.
-    What it does not give: anything against a server that was hostile from the start, because it made the keys itself.
-
-    Raises: PrivacyRefused: a name whose key has changed.
-    """
-    changed = sorted(name for name, key in claimed.items() if identities.get(name, key) != key)
-    if changed:
-        raise PrivacyRefused(
-            f"identity of {', '.join(changed[:3])} · is another than before",
-            next="Ask that site, not the server, whether it has a new key; then change the list by hand.",
-            code="secure_unknown_site",
-        )
-    return {**claimed, **identities}
 
 
 @dataclass(frozen=True, kw_only=True)
