@@ -24,7 +24,7 @@ from sfumato.errors import DataError, SfumatoError, UsageError
 from sfumato.federation import averaging, collecting, mechanisms, selection
 from sfumato.federation.averaging import check_update
 from sfumato.federation.compression import decompressed
-from sfumato.federation.mechanism_settings import ROBUST_UNDER
+from sfumato.federation.mechanism_settings import ROBUST_UNDER, LdpFl
 from sfumato.federation.messages import Ask, Json, Part, Refusal, Reply, State
 from sfumato.federation.public import Public
 from sfumato.federation.settings import FederationSettings
@@ -339,7 +339,8 @@ def _finished(server: ServerState, received: "mechanisms.Received", chance: "Ran
         if site not in said
     ]
     result = replace(server.open, sites=received.sites, left_out=(*server.open.left_out, *broken))
-    if server.settings.mechanism.kind in ROBUST_UNDER:
+    chosen = server.settings.mechanism
+    if chosen.kind in ROBUST_UNDER and not (isinstance(chosen, LdpFl) and chosen.shuffled):
         lengths, cosines = averaging.compared(received.updates, delta)
         result = replace(result, lengths=lengths, cosines=cosines)
     return _closed(replace(server, state=state, mechanism=memory, optimizer=optimizer), result)
