@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from sfumato.errors import UsageError
 from sfumato.federation import rounds
@@ -220,6 +221,21 @@ def test_nobody_drawn_is_a_round_too():
     after = a_round(server)
     assert (after.results[0].asked, after.round, after.charged) == ((), 2, 1)
     assert after.results[0].discarded and after.state["w"].equal(torch.zeros(2))
+
+
+def test_under_a_secret_draw_how_many_were_drawn_decides_nothing():
+    """Nobody drawn: noise alone, as wide as ever; a discarded round would show in the model, and the charge is of a secret coin.
+    40 numbers of standard deviation 5 / (3 sites x 1e-3 expected): chi-square, false alarm 2e-6."""
+    central, coin = Central(noise_multiplier=5.0, max_update_norm=1.0), Uniform(rate=1e-3)
+    held = {site: {"w": (40,)} for site in POPULATIONS}
+    server = begin(held, {"w": torch.zeros(40)}, selection=coin, mechanism=central, weights="equal")
+    after = a_round(server)
+    assert (after.results[0].asked, after.results[0].discarded, after.charged) == ((), "", 1)
+    square = float((after.state["w"].double() / (5.0 / 3e-3)).square().sum())
+    assert chi2.ppf(1e-6, 40) < square < chi2.ppf(1 - 1e-6, 40)
+    with pytest.raises(UsageError, match="least_sites = 2"):
+        begin(selection=coin, mechanism=central, least_sites=2)
+    begin(selection=coin, least_sites=2)  # each site's own noise: nothing is secret
 
 
 @pytest.mark.parametrize(

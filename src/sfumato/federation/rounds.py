@@ -144,13 +144,23 @@ def make_public(
     )
 
 
+def is_secret(promise: "mechanisms.Promise", public: Public) -> bool:
+    """Whether the guarantee counts on nobody's knowing which sites were asked: the server adds the noise, and a coin draws them."""
+    return promise.at_server is not None and any(rate < 1 for rate in public.rates.values())
+
+
 def begin(settings: FederationSettings, public: Public, state: State, *, run: str, recipe: str = "") -> ServerState:
     """Before the first round. Args: state: where training begins; every name has a holder.
 
     Raises: UsageError for settings that have no guarantee, or a state that is not the sites'.
     """
     mechanism = mechanisms.build(settings)
-    mechanism.promise(public)  # or it refuses
+    promise = mechanism.promise(public)  # or it refuses
+    if settings.least_sites > 1 and is_secret(promise, public):
+        raise UsageError(
+            f"least_sites = {settings.least_sites} · would show in the model how many sites were drawn, which the guarantee keeps secret",
+            next="Set federation.least_sites: 1 (an empty round is noise alone then), or federation.selection: {kind: everyone}.",
+        )
     selection.check(settings.selection, sites=len(public.populations))
     if settings.least_sites > len(public.populations):
         raise UsageError(
@@ -243,12 +253,13 @@ def receive(
         open_ = replace(open_, steps=steps, charged=charged)
         server = replace(server, losses=_with_losses(server.losses, {s: replies[s].values for s in usable}))
     server = replace(server, open=open_, waiting=None)
-    enough = len(usable)
-    if mechanisms.build(server.settings).promise(server.public).at_server is not None:
+    enough, promise = len(usable), mechanisms.build(server.settings).promise(server.public)
+    if promise.at_server is not None:
         # The server's noise hides what a site sends, not what the server does because of it: a broken reply counts as one.
         came = {site for site, reply in replies.items() if reply.refused is None}
         enough += sum(out.code in _BROKEN for out in open_.left_out if out.site in came)
-    if enough < server.settings.least_sites:
+    # Where a secret coin draws the sites, a round of few or none is a step of little or of noise alone, as an empty batch is.
+    if enough < server.settings.least_sites and not is_secret(promise, server.public):
         return discard(server, f"{enough} of {len(open_.asked)} sites, {server.settings.least_sites} are needed")
     try:
         memory = way.receive(kind, server.collecting, usable)
