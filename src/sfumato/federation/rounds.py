@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from sfumato.randomness import Random
 
+INTERRUPTED = "interrupted: the server stopped in the middle of it"
 LONGEST_MESSAGE = 500  # of a site's refusal, whoever wrote it
 OF_COLLECTING = "collecting/"  # before the names of what the way of collecting sends beside the model
 
@@ -188,7 +189,7 @@ def begin(settings: FederationSettings, public: Public, state: State, *, run: st
 def asks(server: ServerState, chance: "Random") -> tuple[ServerState, dict[str, Ask]]:
     """(the server with these sites waited for, what each is asked). Opens the next round where none is open.
 
-    Keep the returned state, and charge the server's account up to its ``charged``, before the asks are sent.
+    Keep the returned state, then charge the server's account up to its ``charged``, before the asks are sent.
     """
     if server.done or server.waiting is not None:
         raise UsageError(
@@ -282,7 +283,7 @@ def discard(server: ServerState, why: str) -> ServerState:
 def interrupted(server: ServerState) -> ServerState:
     """After a restart: a round that was open is discarded. Its asks may have been answered, and sites refuse them a second
     time; what was charged for it stays charged."""
-    return server if server.open is None else discard(server, "interrupted: the server stopped in the middle of it")
+    return server if server.open is None else discard(server, INTERRUPTED)
 
 
 def stop(server: ServerState, why: str) -> ServerState:
