@@ -13,7 +13,7 @@ from tests.federation.making import HOSTILE, SHAPES, filled, mechanism, one_roun
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as of
 from sfumato.federation import simulate
-from sfumato.federation.mechanisms import ldp_fl
+from sfumato.federation.mechanisms import Received, ldp_fl
 from sfumato.randomness import TestRandom
 
 
@@ -157,6 +157,25 @@ def test_a_shuffled_round_has_the_same_step_and_no_sites_numbers(make_site):
     assert all(result.sites == ("a", "b", "c") and not result.lengths and not result.cosines for result in results[1])
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_what_combines_shuffled_updates_sees_no_sites_own():
+    among = public(shapes={"w": (40,)}, weights=[1.0] * 4)
+    update = {"w": torch.linspace(-1, 1, 40)}
+    seen: list[dict] = []
+
+    def combine(updates):
+        seen.append(dict(updates))
+        return {"w": sum(one["w"] for one in updates.values()) / 4}
+
+    for shuffled in (False, True):
+        made = mechanism(of.LdpFl(epsilon_per_weight=1.0, radius=0.5, shuffled=shuffled))
+        told, chance = made.ask(made.begin(among)), TestRandom(1)
+        sent = {site: made.at_site(update, among, told, chance).tensors for site in among.sites}
+        received = Received(asked=among.sites, sites=among.sites, updates=sent)
+        made.at_server(received, among, made.begin(among), combine, TestRandom(2))
+        own = [torch.equal(seen[-1][site]["w"], sent[site]["w"]) for site in among.sites]
+        assert own == [not shuffled] * 4  # by chance 40 coins are the same once in 2^40
 
 
 def test_what_shuffling_does_not_go_with_is_refused_and_no_epsilon_is_smaller_for_it(make_site):

@@ -5,7 +5,7 @@
     fed_lora          the same, A and B of every low-rank adapter by themselves
     central           clipped at the site and again at the server, which noises the sum; fixed or adaptive clip
     local_and_global  both
-    ldp_fl            every weight one of two values, at random; split and shuffled
+    ldp_fl            every weight one of two values, at random; split and shuffled by the server, where asked
     distributed       shares of discrete noise, of which a secure aggregation shows the sum only
 
 The claim of each is in its file: what is clipped, noised and charged, by whom, for which unit, against whom; what happens to
