@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/deployed_hospitals.py --folder DIR --page > benchmarks/results/deployment.md
 
 Each case is a command line as a user types it, ``sfumato federate hospitals --engine deployment``, with accounts and keys of its own
-below DIR/CASE. A process is killed (SIGKILL) in round 3 while a site's ledger is being written, so after its first step
-was charged and before its update was sent:
+below DIR/CASE. A process is killed (SIGKILL) in round 3 after a site has charged steps of it and before it has
+sent anything:
 
     site        the process that reads the site's records (its SuperNode ends with it)
     supernode   what carries that site's messages
@@ -85,12 +85,23 @@ class Command:
         return self.process.wait()
 
 
-def in_the_middle(site: Path, number: int) -> bool:
-    """The site charges steps of this round just now: its memory says that it has begun, and its ledger is younger."""
-    with suppress(FileNotFoundError):
-        kept, book = (site / "ledger.kept").stat().st_mtime_ns, (site / "ledger.db").stat().st_mtime_ns
-        return book > kept and read_part(site / "ledger.kept").values["answered"] == [number, 0]
-    return False
+class Middle:
+    """Finds a site in the middle of a round: it has begun it, charged some of it, and sent nothing of it."""
+
+    def __init__(self, place: Path, number: int) -> None:
+        self.place, self.number, self.before = place, number, {}
+
+    def __call__(self) -> Path | None:
+        for site in _sites(self.place):
+            with suppress(FileNotFoundError):
+                kept, book = (site / "ledger.kept").stat().st_mtime_ns, (site / "ledger.db").stat().st_mtime_ns
+                begun = read_part(site / "ledger.kept").values["answered"] == [self.number, 0]
+                events = _events(site)
+                if begun and book > kept and events > self.before.get(site, events):
+                    return site
+                if not begun:
+                    self.before[site] = events
+        return None
 
 
 def wait_for(what: Callable[[], Any], process: psutil.Popen, seconds: float = 1800.0) -> Any:
@@ -111,7 +122,7 @@ def run(case: str, folder: Path, settings: list[str]) -> dict[str, Any]:
     place = folder / "runs" / "hospitals-federated" / "v1"
     killed = None
     if case not in (IN_ONE, UNDISTURBED):
-        site = wait_for(lambda: next((s for s in _sites(place) if in_the_middle(s, KILLED_IN)), None), command.process)
+        site = wait_for(Middle(place, KILLED_IN), command.process)
         name = status(place / "server")
         assert name is not None
         if case == "server":
@@ -349,12 +360,15 @@ def page(folder: Path) -> str:
 
 
 def _about(found: dict[str, Any]) -> list[str]:
-    settings = sorted({" ".join(one["settings"]) for case, one in found.items() if case != "same"} - {""})
-    own = f" with `{'; '.join(settings)}`" if settings else ""
+    by_settings: dict[str, list[str]] = {}
+    for case, one in found.items():
+        if case != "same":
+            by_settings.setdefault(" ".join(one["settings"]), []).append(case)
+    own = "; ".join(f"{', '.join(cases)}: `{settings or 'nothing'}`" for settings, cases in by_settings.items())
     return [
-        "`benchmarks/deployed_hospitals.py`: `sfumato federate hospitals --engine deployment --set federation.rounds=5`"
-        f"{own}: SuperLink, four sites and their SuperNodes in processes of their own, TLS, registered keys. Killed: SIGKILL in round "
-        f"{KILLED_IN}, while a site's ledger was being written. Two cores, which other jobs used too.",
+        "`benchmarks/deployed_hospitals.py`: `sfumato federate hospitals --engine deployment --set federation.rounds=5`, and set "
+        f"besides, {own}. SuperLink, four sites and their SuperNodes in processes of their own, TLS, registered keys. Killed: SIGKILL "
+        f"in round {KILLED_IN}, after a site had charged steps of it and before it sent anything. Two cores, which other jobs used too.",
     ]
 
 
