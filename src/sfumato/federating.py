@@ -174,7 +174,8 @@ class _Shown:
         federation = self._recipe.federation
         sites = f"{len(result.sites)} of {len(self._members)} sites"
         discarded = f" · discarded: {result.discarded}" if result.discarded else ""
-        self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{discarded}")
+        few = f" · {result.unchanged} parameters unchanged, too few sites sent them" if result.unchanged else ""
+        self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{few}{discarded}")
         self._samples.picture(result.round, self._model)
         if self._quality is None:
             return None

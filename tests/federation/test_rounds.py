@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from sfumato.errors import UsageError
 from sfumato.federation import rounds
 from sfumato.federation.keeping import Keeper
-from sfumato.federation.mechanism_settings import Central, Distributed, Median
+from sfumato.federation.mechanism_settings import Central, Distributed, Median, TrimmedMean
 from sfumato.federation.messages import Part, Refusal, Reply
 from sfumato.federation.settings import BySize, FederationSettings, Momentum, Uniform
 from sfumato.randomness import TestRandom
@@ -214,6 +214,26 @@ def test_unequal_weights_are_public_and_inverse_to_the_chance_of_being_asked():
     after = rounds.receive(server, replies, chance)
     # N_k / q_k is the same for all: the plain mean of those who were drawn.
     torch.testing.assert_close(after.state["w"], torch.full((2,), sum("abc".index(s) for s in asked) / len(asked)))
+
+
+def test_a_part_that_too_few_sent_stays_as_it_is_and_the_round_goes_on():
+    """Four sites, a trimmed mean, ``ears`` at three of them: without one of these two are left, and nobody would be after trimming."""
+    held = {site: SHAPES if site != "d" else {"w": (2,)} for site in "abcd"}
+    wanted = FederationSettings(sites=4, rounds=2, aggregation=TrimmedMean(trimmed=1))
+    public = rounds.make_public(wanted, dict.fromkeys("abcd", 100), held)
+    server = rounds.begin(wanted, public, START, run="r")
+    server = a_round(server, lambda replies: {site: reply for site, reply in replies.items() if site != "a"})
+    assert (server.results[0].discarded, server.results[0].sites, server.results[0].unchanged) == (
+        "",
+        ("b", "c", "d"),
+        1,
+    )
+    assert server.state["w"].equal(torch.ones(2)) and server.state["ears"].equal(torch.zeros(3))
+    server = a_round(server)
+    assert server.results[1].unchanged == 0 and server.state["ears"].equal(torch.ones(3))
+    two = rounds.make_public(wanted, dict.fromkeys("abcd", 100), {**held, "c": {"w": (2,)}})
+    with pytest.raises(UsageError, match="ears is held by 2 sites"):
+        rounds.begin(wanted, two, START, run="r")
 
 
 def test_nobody_drawn_is_a_round_too():

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DataError, SfumatoError, UsageError
-from sfumato.federation import averaging, collecting, mechanisms, selection
+from sfumato.federation import averaging, collecting, mechanisms, robust, selection
 from sfumato.federation.averaging import check_update
 from sfumato.federation.compression import decompressed
 from sfumato.federation.mechanism_settings import ROBUST_UNDER, LdpFl
@@ -60,6 +60,7 @@ class RoundResult:
       charged: by site, events in its ledger by the end of the round, where it says so; a function of its plan.
       bytes_up, bytes_down: of tensors, over all its exchanges, also to and from sites that were then left out.
       discarded: why the state stayed as it was; "" if it did not.
+      unchanged: parameters that stayed as they were in a round that was not discarded: too few sites sent them.
       seconds: as the engine measured; 0 where nobody did.
       lengths, cosines: by site in it, the L2 norm of what it sent, and the cosine between that and the step that was made of
         all: a site that sends too much, or the wrong way, shows. Only where each update is private by itself.
@@ -74,6 +75,7 @@ class RoundResult:
     charged: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     discarded: str = ""
+    unchanged: int = 0
     seconds: float = 0.0
     lengths: Mapping[str, float] = field(default_factory=dict)
     cosines: Mapping[str, float] = field(default_factory=dict)
@@ -163,6 +165,7 @@ def begin(settings: FederationSettings, public: Public, state: State, *, run: st
             next="Set federation.least_sites: 1 (an empty round is noise alone then), or federation.selection: {kind: everyone}.",
         )
     selection.check(settings.selection, sites=len(public.populations))
+    robust.check(settings.aggregation, public.holders)
     if settings.least_sites > len(public.populations):
         raise UsageError(
             f"least_sites = {settings.least_sites} · of {len(public.populations)} sites: every round would be discarded",
@@ -350,7 +353,8 @@ def _finished(server: ServerState, received: "mechanisms.Received", chance: "Ran
         for site, (code, why) in sorted(received.broken.items())
         if site not in said
     ]
-    result = replace(server.open, sites=received.sites, left_out=(*server.open.left_out, *broken))
+    unchanged = len(set(server.state) - set(delta))
+    result = replace(server.open, sites=received.sites, left_out=(*server.open.left_out, *broken), unchanged=unchanged)
     chosen = server.settings.mechanism
     if chosen.kind in ROBUST_UNDER and not (isinstance(chosen, LdpFl) and chosen.shuffled):
         lengths, cosines = averaging.compared(received.updates, delta)
