@@ -12,7 +12,7 @@ from sfumato import machines, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import UsageError
 from sfumato.federation.messages import Ask, Reply
-from sfumato.federation.processes import Status
+from sfumato.federation.processes import Status, status
 from sfumato.privacy.ledger import show
 
 VALUES: dict[str, Any] = {
@@ -49,8 +49,8 @@ def make_member(tmp_path, own_home):
     folder.mkdir()
 
     def make(policy: dict[str, Any] | None = None, **options: Any) -> machines.Member:
-        for status in statuses:
-            status.close()
+        for told in statuses:
+            told.close()
         statuses.append(Status(folder))
         if policy is not None:
             (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
@@ -58,8 +58,8 @@ def make_member(tmp_path, own_home):
         return machines.Member(folder, policy=tmp_path / "policy.yaml", told=statuses[-1], **given)
 
     yield make
-    for status in statuses:
-        status.close()
+    for told in statuses:
+        told.close()
 
 
 def ask(kind: str, run: str = RUN, round: int = 1, tensors: Any = None, **values: Any) -> Ask:
@@ -173,14 +173,7 @@ def test_rounds_are_answered_after_join_and_begin_also_by_a_new_process(make_mem
 
 def test_under_secure_aggregation_a_recipe_has_to_name_the_sites_own_identity(make_member, tmp_path):
     own, other = machines.make_key(tmp_path / "site")["identity"], "11" * 32
-
-    def text(**identities: str) -> str:
-        mechanism = {"kind": "distributed", "noise_multiplier": 1.0}
-        federation = {**VALUES["federation"], "weights": "equal", "mechanism": mechanism, "identities": identities}
-        return text_of(
-            federation=federation, privacy={"mechanism": "none", "unit": "person", "records_per_unit": 2}
-        )  # fmt: skip
-
+    text = text_naming
     member = make_member({"allow_not_private": True})
     assert code(join(member, text(north=other, south=own))) == "other_identity"
     assert code(join(member, text())) == "other_identity"
@@ -189,13 +182,51 @@ def test_under_secure_aggregation_a_recipe_has_to_name_the_sites_own_identity(ma
     assert dict(member._work(RUN)[1].public.identities) == {"north": own, "south": other}
 
 
+def text_naming(**identities: str) -> str:
+    mechanism = {"kind": "distributed", "noise_multiplier": 1.0}
+    federation = {**VALUES["federation"], "weights": "equal", "mechanism": mechanism, "identities": identities}
+    return text_of(federation=federation, privacy={"mechanism": "none", "unit": "person", "records_per_unit": 2})
+
+
+def test_the_keys_of_other_sites_are_those_that_were_seen_first_until_the_administrator_changes_them(
+    make_member, tmp_path
+):
+    own, south, other = machines.make_key(tmp_path / "site")["identity"], "11" * 32, "22" * 32
+    site = tmp_path / "site"
+    member = make_member({"allow_not_private": True})
+    assert code(join(member, text_naming(north=own, south=south))) is None
+    assert json.loads((site / machines.KNOWN).read_text()) == {"south": south}
+
+    after_restart = make_member()
+    refused = join(after_restart, text_naming(north=own, south=other))
+    assert refused.refused is not None and refused.refused.code == "changed_identity"
+    assert "federation.identities.south" in refused.refused.message and str(tmp_path) not in refused.refused.message
+    said = status(site)
+    assert said is not None and "Ask south itself" in said["refused"] and machines.KNOWN in said["refused"]
+    assert json.loads((site / machines.KNOWN).read_text()) == {"south": south}
+    assert code(join(after_restart, text_naming(north=own, south=south))) is None
+
+    (site / machines.KNOWN).write_text(json.dumps({"south": other}))
+    assert code(join(after_restart, text_naming(north=own, south=other))) is None
+
+
+def test_a_list_in_the_policy_is_believed_in_place_of_what_was_seen_first(make_member, tmp_path):
+    own, south, other = machines.make_key(tmp_path / "site")["identity"], "11" * 32, "22" * 32
+    member = make_member({"allow_not_private": True, "identities": {"north": own, "south": south}})
+    assert code(join(member, text_naming(north=own, south=other))) == "changed_identity"
+    assert code(join(member, text_naming(north=own, south=south))) is None
+    assert not (tmp_path / "site" / machines.KNOWN).exists()
+    member = make_member({"allow_not_private": True, "identities": {"north": own}})
+    assert code(join(member, text_naming(north=own, south=south))) == "changed_identity"  # nobody vouches for it
+
+
 def test_a_key_is_made_once_and_status_of_nobody_is_refused(tmp_path):
     made = machines.make_key(tmp_path / "site")
     assert machines.make_key(tmp_path / "site") == made and made["line"].startswith("ecdsa-sha2-nistp384 ")
     with pytest.raises(UsageError, match="no folder of a server or a site"):
         machines.shown(tmp_path)
-    status = Status(tmp_path / "server", what="server")
-    status.close()
+    told = Status(tmp_path / "server", what="server")
+    told.close()
     assert machines.shown(tmp_path)["what"] == "server"
     assert json.loads((tmp_path / "server" / "status.json").read_text())["what"] == "server"
 

@@ -28,6 +28,10 @@ def test_a_recipe_written_and_read_is_the_same(tmp_path):
     [
         ({"name": "x", "privcy": {}}, ("privcy", "Did you mean privacy?")),
         ({"name": "x", "privacy": {"epsilom": 1}}, ("privacy.epsilom", "Did you mean privacy.epsilon?")),
+        (
+            {"name": "x", "federation": {"mechanism": {"kind": "tree"}}},  # DP-FTRL, which there is not
+            ("federation.mechanism", "tree", "record_level", "update_level", "central", "distributed"),
+        ),
         ({"name": "x", "model": {"backbone": {"kind": "mlp", "widht": 1}}}, ("model.backbone", "widht")),
         ({"name": "x", "model": {"backbone": {"kind": "resnet"}}}, ("model.backbone", "resnet")),
         ({"name": "x", "privacy": {"epsilon": 0}}, ("privacy", "epsilon = 0")),

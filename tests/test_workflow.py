@@ -610,9 +610,10 @@ def test_an_interrupted_federation_goes_on_where_it_was(tmp_path, own_home):
     ],
 )
 def test_a_federation_whose_unit_is_the_site(tmp_path, own_home, mechanism, unit, trust):
+    drawn = {"selection": {"kind": "uniform", "rate": 0.999}} if trust == "central" else {}
     sections = {
         **FEDERATED,
-        "federation": {**FEDERATED["federation"], "mechanism": mechanism},
+        "federation": {**FEDERATED["federation"], "mechanism": mechanism, **drawn},
         "privacy": {"mechanism": "none", "unit": "person", "records_per_unit": 2, "noise_multiplier": None},
     }
     answer = workflow.federate(recipe_file(tmp_path, **sections), out=tmp_path / "runs")
@@ -624,6 +625,11 @@ def test_a_federation_whose_unit_is_the_site(tmp_path, own_home, mechanism, unit
     book = run / "server" if trust == "central" else run / "sites" / "site-1"
     assert show(book / "ledger.db")["steps"] == 2
     assert (run / "server" / "ledger.db").exists() == (trust == "central")
+    cost = json.loads((run / "reports" / "cost.json").read_text())
+    telling = [cost[name] for name in ("steps", "bytes_sent", "seconds", "processor_seconds", "units_per_second")]
+    assert telling == [None] * 5 if drawn else None not in telling  # they grow with how many were drawn
+    page = (run / "reports" / "report.html").read_text()
+    assert "Parameters" in page and ("Units a second" in page) == (not drawn)
     wrong = {**sections, "privacy": FEDERATED["privacy"]}
     with pytest.raises(UsageError, match=r"federation\.mechanism says what protects"):
         workflow.federate(recipe_file(tmp_path, **wrong), out=tmp_path / "runs")

@@ -64,11 +64,17 @@ def _member(run: Path, number: int) -> "tuple[Site, Work]":
 
 
 def _answer_of(run: Path, number: int) -> "Callable[[Ask], Reply]":
-    from sfumato.federation import local
-    from sfumato.federation.deployment import remembering
+    """What site ``number`` answers. Its records are read when it is asked first: until then it is there already, so that reading
+    them counts as work, and not as absence."""
 
-    site, work = _member(run, number)
-    return remembering(lambda ask: local.answer(site, work, ask), site.folder / LAST_REPLY)
+    def answer(ask: "Ask") -> "Reply":
+        from sfumato.federation import local
+        from sfumato.federation.deployment import remembering
+
+        site, work = _member(run, number)
+        return remembering(lambda asked: local.answer(site, work, asked), site.folder / LAST_REPLY)(ask)
+
+    return answer
 
 
 def _write_policies(members: "Sequence[Site]") -> None:
@@ -80,16 +86,15 @@ def _write_policies(members: "Sequence[Site]") -> None:
         (site.folder / POLICY).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def main(run: str, number: str, server: str, authority: str) -> None:
+def main(run: str, number: str, folder: str, name: str, server: str, authority: str) -> None:
     """The process of one site of `deployed`."""
     from sfumato.federation.deployment import Node
 
     os.umask(0o077)
-    folder = RunFolder(Path(run))
-    site, _ = _member(folder.path, int(number))
-    node = Node(site.folder, server=server, authority=Path(authority), key=site.folder / KEY)
+    home = Path(folder)
+    node = Node(home, server=server, authority=Path(authority), key=home / KEY)
     with suppress(KeyboardInterrupt), ended([node.child]):
-        node.serve(_answer_of(folder.path, int(number)), site=site.name, stopped=lambda: False)
+        node.serve(_answer_of(Path(run), int(number)), site=name, stopped=lambda: False)
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------------
@@ -111,7 +116,15 @@ def deployed(progress: Progress, *, wait: float = WAIT, absence: float = ABSENCE
         children = [
             Child(
                 site.name,
-                python("sfumato.deploying", folder.path, number, f"{LOOPBACK}:{server.port}", server.authority),
+                python(
+                    "sfumato.deploying",
+                    folder.path,
+                    number,
+                    site.folder,
+                    site.name,
+                    f"{LOOPBACK}:{server.port}",
+                    server.authority,
+                ),
                 site.folder / "site.log",
             )
             for number, site in enumerate(members)

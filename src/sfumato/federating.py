@@ -77,7 +77,7 @@ def run(
       prepared: records of this machine, of which the public ones show and measure; by default the recipe's.
     Raises: UsageError for what sites cannot do; PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
     """
-    from sfumato.federation import mechanisms
+    from sfumato.federation import mechanisms, rounds
     from sfumato.federation.local import load_trained
     from sfumato.federation.simulate import simulate
     from sfumato.training.interrupt import interruptible
@@ -134,7 +134,13 @@ def run(
         load_trained(model, result.state, home={})
         model.eval()
         stages.write_model(folder, model, recipe, prepared)
-        folder.write_json("reports/cost.json", to_dict(_cost(members, result, model, seconds, processor)))
+        where = ", all sites in one process" if engine is here else "; sites in other processes are not in it"
+        cost = _cost(members, result, model, seconds, processor, where)
+        if rounds.is_secret(promise, work.public):  # all of these grow with how many sites were drawn
+            cost = replace(
+                cost, steps=None, bytes_sent=None, seconds=None, processor_seconds=None, units_per_second=None
+            )
+        folder.write_json("reports/cost.json", to_dict(cost))
         folder.write_json(
             "reports/privacy.json", to_dict(_claim(recipe, members, promise, stated, folder, result, model))
         )
@@ -205,7 +211,8 @@ class _Shown:
         if result.round == 0:
             self._progress(f"before the first round: {sites} released what the plan says, once{discarded}")
             return None
-        self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{discarded}")
+        few = f" · {result.unchanged} parameters unchanged, too few sites sent them" if result.unchanged else ""
+        self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{few}{discarded}")
         self._samples.picture(result.round, self._model)
         if self._quality is None:
             return None
@@ -377,13 +384,13 @@ def _build_of(recipe: Recipe, site: str) -> "Callable[[], Any] | None":
 
 def _require_any(result: "FederationResult") -> None:
     """Raises PrivacyRefused, with every site's reason, if nobody trained: there is no model then."""
-    if any(round.sites for round in result.rounds):
-        return
     refusals = [
         {"code": no.code, "message": f"site {site.name}, round {no.round}: {no.message}", "next": ""}
         for site in result.sites
         for no in site.refused
     ]
+    if any(round.sites for round in result.rounds) or not refusals:  # of a draw by coins perhaps nobody was asked
+        return
     raise PrivacyRefused(
         f"sites = {len(result.sites)} · none of them took part in any round; the first reason: {refusals[0]['message']}",
         next="Change what the sites refuse; nothing was trained.",
@@ -403,6 +410,7 @@ def _report(
     """``reports/federation.json``: every round with its sites, and every site with its units."""
     from sfumato.evaluation import watching
     from sfumato.federation import history
+    from sfumato.federation.rounds import is_secret
 
     described = result.to_dict()
     del described["rounds_detail"]
@@ -417,7 +425,7 @@ def _report(
         looks=watching.history(folder.path),
     )
     report = {**described, "sites": sites, "rounds": rounds, "left_out": history.left_out(rounds)}
-    if not history.is_secret(promise, work.public):
+    if not is_secret(promise, work.public):
         return report
     hidden = dict.fromkeys(("rounds", "steps", "refused"))
     return {
@@ -443,8 +451,14 @@ def _answer(folder: RunFolder, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(
-    members: "Sequence[Site]", result: "FederationResult", model: Any, seconds: float, processor_seconds: float
+    members: "Sequence[Site]",
+    result: "FederationResult",
+    model: Any,
+    seconds: float,
+    processor_seconds: float,
+    where: str,
 ) -> CostReport:
+    """Of this process; ``where``: what is to be said of the others."""
     steps = {site.name: site.steps for site in result.sites}
     expected_units = sum(steps[site.name] * site.plan.expected_batch_size for site in members)
     return CostReport(
@@ -455,7 +469,7 @@ def _cost(
         units_per_second=expected_units / max(seconds, 1e-9),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         bytes_sent=result.bytes_up + result.bytes_down,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, all sites in one process",
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{where}",
     )
 
 

@@ -26,7 +26,7 @@ from sfumato.data.settings import OWN
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation import credentials
 from sfumato.federation import policy as policies
-from sfumato.federation.policy import PolicyRefused, check_asked
+from sfumato.federation.policy import PolicyRefused, SitePolicy, check_asked
 from sfumato.federation.processes import Status, ended, status
 from sfumato.recipe import Recipe
 from sfumato.stages import Progress
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 JOIN, BEGIN = "join", "begin"
 IDENTITY = "identity"  # in a site's folder: its key in secure aggregation
+KNOWN = "identities.json"  # in a site's folder: the keys of the others in secure aggregation, as they were seen first
 JOINED = "joined.json"  # in a site's folder: what it agreed to, so that it goes on after a restart
 _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/v[0-9]+")
 
@@ -290,6 +291,7 @@ class Member:
                 return Reply.to(ask, self.name, Part())
             site, work = self._work(ask.run)
         except PolicyRefused as no:
+            self._told.say(refused=f"{no.message} · {no.next}")  # what to do is for this site's administrator
             return Reply.no(ask, self.name, no.code, no.message)
         site = replace(site, policy=policies.load(self._policy_file))
         reply = remembering(lambda asked: local.answer(site, work, asked), site.folder / deploying.LAST_REPLY)(ask)
@@ -317,7 +319,7 @@ class Member:
             population=self._population or policy.min_units,
             rounds=0,
         )
-        self._check_identity(recipe, name)
+        known = self._known_identities(recipe, name, policy)
         number = self._population or len({record.unit for record in self._records(recipe)[0]})
         if number < policy.min_units:
             raise PolicyRefused(
@@ -325,20 +327,41 @@ class Member:
                 next="Leave this site out.",
                 code="too_few_units",
             )
+        if known is not None:
+            self._home.write_json(KNOWN, known)
         self._joined = {"site": name, "recipe": text, "run": None, "population": number}
         self._home.write_json(JOINED, self._joined)
         self._told.say(name=name, joined=recipe.name)
         return {"population": number}
 
-    def _check_identity(self, recipe: Recipe, name: str) -> None:
+    def _known_identities(self, recipe: Recipe, name: str, policy: SitePolicy) -> dict[str, str] | None:
+        """The others' keys to remember; None where the policy lists them, or nothing is aggregated securely.
+
+        Raises PolicyRefused unless the recipe names this site's own key and, of the others, those of the policy, or else those
+        that it named first (trust on first use: a server that was hostile from the start made them up itself)."""
         if recipe.federation.mechanism.kind != "distributed":
-            return
-        own = federating.identity(self._folder / IDENTITY).public.hex()
-        if recipe.federation.identities.get(name) != own:
+            return None
+        claimed = dict(recipe.federation.identities)
+        if claimed.pop(name, None) != federating.identity(self._folder / IDENTITY).public.hex():
             raise PolicyRefused(
                 f"federation.identities.{name} · is not this site's", next="Give each site's own to the recipe.",
                 code="other_identity",
             )  # fmt: skip
+        file = self._folder / KNOWN
+        listed = policy.identities
+        known = dict(listed) if listed is not None else self._home.read_json(KNOWN) if file.is_file() else {}
+        changed = sorted(
+            site for site in claimed if known.get(site, claimed[site] if listed is None else None) != claimed[site]
+        )
+        if changed:
+            where = f"its line in {file}" if listed is None else "identities in the policy"
+            raise PolicyRefused(
+                f"federation.identities.{changed[0]} · is another than "
+                f"{'the one that was seen first' if listed is None else 'in the policy'} of site {name}",
+                next=f"Ask {changed[0]} itself, not the server, whether it has a new key; if it has, change {where}.",
+                code="changed_identity",
+            )
+        return {**known, **claimed} if listed is None else None
 
     def _begin(self, ask: "Ask") -> None:
         populations = ask.values.get("populations")

@@ -84,13 +84,15 @@ class AuditReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostReport:
-    seconds: float
-    processor_seconds: float
+    """None: not told, since it would tell what a guarantee keeps secret (who was drawn in a federation)."""
+
+    seconds: float | None
+    processor_seconds: float | None
     peak_bytes: int
-    steps: int
-    units_per_second: float
+    steps: int | None
+    units_per_second: float | None
     parameters: int
-    bytes_sent: int = 0
+    bytes_sent: int | None = 0
     machine: str = ""
     processes: int = 1  # that trained together; seconds of processor and memory are of all of them
 

@@ -8,7 +8,7 @@ from tests.federation.conftest import work_for
 from sfumato.federation import history, mechanisms, simulate
 from sfumato.federation.mechanism_settings import Central, UpdateLevel
 from sfumato.federation.policy import SitePolicy
-from sfumato.federation.rounds import LeftOut
+from sfumato.federation.rounds import LeftOut, is_secret
 from sfumato.federation.settings import Uniform
 from sfumato.privacy import accounting
 
@@ -94,7 +94,7 @@ def test_who_was_drawn_by_secret_coins_is_not_told(make_site, build, train_steps
     work, result, promise = ran(
         sites, build, train_steps, mechanism=mechanism, selection=coins, folder=tmp_path / "server"
     )
-    assert history.is_secret(promise, work.public)
+    assert is_secret(promise, work.public)
     rounds = told(sites, work, result, promise, looks=[{"step": 2, "public_loss": 1.5}])
     assert all(set(round_) == {"round", "quality", "epsilon", "discarded"} for round_ in rounds)
     assert rounds[1]["quality"] == {"public_loss": 1.5}
@@ -105,7 +105,7 @@ def test_who_was_drawn_by_secret_coins_is_not_told(make_site, build, train_steps
 
     assert not any(round_.lengths or round_.cosines for round_ in result.rounds)  # nor what a single site sent
     everyone, result, promise = ran(sites, build, train_steps, mechanism=mechanism, folder=tmp_path / "again")
-    assert not history.is_secret(promise, everyone.public)
+    assert not is_secret(promise, everyone.public)
 
 
 def test_without_a_guarantee_no_epsilon_is_told(make_site, build, train_steps):

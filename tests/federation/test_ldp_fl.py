@@ -1,16 +1,19 @@
 """One coin for every weight: its probabilities, its range, and what all of them together cost."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from tests.federation.conftest import work_for
 from tests.federation.making import HOSTILE, SHAPES, filled, mechanism, one_round, public, update, vector
 
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as of
-from sfumato.federation.mechanisms import ldp_fl
+from sfumato.federation import simulate
+from sfumato.federation.mechanisms import Received, ldp_fl
 from sfumato.randomness import TestRandom
 
 
@@ -128,6 +131,65 @@ def test_a_shuffler_keeps_the_sums_and_hides_whose_a_number_is():
     assert torch.equal(stacked.sort(dim=0).values, torch.arange(5.0)[:, None].expand(5, 20_000))
     counts = torch.stack([(row == i).sum() for row in stacked for i in range(5)]).double()
     assert float(((counts - 4000).square() / 4000).sum()) < chi2.ppf(1 - 1e-6, 16)
+
+
+def test_a_shuffled_round_has_the_same_step_and_no_sites_numbers(make_site):
+    """Through the server: the mean is the same, and the report has no lengths of single sites. Numbers of a part that two of three
+    hold are mixed among those two."""
+    sent = {"a": {"w": torch.tensor([1.0, 2.0])}, "b": {"w": torch.tensor([3.0, 4.0]), "v": torch.tensor([5.0])}}
+    sent["c"] = {"v": torch.tensor([6.0])}
+    mixed = [ldp_fl.split_and_shuffled(sent, TestRandom(seed)) for seed in range(40)]
+    assert all({site: set(of) for site, of in one.items()} == {s: set(of) for s, of in sent.items()} for one in mixed)
+    assert all(torch.equal(one["a"]["w"] + one["b"]["w"], torch.tensor([4.0, 6.0])) for one in mixed)
+    firsts = [one["a"]["w"].tolist() for one in mixed]
+    assert {tuple(one) for one in firsts} == {(1, 2), (1, 4), (3, 2), (3, 4)}  # place by place; false alarm 4 (3/4)^40
+
+    results, states = [], []
+    for shuffled in (False, True):
+        sites = [make_site(name, value, private=False) for name, value in (("a", 0.5), ("b", -1.0), ("c", 2.0))]
+        sites = [replace(site, ledger=site.ledger.parent / str(shuffled) / "ledger.db") for site in sites]
+        wanted = of.LdpFl(epsilon_per_weight=2.0, radius=0.5, shuffled=shuffled)
+        work = work_for(sites, mechanism=wanted, weights="equal", random=lambda: TestRandom(3))
+        found = simulate.simulate(sites, work, run="r", chance=TestRandom(4))
+        results.append(found.rounds)
+        states.append(found.state)
+    assert all(set(result.lengths) == set(result.cosines) == {"a", "b", "c"} for result in results[0])
+    assert all(result.sites == ("a", "b", "c") and not result.lengths and not result.cosines for result in results[1])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_what_combines_shuffled_updates_sees_no_sites_own():
+    among = public(shapes={"w": (40,)}, weights=[1.0] * 4)
+    update = {"w": torch.linspace(-1, 1, 40)}
+    seen: list[dict] = []
+
+    def combine(updates):
+        seen.append(dict(updates))
+        return {"w": sum(one["w"] for one in updates.values()) / 4}
+
+    for shuffled in (False, True):
+        made = mechanism(of.LdpFl(epsilon_per_weight=1.0, radius=0.5, shuffled=shuffled))
+        told, chance = made.ask(made.begin(among)), TestRandom(1)
+        sent = {site: made.at_site(update, among, told, chance).tensors for site in among.sites}
+        received = Received(asked=among.sites, sites=among.sites, updates=sent)
+        made.at_server(received, among, made.begin(among), combine, TestRandom(2))
+        own = [torch.equal(seen[-1][site]["w"], sent[site]["w"]) for site in among.sites]
+        assert own == [not shuffled] * 4  # by chance 40 coins are the same once in 2^40
+
+
+def test_what_shuffling_does_not_go_with_is_refused_and_no_epsilon_is_smaller_for_it(make_site):
+    sites = [make_site(name, 1.0, units=units, private=False) for name, units in (("a", 100), ("b", 200))]
+    wanted = of.LdpFl(epsilon_per_weight=2.0, shuffled=True)
+    work = work_for(sites, mechanism=wanted)
+    with pytest.raises(UsageError, match="shuffled = true"):
+        mechanism(wanted).promise(work.public)
+    with pytest.raises(UsageError, match="aggregation = krum"):
+        of.check_together(wanted, of.Krum(hostile=1), "none")
+    equal = work_for(sites, mechanism=wanted, weights="equal").public
+    plain = of.LdpFl(epsilon_per_weight=2.0)
+    assert mechanism(wanted).promise(equal).at_site == mechanism(plain).promise(equal).at_site
+    assert "counted as nothing" in mechanism(wanted).promise(equal).composition
 
 
 def test_an_epsilon_of_the_whole_is_shared_out_over_all_coins():

@@ -10,11 +10,11 @@ import torch
 from tests.federation.conftest import work_for
 
 from sfumato.errors import LedgerError
-from sfumato.federation import mechanisms, rounds, serving, simulate
+from sfumato.federation import rounds, serving, simulate
 from sfumato.federation.keeping import Keeper
 from sfumato.federation.mechanism_settings import Central
 from sfumato.federation.policy import SitePolicy
-from sfumato.privacy.ledger import Ledger, show
+from sfumato.privacy.ledger import show
 from sfumato.randomness import TestRandom
 
 TRUSTING = SitePolicy(allowed_mechanisms=("central",), allow_not_private=True)
@@ -98,32 +98,55 @@ def test_an_older_ledger_than_the_checkpoint_is_refused(three, tmp_path):
         simulate.simulate(three, work, run="r", folder=folder, resume=True)
 
 
-def test_an_older_checkpoint_than_the_ledger_is_refused(three, tmp_path):
-    """Set back or gone, it would have rounds noised a second time that were charged once."""
-    work, folder = work_for(three, mechanism=NOISE), tmp_path / "server"
-    pauses = iter([False, True])
-    simulate.simulate(three, work, run="r", folder=folder, pause=lambda: next(pauses))
-    before = Keeper(folder).path.read_bytes()
-    pauses = iter([False, True])
-    simulate.simulate(three, work, run="r", folder=folder, resume=True, pause=lambda: next(pauses))
-    Keeper(folder).path.unlink()
-    with pytest.raises(LedgerError, match="missing, or older than the ledger"):
+@pytest.mark.parametrize("older", [1, 2])
+def test_an_older_checkpoint_than_the_ledger_is_refused(three, tmp_path, older):
+    """Set back by a round or more, or gone, it would have rounds noised a second time that were charged once."""
+    work, folder, copies = work_for(three, mechanism=NOISE), tmp_path / "server", []
+    for _ in range(2):
+        if Keeper(folder).path.exists():
+            copies.append(Keeper(folder).path.read_bytes())
+        pause = iter([False, True]).__next__
+        simulate.simulate(three, work, run="r", folder=folder, resume=bool(copies), pause=pause)
+    whole = Keeper(folder).path.read_bytes()
+    if older == 1:
+        Keeper(folder).path.write_bytes(copies[0])
+    else:
+        Keeper(folder).path.unlink()
+    with pytest.raises(LedgerError, match="missing, or older than the ledger") as refused:
         simulate.simulate(three, work, run="r", folder=folder, resume=True)
-    Keeper(folder).path.write_bytes(before)  # by one round it is the accident between ledger and checkpoint
+    assert refused.value.code == "checkpoint_older_than_ledger"
+    Keeper(folder).path.write_bytes(whole)
     assert simulate.simulate(three, work, run="r", folder=folder, resume=True).finished
     assert show(folder / "ledger.db")["steps"] == 3
 
 
-def test_a_checkpoint_of_before_the_last_charge_does_not_charge_twice(three, tmp_path):
-    """The server died between its ledger and its checkpoint: nobody had been asked, so the charge is that of the next round."""
-    work = work_for(three, mechanism=NOISE)
-    plan = mechanisms.build(work.settings).promise(work.public).at_server
-    assert plan is not None
-    folder = tmp_path / "server"
-    with Ledger.open(folder / "ledger.db", run="r", plan=plan) as ledger:
-        ledger.commit(ledger.reserve(plan.event(1), 0))
-    served(three, work, folder, simulate.exchange_here(three, work))
-    assert show(folder / "ledger.db")["steps"] == 3
+@pytest.mark.parametrize("last", [False, True], ids=["a round in between", "the last round"])
+def test_a_server_that_died_between_its_checkpoint_and_its_ledger_charges_the_round_and_discards_it(
+    three, tmp_path, monkeypatch, last
+):
+    work, folder = work_for(three, mechanism=NOISE, rounds=3), tmp_path / "server"
+    asked, here, charge = [], simulate.exchange_here(three, work), serving._charge
+
+    def dies(server, ledger, plan):
+        if server.round == (3 if last else 2) and server.open is not None:
+            raise KeyboardInterrupt
+        charge(server, ledger, plan)
+
+    def exchange(asks):
+        asked.append(next(iter(asks.values())).round)
+        return here(asks)
+
+    monkeypatch.setattr(serving, "_charge", dies)
+    with pytest.raises(KeyboardInterrupt):
+        served(three, work, folder, exchange)
+    before = show(folder / "ledger.db")["steps"]
+    assert before == len(asked) == (2 if last else 1)
+    monkeypatch.setattr(serving, "_charge", charge)
+    server = served(three, work, folder, exchange)
+    assert [bool(result.discarded) for result in server.results] == (
+        [False, False, True] if last else [False, True, False]
+    )
+    assert show(folder / "ledger.db")["steps"] == server.charged == 3
 
 
 def test_the_server_is_charged_before_a_site_is_asked(three, tmp_path):

@@ -99,6 +99,16 @@ def test_a_part_is_combined_over_its_holders_and_krum_needs_all():
         robust.krum(updates, 1)
 
 
+def test_a_part_that_too_few_sent_is_left_out_of_a_trimmed_mean_and_the_others_are_combined():
+    updates = {f"site-{i}": update(i) for i in range(4)}
+    for site in ("site-0", "site-1"):
+        del updates[site]["b"]
+    found = robust.trimmed_mean(updates, 1)
+    assert set(found) == set(SHAPES) - {"b"}
+    whole = robust.trimmed_mean({site: {k: u[k] for k in found} for site, u in updates.items()}, 1)
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+
+
 @pytest.mark.parametrize("kind", [of.TrimmedMean(trimmed=2), of.Krum(hostile=1), of.Krum(hostile=0 + 1, selected=4)])
 def test_too_few_replies_are_refused(kind):
     with pytest.raises(UsageError) as refused:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from sfumato.errors import UsageError
 from sfumato.federation import rounds
 from sfumato.federation.keeping import Keeper
-from sfumato.federation.mechanism_settings import Central, Distributed, Median
+from sfumato.federation.mechanism_settings import Central, Distributed, Median, TrimmedMean
 from sfumato.federation.messages import Part, Refusal, Reply
 from sfumato.federation.settings import BySize, FederationSettings, Momentum, Uniform
 from sfumato.randomness import TestRandom
@@ -215,11 +216,46 @@ def test_unequal_weights_are_public_and_inverse_to_the_chance_of_being_asked():
     torch.testing.assert_close(after.state["w"], torch.full((2,), sum("abc".index(s) for s in asked) / len(asked)))
 
 
+def test_a_part_that_too_few_sent_stays_as_it_is_and_the_round_goes_on():
+    """Four sites, a trimmed mean, ``ears`` at three of them: without one of these two are left, and nobody would be after trimming."""
+    held = {site: SHAPES if site != "d" else {"w": (2,)} for site in "abcd"}
+    wanted = FederationSettings(sites=4, rounds=2, aggregation=TrimmedMean(trimmed=1))
+    public = rounds.make_public(wanted, dict.fromkeys("abcd", 100), held)
+    server = rounds.begin(wanted, public, START, run="r")
+    server = a_round(server, lambda replies: {site: reply for site, reply in replies.items() if site != "a"})
+    assert (server.results[0].discarded, server.results[0].sites, server.results[0].unchanged) == (
+        "",
+        ("b", "c", "d"),
+        1,
+    )
+    assert server.state["w"].equal(torch.ones(2)) and server.state["ears"].equal(torch.zeros(3))
+    server = a_round(server)
+    assert server.results[1].unchanged == 0 and server.state["ears"].equal(torch.ones(3))
+    two = rounds.make_public(wanted, dict.fromkeys("abcd", 100), {**held, "c": {"w": (2,)}})
+    with pytest.raises(UsageError, match="ears is held by 2 sites"):
+        rounds.begin(wanted, two, START, run="r")
+
+
 def test_nobody_drawn_is_a_round_too():
     server = begin(selection=Uniform(rate=1e-9))
     after = a_round(server)
     assert (after.results[0].asked, after.round, after.charged) == ((), 2, 1)
     assert after.results[0].discarded and after.state["w"].equal(torch.zeros(2))
+
+
+def test_under_a_secret_draw_how_many_were_drawn_decides_nothing():
+    """Nobody drawn: noise alone, as wide as ever; a discarded round would show in the model, and the charge is of a secret coin.
+    40 numbers of standard deviation 5 / (3 sites x 1e-3 expected): chi-square, false alarm 2e-6."""
+    central, coin = Central(noise_multiplier=5.0, max_update_norm=1.0), Uniform(rate=1e-3)
+    held = {site: {"w": (40,)} for site in POPULATIONS}
+    server = begin(held, {"w": torch.zeros(40)}, selection=coin, mechanism=central, weights="equal")
+    after = a_round(server)
+    assert (after.results[0].asked, after.results[0].discarded, after.charged) == ((), "", 1)
+    square = float((after.state["w"].double() / (5.0 / 3e-3)).square().sum())
+    assert chi2.ppf(1e-6, 40) < square < chi2.ppf(1 - 1e-6, 40)
+    with pytest.raises(UsageError, match="least_sites = 2"):
+        begin(selection=coin, mechanism=central, least_sites=2)
+    begin(selection=coin, least_sites=2)  # each site's own noise: nothing is secret
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Secure aggregation through the federation's own loop: messages as bytes, memories on disk, a checkpoint at every exchange."""
 
+import base64
 import json
 import stat
 from dataclasses import dataclass, replace
@@ -179,6 +180,42 @@ def test_a_policy_that_would_not_vouch_for_two_others_takes_no_part(federation):
     assert [sites for sites, _ in seen.sums] == [("s00", "s01", "s02")] * 2
     assert [(no.site, no.code) for no in server.results[0].left_out] == [("s03", "secure_terms")]
     assert not sites[3].ledger.exists()  # neither read nor charged
+
+
+def test_a_site_that_sends_a_wrong_share_is_named_and_the_round_goes_on_without_its_shares(federation):
+    """t = 3 of 4: one is to spare. Its vector came before, and is in the sum."""
+
+    def lie(replies):
+        reply = replies["s02"]
+        if reply.kind != "unmask" or reply.round != 1:
+            return replies
+        wrong = base64.b64encode(bytes(33)).decode()
+        values = {"said": {"seeds": dict.fromkeys(names(COUNT), wrong), "keys": {}}}
+        return {**replies, "s02": replace(reply, values=values)}
+
+    server, seen, _, _ = federation(change=lie)
+    assert [result.discarded for result in server.results] == ["", ""]
+    assert torch.equal(seen.sums[0][1], sum(seen.made[0].values()).remainder(2**BITS))
+    (no,) = server.results[0].left_out
+    assert (no.site, no.code, no.message) == (
+        "s02",
+        "wrong_share",
+        "unmask: gave wrong shares of s00, s01, s02, s03",
+    )
+    assert server.results[1].left_out == ()
+
+
+def test_two_that_lie_of_four_discard_the_round_by_that_name(federation):
+    def lie(replies):
+        wrong = {"said": {"seeds": dict.fromkeys(names(COUNT), base64.b64encode(bytes(33)).decode()), "keys": {}}}
+        return {
+            name: replace(reply, values=wrong) if reply.kind == "unmask" and name in ("s01", "s02") else reply
+            for name, reply in replies.items()
+        }
+
+    server, seen, _, _ = federation(change=lie)
+    assert seen.sums == []
+    assert all(result.discarded.startswith("shares of s00, s01, s02, s03 · do not give") for result in server.results)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The sum is the plain sum, whoever falls silent when; below the threshold there is none."""
 
+import base64
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from tests.federation.secure_rounds import Sites, names, run, terms, total, vect
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.policy import SitePolicy, from_mapping
 from sfumato.federation.public import Public
-from sfumato.federation.secure import keys, protocol, server
+from sfumato.federation.secure import keys, protocol, server, shares, site
 from sfumato.federation.secure.protocol import EXCHANGES, Terms, Trust
 
 
@@ -128,6 +131,81 @@ def test_a_site_that_deals_or_gives_wrong_shares_is_noticed():
         assert refused.value.code == "wrong_share"
 
 
+def unmasked(of, sites, given_, lie, silent=()):
+    """The server after ``unmask``; lie changes the values of its replies, {site: values}, or of those of ``share``."""
+    state, _ = run(of, sites, given_, silent={"mask": silent}, until="unmask")
+    replies = {name: sites.answer(name, ask, given_[name]) for name, ask in server.asks(state).items()}
+    lie({name: values for name, (values, _) in replies.items()})
+    return server.receive(state, replies)
+
+
+def other(share: str) -> str:
+    """A share of another number (all but one in 2^256)."""
+    return base64.b64encode(bytes(1) + hashlib.sha256(share.encode()).digest()).decode()
+
+
+@pytest.mark.parametrize("silent", [(), ("s05",)], ids=["none silent", "one silent"])
+@pytest.mark.parametrize("liars", [("s00",), ("s03",), ("s00", "s02")], ids=lambda liars: "+".join(liars))
+def test_sites_that_give_wrong_shares_are_named_and_the_sum_is_right(liars, silent):
+    of = terms(7, threshold=4)
+    sites, given_ = Sites(of.sites), vectors(of)
+
+    def lie(values):
+        for liar in liars:
+            for kind in ("seeds", "keys"):
+                values[liar][kind] = {name: other(share) for name, share in values[liar][kind].items()}
+
+    state = unmasked(of, sites, given_, lie, silent)
+    survivors = [name for name in of.sites if name not in silent]
+    assert state.survivors == tuple(survivors)  # what the liars sent before is in the sum
+    np.testing.assert_array_equal(state.total, total(of, given_, survivors))
+    assert list(state.liars) == list(liars)
+    assert all(said.startswith("unmask: gave wrong shares of s00, s01") for said in state.liars.values())
+
+
+def test_of_a_single_wrong_share_both_who_gave_it_and_who_dealt_it_are_named():
+    of = terms(4, threshold=3)
+    sites, given_ = Sites(of.sites), vectors(of)
+    state = unmasked(of, sites, given_, lambda v: v["s00"]["seeds"].update(s02=other(v["s00"]["seeds"]["s02"])))
+    np.testing.assert_array_equal(state.total, total(of, given_, of.sites))
+    assert state.liars == {
+        "s00": "unmask: gave a wrong share of s02, or was dealt it",
+        "s02": "unmask: dealt a wrong share to s00, or s00 changed it",
+    }
+
+
+def test_a_dealer_of_wrong_shares_is_named_where_two_sites_cannot_use_theirs(monkeypatch):
+    of = terms(6, threshold=4)
+    sites, given_, right = Sites(of.sites), vectors(of), site.share
+
+    def share(memory, *rest, **own):
+        """s03 deals zeros to s00 and s01."""
+        with monkeypatch.context() as patched:
+            if memory.site == "s03":
+                split = shares.split
+                patched.setattr(shares, "split", lambda *given: [bytes(33), bytes(33), *split(*given)[2:]])
+            return right(memory, *rest, **own)
+
+    monkeypatch.setattr(site, "share", share)
+    state = unmasked(of, sites, given_, lambda values: None)
+    np.testing.assert_array_equal(state.total, total(of, given_, of.sites))
+    assert state.liars == {"s03": "unmask: dealt wrong shares to s00, s01"}
+
+
+@pytest.mark.parametrize(("threshold", "words"), [(4, "none was to spare"), (3, "no set of enough sites agrees")])
+def test_more_liars_than_shares_to_spare_end_the_round(threshold, words):
+    of = terms(4, threshold=threshold)
+    sites, given_ = Sites(of.sites), vectors(of)
+
+    def lie(values):
+        for liar in ("s01", "s02")[: 5 - threshold]:
+            values[liar]["seeds"] = {name: other(share) for name, share in values[liar]["seeds"].items()}
+
+    with pytest.raises(PrivacyRefused, match=words) as refused:
+        unmasked(of, sites, given_, lie)
+    assert refused.value.code == "wrong_share"
+
+
 @pytest.mark.parametrize("count", range(2, 101))
 def test_the_thresholds_keep_their_inequalities(count):
     of = terms(count)
@@ -226,14 +304,6 @@ def test_private_keys_are_forgotten_with_the_masked_vector_and_shares_with_the_u
     memory = sites.memory("s00")
     assert memory is not None
     assert (memory.held, memory.survivors, memory.advertised) == ({}, (), {})
-
-
-def test_trust_on_first_use_keeps_what_it_saw_first():
-    first = protocol.pinned({"a": b"1"}, {"a": b"1", "b": b"2"})
-    assert first == {"a": b"1", "b": b"2"}
-    with pytest.raises(PrivacyRefused, match="identity of b") as refused:
-        protocol.pinned(first, {"b": b"3"})
-    assert refused.value.code == "secure_unknown_site"
 
 
 def test_a_policy_refuses_terms_that_do_not_stand_up_to_its_colluders():

@@ -37,7 +37,7 @@ class Collecting(Protocol):
 
     def receive(self, kind: str, memory: Part, replies: Mapping[str, Reply]) -> Part:
         """The server's memory after the exchange; ``replies``: of the sites that answered, refusals left out. The next
-        exchange asks these sites. Raises UsageError with code "too_few_sites" where the round cannot go on."""
+        exchange asks these sites. Raises UsageError, "too_few_sites" or "wrong_share", where the round cannot go on."""
         ...
 
     def total(self, memory: Part, asked: tuple[str, ...]) -> Received:

@@ -8,6 +8,7 @@ empty, and what another one holds is not looked at), and imports torch once, not
 import hashlib
 import hmac
 import io
+import logging
 import math
 import os
 import sys
@@ -61,6 +62,7 @@ class Link:
     """
 
     def __init__(self, address: str, *, authority: bytes, secret: bytes, administrator: str) -> None:
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # what it does is not what the user asked for
         self._address, self._authority, self._secret, self._administrator = address, authority, secret, administrator
         self._names: dict[str, str] = {}  # public key -> site
         self._grid: HttpGrid | None = None

@@ -12,17 +12,12 @@ from typing import Any
 from sfumato.federation.local import Site
 from sfumato.federation.mechanisms import Promise
 from sfumato.federation.public import Public
-from sfumato.federation.rounds import RoundResult
+from sfumato.federation.rounds import RoundResult, is_secret
 from sfumato.privacy import accounting
 from sfumato.privacy.events import Event
 from sfumato.privacy.plan import DpSgd, SiteUpdates
 
 MOST_SITES = 20  # whose epsilon is computed for every round; of more, the one that has spent most at the end
-
-
-def is_secret(promise: Promise, public: Public) -> bool:
-    """Whether the guarantee counts on nobody's knowing which sites were asked."""
-    return promise.at_server is not None and any(rate < 1 for rate in public.rates.values())
 
 
 def told(

@@ -133,6 +133,8 @@ class LdpFl:
       epsilon: of all weights in all rounds together, from which it is found. One of the two.
       radius: r: every weight is cut to [-r, r]; of each tensor its own, where adaptive.
       adaptive_range: r of a tensor follows the size of the noisy mean.
+      shuffled: the server splits what it got into single numbers, and puts those of one place in random order before anything is
+        made of them, so that afterwards none says whose it is. It is the server that does it: no epsilon counts on it.
     """
 
     kind: Literal["ldp_fl"] = "ldp_fl"
@@ -140,6 +142,7 @@ class LdpFl:
     epsilon: float | None = None
     radius: float = 0.01
     adaptive_range: bool = True
+    shuffled: bool = False
     delta: float = 1e-5
     adjacency: Literal["replace_one", "zero_out"] = "replace_one"
 
@@ -261,6 +264,11 @@ def check_together(mechanism: Mechanism, aggregation: Aggregation, compression: 
             f"aggregation = {aggregation.kind}, mechanism = {mechanism.kind} · the noise is on the sum of bounded updates: a median or a "
             "choice among updates has another sensitivity, or needs updates that nobody may see",
             next="Set federation.aggregation: {kind: mean}, or a mechanism that noises every update at its site.",
+        )
+    if isinstance(mechanism, LdpFl) and mechanism.shuffled and aggregation.kind == "krum":
+        raise UsageError(
+            "aggregation = krum, shuffled = true · chooses among whole updates, and shuffled numbers belong to none",
+            next="Use mean, median or trimmed_mean, or leave shuffled out.",
         )
     if compression != "none" and mechanism.kind in ("distributed", "central", "local_and_global"):
         why = {

@@ -189,9 +189,7 @@ def _unpack(
         )
     for name in ("round", "exchange"):
         if body[name] < 0:
-            raise DataError(
-                f"{what}.{name} = {body[name]} · must not be below 0", next="Refuse it."
-            )
+            raise DataError(f"{what}.{name} = {body[name]} · must not be below 0", next="Refuse it.")
     dtypes = body["dtypes"]
     if set(dtypes) != set(arrays):
         raise DataError(f"{what}.tensors · must be the arrays that its text names", next="Refuse it.")

@@ -45,7 +45,8 @@ class SitePolicy:
     may_say: what a reply may hold beside the update: local steps and charged events (functions of the plan), and a loss,
       which is noised and charged. Nothing else leaves, whatever is asked; what went wrong stays in the site's own log.
     identities: by site, Ed25519 public keys in 64 hexadecimal digits, under secure aggregation the ones that are believed; None:
-      those of the federation's public constants, so that whoever wrote them is trusted with not being all other sites.
+      those of the federation's public constants, so that whoever wrote them first is trusted with not being all other sites (over
+      several machines `machines.Member` remembers them).
     colluders: of the other sites so many might work with a hostile server; a threshold that does not stand up to it is refused.
     """
 

@@ -4,7 +4,7 @@ so they follow local noise only, as post-processing, and are refused where noise
 Weights are not used: a site that lied about its weight would be a crowd. A parameter is combined over the sites that hold it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sfumato.errors import UsageError
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def combined(aggregation: Aggregation, updates: Mapping[str, State]) -> "dict[str, Tensor]":
-    """One update of many, by name. Raises UsageError with code "too_few_sites" where they are too few for the promise, and for a mean."""
+    """One update of many, by name; a name that too few sites sent for the promise is left out, so that it stays as it is.
+
+    Raises UsageError: with code "too_few_sites" where that is so of every name; for a mean."""
     match aggregation:
         case TrimmedMean(trimmed=trimmed):
             return trimmed_mean(updates, trimmed)
@@ -33,12 +35,25 @@ def trimmed_mean(updates: Mapping[str, State], trimmed: int) -> "dict[str, Tenso
 
     Source: Yin et al. 2018, arXiv:1803.01498, Definition 2.
     """
-    out = {}
-    for name, stacked in _stacked(updates).items():
-        _enough(len(stacked), 2 * trimmed + 1, f"trimmed = {trimmed}, {name}")
+    out, every = {}, _stacked(updates)
+    _enough(max(map(len, every.values()), default=0), 2 * trimmed + 1, f"trimmed = {trimmed}")
+    for name, stacked in every.items():
+        if len(stacked) < 2 * trimmed + 1:
+            continue
         kept = stacked.sort(dim=0).values[trimmed : len(stacked) - trimmed]
         out[name] = kept.mean(0)
     return _typed(out, updates)
+
+
+def check(aggregation: Aggregation, holders: Mapping[str, Sequence[str]]) -> None:
+    """Raises UsageError for a parameter that so few sites hold that it would never be combined."""
+    if isinstance(aggregation, TrimmedMean):
+        for name, sites in holders.items():
+            if len(sites) <= 2 * aggregation.trimmed:
+                raise UsageError(
+                    f"trimmed = {aggregation.trimmed} · {name} is held by {len(sites)} sites, and of so few nobody is left",
+                    next="Trim fewer, keep this parameter at home (federation.home), or take a median.",
+                )
 
 
 def median(updates: Mapping[str, State]) -> "dict[str, Tensor]":

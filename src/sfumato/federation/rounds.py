@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DataError, SfumatoError, UsageError
-from sfumato.federation import averaging, collecting, mechanisms, opening, selection
+from sfumato.federation import averaging, collecting, mechanisms, opening, robust, selection
 from sfumato.federation.averaging import check_update
 from sfumato.federation.compression import decompressed
-from sfumato.federation.mechanism_settings import ROBUST_UNDER
+from sfumato.federation.mechanism_settings import ROBUST_UNDER, LdpFl
 from sfumato.federation.messages import Ask, Json, Part, Refusal, Reply, State
 from sfumato.federation.public import Public
 from sfumato.federation.settings import FederationSettings
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 
     from sfumato.randomness import Random
 
+INTERRUPTED = "interrupted: the server stopped in the middle of it"
 LONGEST_MESSAGE = 500  # of a site's refusal, whoever wrote it
 OF_COLLECTING = "collecting/"  # before the names of what the way of collecting sends beside the model
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A site that was asked in a round and is not in it, with the reason: its own, or the server's."""
+    """A site that was asked in a round and is not in it, with the reason: its own, or the server's. Under secure aggregation a
+    site may be in the sum, and have been left out of what came after: silent then, or with wrong shares."""
 
     site: str
     code: str
@@ -58,6 +60,7 @@ class RoundResult:
       charged: by site, events in its ledger by the end of the round, where it says so; a function of its plan.
       bytes_up, bytes_down: of tensors, over all its exchanges, also to and from sites that were then left out.
       discarded: why the state stayed as it was; "" if it did not.
+      unchanged: parameters that stayed as they were in a round that was not discarded: too few sites sent them.
       seconds: as the engine measured; 0 where nobody did.
       lengths, cosines: by site in it, the L2 norm of what it sent, and the cosine between that and the step that was made of
         all: a site that sends too much, or the wrong way, shows. Only where each update is private by itself.
@@ -72,6 +75,7 @@ class RoundResult:
     charged: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     discarded: str = ""
+    unchanged: int = 0
     seconds: float = 0.0
     lengths: Mapping[str, float] = field(default_factory=dict)
     cosines: Mapping[str, float] = field(default_factory=dict)
@@ -145,14 +149,25 @@ def make_public(
     )
 
 
+def is_secret(promise: "mechanisms.Promise", public: Public) -> bool:
+    """Whether the guarantee counts on nobody's knowing which sites were asked: the server adds the noise, and a coin draws them."""
+    return promise.at_server is not None and any(rate < 1 for rate in public.rates.values())
+
+
 def begin(settings: FederationSettings, public: Public, state: State, *, run: str, recipe: str = "") -> ServerState:
     """Before the first round. Args: state: where training begins; every name has a holder.
 
     Raises: UsageError for settings that have no guarantee, or a state that is not the sites'.
     """
     mechanism = mechanisms.build(settings)
-    mechanism.promise(public)  # or it refuses
+    promise = mechanism.promise(public)  # or it refuses
+    if settings.least_sites > 1 and is_secret(promise, public):
+        raise UsageError(
+            f"least_sites = {settings.least_sites} · would show in the model how many sites were drawn, which the guarantee keeps secret",
+            next="Set federation.least_sites: 1 (an empty round is noise alone then), or federation.selection: {kind: everyone}.",
+        )
     selection.check(settings.selection, sites=len(public.populations))
+    robust.check(settings.aggregation, public.holders)
     if settings.least_sites > len(public.populations):
         raise UsageError(
             f"least_sites = {settings.least_sites} · of {len(public.populations)} sites: every round would be discarded",
@@ -190,7 +205,7 @@ def begin(settings: FederationSettings, public: Public, state: State, *, run: st
 def asks(server: ServerState, chance: "Random") -> tuple[ServerState, dict[str, Ask]]:
     """(the server with these sites waited for, what each is asked). Opens the next round where none is open.
 
-    Keep the returned state, and charge the server's account up to its ``charged``, before the asks are sent.
+    Keep the returned state, then charge the server's account up to its ``charged``, before the asks are sent.
     """
     if server.done or server.waiting is not None:
         raise UsageError(
@@ -261,12 +276,13 @@ def receive(
         open_ = replace(open_, steps=steps, charged=charged)
         server = replace(server, losses=_with_losses(server.losses, {s: replies[s].values for s in usable}))
     server = replace(server, open=open_, waiting=None)
-    enough = len(usable)
-    if mechanisms.build(server.settings).promise(server.public).at_server is not None:
+    enough, promise = len(usable), mechanisms.build(server.settings).promise(server.public)
+    if promise.at_server is not None:
         # The server's noise hides what a site sends, not what the server does because of it: a broken reply counts as one.
         came = {site for site, reply in replies.items() if reply.refused is None}
         enough += sum(out.code in _BROKEN for out in open_.left_out if out.site in came)
-    if enough < server.settings.least_sites:
+    # Where a secret coin draws the sites, a round of few or none is a step of little or of noise alone, as an empty batch is.
+    if enough < server.settings.least_sites and not is_secret(promise, server.public):
         return discard(server, f"{enough} of {len(open_.asked)} sites, {server.settings.least_sites} are needed")
     try:
         memory = way.receive(kind, server.collecting, usable)
@@ -275,7 +291,7 @@ def receive(
         received = way.total(memory, open_.asked)
         return _finished(server, received, chance)
     except UsageError as no:
-        if no.code not in ("too_few_sites", "update_not_finite"):
+        if no.code not in ("too_few_sites", "wrong_share", "update_not_finite"):
             raise
         return discard(server, no.message)
 
@@ -289,7 +305,7 @@ def discard(server: ServerState, why: str) -> ServerState:
 def interrupted(server: ServerState) -> ServerState:
     """After a restart: a round that was open is discarded. Its asks may have been answered, and sites refuse them a second
     time; what was charged for it stays charged."""
-    return server if server.open is None else discard(server, "interrupted: the server stopped in the middle of it")
+    return server if server.open is None else discard(server, INTERRUPTED)
 
 
 def stop(server: ServerState, why: str) -> ServerState:
@@ -365,8 +381,16 @@ def _finished(server: ServerState, received: "mechanisms.Received", chance: "Ran
     state, optimizer = averaging.server_step(server.settings.server, server.state, delta, server.optimizer)
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         return discard(server, "the state would not be finite any more")
-    result = replace(server.open, sites=received.sites)
-    if server.settings.mechanism.kind in ROBUST_UNDER:
+    said = {out.site for out in server.open.left_out}  # who was silent is said already
+    broken = [
+        LeftOut(site=site, code=code, message=why[:LONGEST_MESSAGE])
+        for site, (code, why) in sorted(received.broken.items())
+        if site not in said
+    ]
+    unchanged = len(set(server.state) - set(delta))
+    result = replace(server.open, sites=received.sites, left_out=(*server.open.left_out, *broken), unchanged=unchanged)
+    chosen = server.settings.mechanism
+    if chosen.kind in ROBUST_UNDER and not (isinstance(chosen, LdpFl) and chosen.shuffled):
         lengths, cosines = averaging.compared(received.updates, delta)
         result = replace(result, lengths=lengths, cosines=cosines)
     return _closed(replace(server, state=state, mechanism=memory, optimizer=optimizer), result)

@@ -1,8 +1,9 @@
 """The loop of a server, the same over every engine. [shell: reads the clock, writes the server's checkpoint and ledger]
 
-The order of an exchange: the server's account is charged, durably -> the state is kept -> the sites are asked -> what they
-reply is received -> the state is kept. So whatever is killed when, no asked round is uncharged, and what was kept is of one
-moment: model, round and what was charged.
+The order of an exchange: the state is kept -> the server's account is charged, durably -> the sites are asked -> what they
+reply is received -> the state is kept. So whatever is killed when, no asked round is uncharged, what was kept is of one
+moment (model, round and what was charged), and the account is never ahead of it: a checkpoint with fewer rounds than the account
+is an older copy, whose next round would be noised a second time and charged once.
 """
 
 import time
@@ -43,33 +44,21 @@ def serve(
     """
     chance = SecretRandom() if chance is None else chance
     plan = mechanisms.build(server.settings).promise(server.public).at_server
-    if plan is not None and (ledger is None or _rounds(ledger, plan) < server.charged):
-        raise LedgerError(
-            f"ledger = {'none' if ledger is None else f'{_rounds(ledger, plan)} rounds charged'} · the server has opened "
-            f"{server.charged}: the ledger is missing, or older than the checkpoint",
-            next="Restore the ledger that belongs to the checkpoint.",
-            code="ledger_older_than_checkpoint",
-        )
-    # By one it is ahead where the server died between its ledger and its checkpoint: nobody had been asked. By more, rounds that
-    # were charged once would be noised a second time, and sites send the same reply again to the same ask.
-    if plan is not None and ledger is not None and _rounds(ledger, plan) > server.charged + 1:
-        raise LedgerError(
-            f"checkpoint = {server.charged} rounds opened · the ledger has charged {_rounds(ledger, plan)}: the checkpoint is "
-            "missing, or older than the ledger",
-            next="Restore the checkpoint that belongs to the ledger, or begin a new run.",
-            code="checkpoint_older_than_ledger",
-        )
+    if plan is not None:
+        if ledger is None:
+            raise _not_of_one_moment("ledger = none", server, "the ledger is missing", "ledger_older_than_checkpoint")
+        _check(server, _rounds(ledger, plan))
+        _charge(server, ledger, plan)  # the round in which it died between checkpoint and ledger: nobody had been asked
     while (
         not server.done
         and (until is None or server.round <= until)
         and not (pause is not None and server.open is None and pause())
     ):
         server, asked = rounds.asks(server, chance)
-        if plan is not None and ledger is not None:
-            while _rounds(ledger, plan) < server.charged:
-                ledger.commit(ledger.reserve(plan.event(1), _rounds(ledger, plan)))
         if keeper is not None:
             keeper.keep(server)
+        if plan is not None and ledger is not None:
+            _charge(server, ledger, plan)
         began = time.monotonic()
         replies = exchange(asked)
         server = rounds.receive(server, replies, chance, seconds=time.monotonic() - began)
@@ -78,6 +67,33 @@ def serve(
         if keeper is not None:
             keeper.keep(server)
     return server
+
+
+def _check(server: ServerState, charged: int) -> None:
+    """Raises LedgerError unless state and ledger are of one moment, or the server died between the two in a round that is discarded."""
+    said = f"ledger = {charged} rounds charged"
+    died = bool(server.results) and server.results[-1].discarded == rounds.INTERRUPTED
+    if charged < server.charged - died:
+        raise _not_of_one_moment(
+            said, server, "the ledger is missing, or older than the checkpoint", "ledger_older_than_checkpoint"
+        )
+    if charged > server.charged:
+        raise _not_of_one_moment(
+            said, server, "the checkpoint is missing, or older than the ledger", "checkpoint_older_than_ledger"
+        )
+
+
+def _not_of_one_moment(said: str, server: ServerState, why: str, code: str) -> LedgerError:
+    return LedgerError(
+        f"{said} · the server has opened {server.charged}: {why}",
+        next="Restore the two that belong together, or begin a new run.",
+        code=code,
+    )
+
+
+def _charge(server: ServerState, ledger: Ledger, plan: SiteUpdates) -> None:
+    while _rounds(ledger, plan) < server.charged:
+        ledger.commit(ledger.reserve(plan.event(1), _rounds(ledger, plan)))
 
 
 def _rounds(ledger: Ledger, plan: SiteUpdates) -> int:

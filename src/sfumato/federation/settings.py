@@ -116,7 +116,8 @@ class FederationSettings:
     populations: N of every site, public, in the order of their names; none: counted, and declared public.
     weights: of the sites in a mean: their public populations, or all equal.
     proximal: mu of FedProx; mu / 2 |w - w_t|^2 is added to the local loss (``training.rounds``).
-    least_sites: a round with fewer usable replies is discarded; it stays charged, and counts.
+    least_sites: a round with fewer usable replies is discarded; it stays charged, and counts. Where a coin draws the sites and the
+      server's noise hides them, 1: how many were drawn is secret too, and no round is discarded for it.
     patience: rounds without a lower loss on public records after which no further one is opened; None: all rounds.
     holds: by site, which parameters it trains, sends and receives, as ``model.train_only`` names them; a site that is not
       named holds all. The parameters' names are the contract between sites with different parts. One that a single site

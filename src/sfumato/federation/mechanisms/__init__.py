@@ -5,7 +5,7 @@
     fed_lora          the same, A and B of every low-rank adapter by themselves
     central           clipped at the site and again at the server, which noises the sum; fixed or adaptive clip
     local_and_global  both
-    ldp_fl            every weight one of two values, at random; split and shuffled
+    ldp_fl            every weight one of two values, at random; split and shuffled by the server, where asked
     distributed       shares of discrete noise, of which a secure aggregation shows the sum only
 
 The claim of each is in its file: what is clipped, noised and charged, by whom, for which unit, against whom; what happens to
@@ -62,6 +62,7 @@ class Received:
       updates: by site; empty where only the sum is known (secure aggregation).
       values: by site, what it said beside its tensors; under secure aggregation empty too.
       sum: of what `at_site` gave, over ``sites``, as the secure aggregation yields it; None where updates are known.
+      broken: by site, (code, what it did wrong in the secure aggregation); its contribution may be in the sum all the same.
     """
 
     asked: tuple[str, ...]
@@ -69,6 +70,7 @@ class Received:
     updates: Mapping[str, State] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     sum: State | None = None
+    broken: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 Combine = Callable[

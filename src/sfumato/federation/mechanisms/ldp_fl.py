@@ -7,8 +7,11 @@ them a mixture of the two: so each weight, each round, is eps-private for any tw
 
 *The whole update is not.* A site's data move all d weights at once, and the server sees d coins of one site: d eps a round, d T eps in
 all (less at delta > 0, by composition: the plan's epsilon). The paper's eps per weight is for a reader to whom a trusted
-shuffler hides which weights came from one site: each weight is sent by itself, at a random time, under no name
-(``split_and_shuffled``). There is no such shuffler here, and d of the weights still depend on the same data; ``in_words`` prints d T eps.
+shuffler hides which weights came from one site: each weight is sent by itself, at a random time, under no name. No party here
+could be one: whoever carries the messages knows whose they are. With ``shuffled`` the server does it (``split_and_shuffled``)
+before it combines, compares or keeps anything: who reads its state or its report afterwards finds no site's update, but the server
+had them, and so had its SuperLink. So no epsilon is smaller for it, and none is claimed: d of the weights still depend on the
+same data, and what is known of amplification by shuffling is of one message a site, not of d at once.
 
 Range: r is per tensor; it follows the size of the noisy mean, which is post-processing. Coins: whole numbers of 2^53, with the
 extremes rounded towards 1/2, so that no rounding passes e^eps.
@@ -54,6 +57,11 @@ class LdpFl:
 
     def plan(self, public: Public) -> SiteUpdates:
         updates.check_shapes(public)
+        if self.settings.shuffled and len({public.weights[site] / public.rates[site] for site in public.sites}) > 1:
+            raise UsageError(
+                "shuffled = true · a number that may be anyone's has no weight of its own, and these sites have different ones",
+                next="Set federation.weights: equal, and a selection that asks all alike.",
+            )
         return _planned(self.settings, len(public.sites), public.rounds, public.dimension)
 
     def epsilon_per_weight(self, public: Public) -> float:
@@ -69,7 +77,12 @@ class LdpFl:
             trust="local: each site noises every number before anything is sent; nobody is trusted",
             at_site=plan,
             composition=f"{plan.weights_per_round:,} numbers in each of {plan.rounds} rounds: {plan.pure_epsilon():,.6g} in all "
-            "at delta 0; a trusted shuffler, which there is none of here, is what the paper's figure per number needs",
+            "at delta 0; a trusted shuffler, which there is none of here, is what the paper's figure per number needs"
+            + (
+                "; the server shuffles what it has received, which is counted as nothing"
+                if self.settings.shuffled
+                else ""
+            ),
             dropouts="A silent site has spent what it charged; the epsilon of the others does not depend on it.",
         )
 
@@ -96,7 +109,8 @@ class LdpFl:
     def at_server(
         self, received: Received, public: Public, memory: Part, combine: Combine, chance: "Random"
     ) -> "tuple[dict[str, Tensor], Part]":
-        step = combine(received.updates)
+        sent = received.updates
+        step = combine(split_and_shuffled(sent, chance) if self.settings.shuffled else sent)
         if not self.settings.adaptive_range:
             return step, memory
         epsilon = self.epsilon_per_weight(public)
@@ -125,7 +139,8 @@ class LdpFl:
         return (
             f"Every number of an update is sent as one of two values, with {self.epsilon_per_weight(public):.4g} for one number. "
             f"All data of a "
-            f"site move all {plan.weights_per_round:,} of them in each of {plan.rounds} rounds, and nobody shuffles: "
+            f"site move all {plan.weights_per_round:,} of them in each of {plan.rounds} rounds, and "
+            f"{'the server itself shuffles' if self.settings.shuffled else 'nobody shuffles'}: "
             f"{plan.pure_epsilon():,.6g} in "
             f"all at delta 0, ({plan.epsilon():,.6g}, {plan.delta:g}) by composition ({plan.adjacency})."
         )
@@ -178,20 +193,20 @@ def told_as(tensor: "Tensor", radius: float, epsilon: float, chance: "Random") -
 
 
 def split_and_shuffled(sent: Mapping[str, State], chance: "Random") -> "dict[str, dict[str, Tensor]]":
-    """What a trusted shuffler between the sites and the server does: every number is sent by itself, and the numbers of one place
-    arrive in random order, so that none says whose it is. Sums are unchanged. The sites are called by their place in the order.
+    """What a shuffler does: every number is taken by itself, and those of one place are given to the sites that hold it in random
+    order, so that none says whose it was. Sums, means and medians of a place are unchanged.
 
-    Args: sent: by site, with the same names and shapes.
+    Args: sent: by site; a name has the same shape wherever it occurs.
     """
     import torch
 
-    sites = sorted(sent)
-    out: dict[str, dict[str, Tensor]] = {f"{place}": {} for place in range(len(sites))}
-    for name, tensor in sorted(sent[sites[0]].items()):
-        stacked = torch.stack([sent[site][name].flatten() for site in sites])  # (n, numbers)
+    out: dict[str, dict[str, Tensor]] = {site: {} for site in sorted(sent)}
+    for name in sorted({name for state in sent.values() for name in state}):
+        holders = [site for site in out if name in sent[site]]
+        stacked = torch.stack([sent[site][name].flatten() for site in holders])  # (n, numbers)
         order = torch.from_numpy(chance.uniform(stacked.numel())).reshape(stacked.shape).argsort(dim=0)
-        for place, row in enumerate(stacked.gather(0, order)):
-            out[f"{place}"][name] = row.reshape(tensor.shape)
+        for site, row in zip(holders, stacked.gather(0, order), strict=True):
+            out[site][name] = row.reshape(sent[site][name].shape)
     return out
 
 

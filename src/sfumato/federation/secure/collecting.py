@@ -74,7 +74,7 @@ class SecureSum:
         return {name: Part(values=asks[name]) for name in sites if name in asks}
 
     def receive(self, kind: str, memory: Part, replies: Mapping[str, Reply]) -> Part:
-        """Raises UsageError: "too_few_sites", also where shares were wrong: the round has no sum."""
+        """Raises UsageError, "too_few_sites" or "wrong_share": the round has no sum."""
         if kind == "advertise":
             if not replies:
                 raise UsageError("replies = 0 · nobody advertised a key", next="Ask again.", code="too_few_sites")
@@ -86,13 +86,15 @@ class SecureSum:
         try:
             return _kept(server.receive(state, given))
         except PrivacyRefused as no:
-            raise UsageError(no.message, next=no.next, code="too_few_sites") from None
+            raise UsageError(no.message, next=no.next, code=no.code) from None
 
     def total(self, memory: Part, asked: tuple[str, ...]) -> Received:
-        """The sum over the sites whose masked vector came in time. Those that fell silent later are in it."""
+        """The sum over the sites whose masked vector came in time. Those that fell silent later, or gave wrong shares, are in it."""
         state = _server(memory)
         assert state.exchange == "done"
-        return Received(asked=asked, sites=state.survivors, sum={VECTOR: memory.tensors["total"]})
+        broken = {site: ("secure_message", why) for site, why in state.left_out.items()}
+        broken |= {site: ("wrong_share", why) for site, why in state.liars.items()}
+        return Received(asked=asked, sites=state.survivors, sum={VECTOR: memory.tensors["total"]}, broken=broken)
 
     # A site's side.
 

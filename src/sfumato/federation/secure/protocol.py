@@ -34,8 +34,9 @@ sent y_u in time. With fewer than t replies at any exchange the round ends with 
 Another attempt of a round has fresh keys and the same terms; a site that has answered an unmask request helps in no other.
 
 **What it is not.** The sum itself is not private: noise is added to x_u before (``mechanisms/distributed.py``), for as many
-sites as surely remain honest. A site can send any vector it likes, and one site can spoil a round (a wrong share is noticed,
-and the round refused). Whether sums wrap is the caller's to prevent. The names of the sites and their silence are public.
+sites as surely remain honest. A site can send any vector it likes. Wrong shares are found (``opening.py``) and left out where t
+right ones are there; else the round is refused: with t = n any one site can spoil it. Whether sums wrap is the caller's to
+prevent. The names of the sites and their silence are public.
 
 Differs: the signature covers U1 with its keys and U2 too, so that sites that were told different things sign different
 messages; keys are bound to the terms by HKDF; ``Shared.commitment`` lets the server see that a rebuilt b_v is right; shares are
@@ -135,7 +136,7 @@ class Trust:
     Attributes:
       identities: Ed25519 public keys (32 raw bytes) by site. **This list is what keeps the server out of the middle**: a server
         that may choose the identities can play every other site, and then it knows the vector. Get it from the other sites,
-        not from the server. ``pinned`` gives trust on first use where that cannot be done.
+        not from the server. Where that cannot be done, `machines.Member` remembers the keys that it saw first.
       colluders: how many other sites might work with a hostile server; terms that do not stand up to it are refused.
     """
 
@@ -167,24 +168,6 @@ class Trust:
                 next="Ask for a higher threshold (2t > n + colluders) or for more sites.",
                 code="secure_terms",
             )
-
-
-def pinned(identities: Mapping[str, bytes], claimed: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Trust on first use: ``identities`` with the claimed keys of names not yet in it; the site keeps the result for good.
-
-    What it gives: a server (or whoever sits between) that was honest when a name was first seen cannot put itself in later.
-    What it does not give: anything against a server that was hostile from the start, because it made the keys itself.
-
-    Raises: PrivacyRefused: a name whose key has changed.
-    """
-    changed = sorted(name for name, key in claimed.items() if identities.get(name, key) != key)
-    if changed:
-        raise PrivacyRefused(
-            f"identity of {', '.join(changed[:3])} · is another than before",
-            next="Ask that site, not the server, whether it has a new key; then change the list by hand.",
-            code="secure_unknown_site",
-        )
-    return {**claimed, **identities}
 
 
 @dataclass(frozen=True, kw_only=True)

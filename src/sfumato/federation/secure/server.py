@@ -9,14 +9,15 @@ ends with PrivacyRefused (``too_few_sites``). Nothing here protects anybody: wha
 sites' business (``site.py``); these checks keep one broken site from spoiling the sum unseen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
 from sfumato.errors import PrivacyRefused, UsageError
-from sfumato.federation.secure import keys, masks, protocol, shares
+from sfumato.federation.secure import keys, masks, protocol
+from sfumato.federation.secure.opening import Opened, opened
 from sfumato.federation.secure.protocol import Advertised, Ask, Exchange, Shared, Signed, Terms, Unmasked
 
 Reply = tuple[Mapping[str, Any], np.ndarray | None]
@@ -31,6 +32,7 @@ class Server:
     advertised: U1. shared: U2. survivors: U3. signatures: of U4.
     masked: Σ y_u over U3, in words. total: Σ x_u over U3, (length,) uint64 modulo 2^bits.
     left_out: by site, at which exchange and why.
+    liars: by site of U3 or U4, what it did to shares, of which enough were right (`opening`): its vector is in the total.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {**protocol.PLAIN, "arbitrary_types_allowed": True}  # the arrays
@@ -44,6 +46,7 @@ class Server:
     masked: np.ndarray | None = None
     total: np.ndarray | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    liars: Mapping[str, str] = field(default_factory=dict)
 
 
 def begin(terms: Terms, identities: Mapping[str, bytes]) -> Server:
@@ -82,7 +85,7 @@ def asks(server: Server) -> dict[str, dict[str, Any]]:
 def receive(server: Server, replies: Mapping[str, Reply]) -> Server:
     """The server after an exchange. replies: of the sites that answered, in any order; of those not asked none.
 
-    Raises: PrivacyRefused: fewer than t good replies (``too_few_sites``), or shares that do not fit what was promised
+    Raises: PrivacyRefused: fewer than t good replies (``too_few_sites``), or no t shares that fit what was promised
       (``wrong_share``). The sum was not made then, and this attempt is at its end.
     """
     match server.exchange:
@@ -162,28 +165,27 @@ def _unmasked(server: Server, replies: Mapping[str, Reply]) -> Server:
     server = replace(server, left_out=left_out)
     _enough(server, found)
 
-    helpers = sorted(found)[: terms.threshold]
-    points = [terms.point(site) for site in helpers]
-    coefficients = shares.at_zero(points)
+    seeds = _opened(
+        terms,
+        {name: {site: reply.seeds[name] for site, reply in found.items()} for name in server.survivors},
+        lambda name, secret: protocol.commitment(secret, terms=digest, site=name) == server.shared[name].commitment,
+    )
+    private = _opened(
+        terms,
+        {name: {site: reply.keys[name] for site, reply in found.items()} for name in silent},
+        lambda name, key: keys.public_of(key) == server.advertised[name].masking,
+    )
+    both = Opened(
+        secrets={}, wrong=(*seeds.wrong, *private.wrong), closed=tuple(sorted({*seeds.closed, *private.closed}))
+    )
+    told = {site: f"unmask: {said}" for site, said in both.told().items()}
+    if both.closed:
+        raise _wrong_share(both.closed, told, spare=len(found) - terms.threshold)
+    server = replace(server, liars=told)
 
-    def rebuilt(of: Mapping[str, bytes]) -> bytes | None:
-        return shares.join({terms.point(site): of[site] for site in helpers}, coefficients)
-
-    secrets, private = {}, {}
-    for name in server.survivors:
-        secret = rebuilt({site: found[site].seeds[name] for site in helpers})
-        if secret is None or protocol.commitment(secret, terms=digest, site=name) != server.shared[name].commitment:
-            raise _wrong_share(name)
-        secrets[name] = secret
-    for name in silent:
-        key = rebuilt({site: found[site].keys[name] for site in helpers})
-        if key is None or keys.public_of(key) != server.advertised[name].masking:
-            raise _wrong_share(name)
-        private[name] = key
-
-    for name, secret in secrets.items():
+    for name, secret in seeds.secrets.items():
         masks.subtract(words, protocol.self_mask_seed(secret, terms=digest, site=name))
-    for name, key in private.items():
+    for name, key in private.secrets.items():
         for other in server.survivors:
             seed = protocol.pair_seed(key, server.advertised[other].masking, terms=digest, one=name, other=other)
             (masks.subtract if other < name else masks.add)(words, seed)  # the survivor had added it if it came first
@@ -224,9 +226,17 @@ def _enough(server: Server, replied: Any) -> Server:
     return server
 
 
-def _wrong_share(site: str) -> PrivacyRefused:
+def _opened(terms: Terms, dealt: Mapping[str, Mapping[str, bytes]], fits: Callable[[str, bytes], bool]) -> Opened:
+    points = {name: terms.point(name) for name in terms.sites}
+    return opened(dealt, points, terms.threshold, fits)
+
+
+def _wrong_share(closed: Sequence[str], told: Mapping[str, str], *, spare: int) -> PrivacyRefused:
+    names = ", ".join(closed[:5])
+    why = "no set of enough sites agrees" if spare else "none was to spare, so who lied cannot be told"
+    who = "; ".join(f"{site}: {said}" for site, said in list(told.items())[:5])
     return PrivacyRefused(
-        f"shares of {site} · do not give what {site} had promised",
-        next="A site gave a wrong share, or dealt wrong ones; the sum was not made. Begin another round.",
+        f"shares of {names} · do not give what was promised: {why}{f' ({who})' if who else ''}",
+        next="The sum was not made. Begin another round; with shares to spare (dropouts: 1 or more) a site that lies is found.",
         code="wrong_share",
     )

@@ -42,14 +42,19 @@ def split(secret: bytes, points: Sequence[int], threshold: int) -> list[bytes]:
 
 def at_zero(points: Sequence[int]) -> list[int]:
     """Lagrange's coefficients: the value at 0 of a polynomial of degree < len(points) is their sum over its values, mod p."""
+    return at(points, 0)
+
+
+def at(points: Sequence[int], place: int) -> list[int]:
+    """The same, of the value at ``place``."""
     _check_points(points)
     found = []
     for point in points:
         above, below = 1, 1
         for other in points:
             if other != point:
-                above = above * other % PRIME
-                below = below * (other - point) % PRIME
+                above = above * (place - other) % PRIME
+                below = below * (point - other) % PRIME
         found.append(above * pow(below, -1, PRIME) % PRIME)
     return found
 
@@ -61,11 +66,21 @@ def join(shares: Mapping[int, bytes], coefficients: Sequence[int] | None = None)
     """
     if coefficients is None:
         coefficients = at_zero(list(shares))
+    secret = _sum(shares, coefficients)
+    return None if secret is None or secret >= 2**256 else secret.to_bytes(SECRET_BYTES, "big")
+
+
+def value(shares: Mapping[int, bytes], coefficients: Sequence[int]) -> bytes | None:
+    """The share that belongs to these where ``coefficients`` say (``at``); None where they are no shares."""
+    found = _sum(shares, coefficients)
+    return None if found is None else found.to_bytes(SHARE_BYTES, "big")
+
+
+def _sum(shares: Mapping[int, bytes], coefficients: Sequence[int]) -> int | None:
     values = [int.from_bytes(share, "big") for share in shares.values()]
     if any(len(share) != SHARE_BYTES for share in shares.values()) or any(value >= PRIME for value in values):
         return None
-    secret = sum(c * value for c, value in zip(coefficients, values, strict=True)) % PRIME
-    return secret.to_bytes(SECRET_BYTES, "big") if secret < 2**256 else None
+    return sum(c * value for c, value in zip(coefficients, values, strict=True)) % PRIME
 
 
 def _check_points(points: Sequence[int]) -> None:
