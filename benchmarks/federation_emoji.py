@@ -33,35 +33,35 @@ CLIP, CLIP_OF_MANY = 1.0, 1.0  # of an update of the model below
 FACTS = ("style", "group")
 RECALL = ("image→text R@10", "text→image R@10")
 FRESH = "fresh-"  # rows of a model that begins at no icons
-MANY = 200
+MANY = 295
 
 
 def _few(says: str, **fields: Any) -> Row:
-    return Row(**{"says": says, "sites": 3, "batch": 512, **fields})
+    return Row(**{"says": says, "sites": 3, "local_steps": 40, "batch": 2_048, **fields})
 
 
 def _many(says: str, mechanism: of.Mechanism) -> Row:
-    """5 steps a round, of half of what a site has."""
-    return _few(says, mechanism=mechanism, by="holder", sites=MANY, local_steps=5, batch=2_240)
+    """4 rounds of 10 steps, of half of what a site has."""
+    return _few(says, mechanism=mechanism, by="holder", sites=MANY, rounds=4, local_steps=10, batch=2_240)
 
 
-ONE: dict[str, Any] = {"sites": 1, "rounds": 1, "local_steps": 120}
+ONE: dict[str, Any] = {"sites": 1, "rounds": 1, "local_steps": 240}
 STYLE, GROUP = "3 houses, a style each", "10 collections, a group of subjects each"
 ROWS: dict[str, Row] = {
-    "fresh-one-place": _few("fresh weights: all at one place, 120 steps", **ONE),
-    "fresh-one-place-8": _few("fresh weights: all at one place, 120 steps", **ONE, private=True),
+    "fresh-one-place": _few("fresh weights: all at one place, 240 steps", **ONE),
+    "fresh-one-place-8": _few("fresh weights: all at one place, 240 steps", **ONE, private=True),
     "fresh-unlike": _few(f"fresh weights: {STYLE}", by="style"),
     "fresh-unlike-8": _few(f"fresh weights: {STYLE}", by="style", private=True),
-    "one-place": _few("all at one place, 120 steps", **ONE),
-    "one-place-8": _few("all at one place, 120 steps", **ONE, private=True),
+    "one-place": _few("all at one place, 240 steps", **ONE),
+    "one-place-8": _few("all at one place, 240 steps", **ONE, private=True),
     "alike": _few("3 sites, mixed"),
     "alike-8": _few("3 sites, mixed", private=True),
     "unlike": _few(STYLE, by="style"),
     "unlike-8": _few(STYLE, by="style", private=True),
     "prox": _few(f"{STYLE}, FedProx μ = 0.01", by="style", proximal=0.01),
     "prox-8": _few(f"{STYLE}, FedProx μ = 0.01", by="style", private=True, proximal=0.01),
-    "long": _few(f"{STYLE}, 2 rounds of 60 steps", by="style", rounds=2, local_steps=60),
-    "long-prox": _few(f"{STYLE}, 2 rounds of 60 steps, FedProx μ = 0.1", by="style", rounds=2, local_steps=60, proximal=0.1),
+    "long": _few(f"{STYLE}, 2 rounds of 120 steps", by="style", rounds=2, local_steps=120),
+    "long-prox": _few(f"{STYLE}, 2 rounds of 120 steps, FedProx μ = 0.1", by="style", rounds=2, local_steps=120, proximal=0.1),
     "groups": _few(GROUP, by="group", sites=10),
     "groups-8": _few(GROUP, by="group", sites=10, private=True),
     "groups-prox": _few(f"{GROUP}, FedProx μ = 0.01", by="group", sites=10, proximal=0.01),
@@ -85,14 +85,14 @@ def base() -> Recipe:
         wanted,
         name="benchmark",
         model=ModelSettings(
-            image=Cosine(kept=8),
-            text=HashedWords(buckets=1024, width=32),
-            backbone=Mlp(width=128, depth=2),
+            image=Cosine(kept=6),
+            text=HashedWords(buckets=256, width=16),
+            backbone=Mlp(width=64, depth=1),
             objective=wanted.model.objective,
             sampling=wanted.model.sampling,
         ),
         public_start=replace(wanted.public_start, steps=1_500),
-        training=replace(wanted.training, learning_rate=3e-3, warmup_steps=0),
+        training=replace(wanted.training, learning_rate=1e-2, warmup_steps=0),
     )
 
 

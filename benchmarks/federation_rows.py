@@ -58,7 +58,7 @@ def site_level(clip: float, *, sites: int, adaptive: bool) -> dict[str, of.Mecha
     found: dict[str, of.Mechanism] = {
         "update-level": of.UpdateLevel(**eight),
         "central": of.Central(**eight),
-        "central-adaptive": of.Central(**eight, clipping="adaptive", count_noise=None if sites > 100 else 2.0),
+        "central-adaptive": of.Central(**eight, clipping="adaptive", count_noise=None if sites >= 100 else 2.0),
         "local-and-global": of.LocalAndGlobal(**eight, server_epsilon=4.0),
         "ldp-fl": of.LdpFl(epsilon=8.0),
         "distributed": of.Distributed(**eight),
@@ -155,10 +155,11 @@ def train(
 
 
 def of_noise(model: Any, draw: int) -> Any:
-    """The model with weights that say nothing: normal ones, of standard deviation 1. What it reaches, chance reaches."""
+    """The model with weights that say nothing: normal ones, of standard deviation 1.5, about what
+    ``update_level`` leaves at 200 sites. What it reaches, chance reaches."""
     generator = torch.Generator().manual_seed(draw)
     state = local.trained_state(model)
-    local.load_trained(model, {name: torch.randn(t.shape, generator=generator) for name, t in state.items()})
+    local.load_trained(model, {name: 1.5 * torch.randn(t.shape, generator=generator) for name, t in state.items()})
     return model.eval()
 
 
