@@ -29,7 +29,7 @@ from sfumato.training.folder import RunFolder
 PREFIX = "emoji-"
 NOISE = "noise-alone"
 PRIVACY = PrivacySettings(unit="record", epsilon=8.0, max_grad_norm=0.3)
-CLIP, CLIP_OF_MANY = 1.0, 1.0  # of an update of the model below
+CLIP, CLIP_OF_MANY = 1.0, 4.0  # of an update of the model below
 FACTS = ("style", "group")
 RECALL = ("image→text R@10", "text→image R@10")
 FRESH = "fresh-"  # rows of a model that begins at no icons
