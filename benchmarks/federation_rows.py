@@ -52,12 +52,19 @@ class Row:
     hostile: Literal["", "flipped", "scaled"] = ""
 
 
+ADJACENCY = (
+    "Neighbours: under central, central-adaptive a site's data are there or are not (zero_out); under the others they are exchanged for any "
+    "other (replace_one), which moves a sum twice as far and is the stronger claim: central-replaced is central under it."
+)
+
+
 def site_level(clip: float, *, sites: int, adaptive: bool) -> dict[str, of.Mechanism]:
     """Every mechanism whose unit is the site, at a true epsilon of 8 over all rounds."""
     eight: dict[str, Any] = {"epsilon": 8.0, "max_update_norm": clip}
     found: dict[str, of.Mechanism] = {
         "update-level": of.UpdateLevel(**eight),
         "central": of.Central(**eight),
+        "central-replaced": of.Central(**eight, adjacency="replace_one"),
         "central-adaptive": of.Central(**eight, clipping="adaptive", count_noise=None if sites >= 100 else 2.0),
         "local-and-global": of.LocalAndGlobal(**eight, server_epsilon=4.0),
         "ldp-fl": of.LdpFl(epsilon=8.0),
