@@ -16,6 +16,10 @@ from typing import Any
 
 import federation_clinic
 import federation_emoji
+import torch
+
+from sfumato import building
+from sfumato.federation.local import load_trained, trained_state
 
 BENCHES: tuple[Any, ...] = (federation_clinic, federation_emoji)
 ROWS = {f"{bench.PREFIX}{name}": (bench, name) for bench in BENCHES for name in (*bench.ROWS, bench.NOISE)}
@@ -28,10 +32,13 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("runs/federation-benchmark"),
-        help="ledgers, while a row runs; weights of icons",
+        help="ledgers, while a row runs; weights",
     )
     arguments.add_argument("--out", type=Path, default=Path("benchmarks/results/federation"))
     arguments.add_argument("--again", action="store_true", help="measure rows anew that are done")
+    arguments.add_argument(
+        "--train-only", action="store_true", help="keep weights in --work, for a later call to measure"
+    )
     given = arguments.parse_args()
     for folder in (given.out, given.work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,17 +47,31 @@ def main() -> None:
         wanted = [name for name in names if given.again or not (given.out / f"{name}.json").is_file()]
         if not wanted:
             continue
-        say(f"reading the data, training the judges: {module.__name__}")
+        say(f"reading the data: {module.__name__}")
         bench = module.Bench(given.work)
         for name in wanted:
-            row = ROWS[name][1]
-            found = {**(bench.noise() if row == module.NOISE else bench.measure(row, module.ROWS[row])), "row": row}
-            say(f"{name}: kappa {found['kappa']:.3f}, {found.get('processor_seconds', 0):.0f} s of processor time")
-            text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+            row, weights = ROWS[name][1], given.work / f"{name}.pt"
+            if row != module.NOISE and (given.again or not weights.is_file()):
+                model, found = bench.train(row, module.ROWS[row])
+                torch.save((trained_state(model), found), weights)
+                say(f"{name}: trained, {found['processor_seconds']:.0f} s of processor time")
+            if given.train_only:
+                continue
+            found = bench.noise() if row == module.NOISE else measured(bench, weights)
+            say(f"{name}: kappa {found['kappa']:.3f}")
+            text = json.dumps({**found, "row": row}, indent=1, sort_keys=True) + "\n"
             (given.out / f"{name}.json").write_text(text, encoding="utf-8")
             (given.out / "table.md").write_text(table(given.out), encoding="utf-8")
     (given.out / "table.md").write_text(table(given.out), encoding="utf-8")
     print(table(given.out))
+
+
+def measured(bench: Any, weights: Path) -> dict[str, Any]:
+    """Of weights that were trained, by this process or by another one."""
+    state, found = torch.load(weights, weights_only=True)
+    model = building.build(bench.recipe)
+    load_trained(model, state, home={})
+    return {**found, **bench.measure(model.eval())}
 
 
 def say(line: str) -> None:

@@ -6,11 +6,12 @@ from other public records reads in its films: 1 is perfect, 0 is guessing.
 """
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from federation_rows import Row, done, loads, of_chance, of_noise, said, site_level, split, train
+from federation_rows import ADJACENCY, Row, done, loads, of_chance, of_noise, said, site_level, split, train
 
 from sfumato import building, stages, workflow
 from sfumato.evaluation import agreement, readers, report
@@ -100,26 +101,34 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.work, self.recipe = work, base()
         self.prepared = stages.load(self.recipe)
-        learnt, held_out = report.halves(self.prepared.public, 0)
-        facts = tuple(self.prepared.facts)
-        self.reader = readers.make("image", learnt, facts, EvaluationSettings(judge_seconds=100), seed=0)
+        self.learnt, held_out = report.halves(self.prepared.public, 0)
         self.asked = held_out[:ASKED]
-        self.facts = readers.known(self.asked, facts)
+        self.facts = readers.known(self.asked, tuple(self.prepared.facts))
         self.tables: dict[tuple[int, str], dict[str, Any]] = {}
-        self.real = agreement.mean_kappa(self.facts, self.reader.read(self.asked), resamples=2, seed=0)[0]
 
-    def measure(self, name: str, row: Row) -> dict[str, Any]:
+    @cached_property
+    def reader(self) -> readers.Reader:
+        facts = tuple(self.prepared.facts)
+        return readers.make("image", self.learnt, facts, EvaluationSettings(judge_seconds=100), seed=0)
+
+    @cached_property
+    def real(self) -> float:
+        return agreement.mean_kappa(self.facts, self.reader.read(self.asked), resamples=2, seed=0)[0]
+
+    def train(self, name: str, row: Row) -> tuple[Any, dict[str, Any]]:
         key = (row.sites, row.by)
         if key not in self.tables:
             self.tables = {key: split(building.build(self.recipe), self.prepared.private, row)}
-        model, found = train(self.recipe, name, row, self.tables[key], PRIVACY, self.work)
+        return train(self.recipe, name, row, self.tables[key], PRIVACY, self.work)
+
+    def measure(self, model: Any) -> dict[str, Any]:
         read = self._read(model)
         value, low, high = agreement.mean_kappa(self.facts, read, seed=0)
         each = {
             fact: agreement.mean_kappa({fact: self.facts[fact]}, {fact: read[fact]}, resamples=2, seed=0)[0]
             for fact in self.facts
         }
-        return {**found, "kappa": value, "low": low, "high": high, "kappas": each, "kappa_real": self.real}
+        return {"kappa": value, "low": low, "high": high, "kappas": each, "kappa_real": self.real}
 
     def noise(self) -> dict[str, Any]:
         """Twenty models whose weights are noise: what a row must be beyond, to have learnt anything."""
@@ -149,5 +158,5 @@ def table(out: Path) -> list[str]:
     if found:
         real = f"the judge reads real held-out films at κ = {found[0]['kappa_real']:.3f}"
         lines += ["", f"{found[0]['parameters']:,} parameters; {real}. {loads(found)}"]
-    lines += ["", *(of_chance(row) for row in done(out, [NOISE]))]
+    lines += ["", *(of_chance(row) for row in done(out, [NOISE])), "", ADJACENCY]
     return lines

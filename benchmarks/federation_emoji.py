@@ -8,11 +8,12 @@ from other public emoji reads in the pictures; the Fréchet distance of a small 
 
 import sys
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from federation_rows import Row, done, loads, of_chance, of_noise, said, site_level, split, train
+from federation_rows import ADJACENCY, Row, done, loads, of_chance, of_noise, said, site_level, split, train
 
 from sfumato import building, pretraining, stages, workflow
 from sfumato.evaluation import agreement, pairing, readers, report
@@ -30,10 +31,11 @@ PREFIX = "emoji-"
 NOISE = "noise-alone"
 PRIVACY = PrivacySettings(unit="record", epsilon=8.0, max_grad_norm=0.3)
 CLIP, CLIP_OF_MANY = 1.0, 4.0  # of an update of the model below
+LONG = 7_200.0  # seconds: the judges end by themselves, so that they are the same ones every time
 FACTS = ("style", "group")
 RECALL = ("image→text R@10", "text→image R@10")
 FRESH = "fresh-"  # rows of a model that begins at no icons
-MANY = 295
+MANY = 100
 
 
 def _few(says: str, **fields: Any) -> Row:
@@ -41,8 +43,8 @@ def _few(says: str, **fields: Any) -> Row:
 
 
 def _many(says: str, mechanism: of.Mechanism) -> Row:
-    """4 rounds of 10 steps, of half of what a site has."""
-    return _few(says, mechanism=mechanism, by="holder", sites=MANY, rounds=4, local_steps=10, batch=2_240)
+    """Half of what a site has in each step."""
+    return _few(says, mechanism=mechanism, by="holder", sites=MANY, local_steps=20)
 
 
 ONE: dict[str, Any] = {"sites": 1, "rounds": 1, "local_steps": 240}
@@ -97,32 +99,35 @@ def base() -> Recipe:
 
 
 class Bench:
-    """The records, the judges that learnt from half of the public ones, and the weights that icons made."""
+    """The records, the weights that icons made, and the judges that learnt from half of the public records."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.recipe = work, base()
         self.prepared = stages.load(self.recipe)
         self.private = [_held(record) for record in self.prepared.private]
-        learnt, self.asked = report.halves([_told(record) for record in self.prepared.public], 0)
-        self.reader = readers.make("image", learnt, FACTS, EvaluationSettings(judge_seconds=60), seed=0)
+        self.learnt, self.asked = report.halves([_told(record) for record in self.prepared.public], 0)
         self.facts = readers.known(self.asked, FACTS)
-        self.pairs = pairing.train(
-            readers.views("image", learnt), readers.texts_of(learnt), [report.group_of(r) for r in learnt],
-            seconds=60, seed=0, pretrained=False,
-        )  # fmt: skip
-        seen: set[str] = set()
-        self.one_each = [
-            i for i, r in enumerate(self.asked) if not (report.group_of(r) in seen or seen.add(report.group_of(r)))
-        ]
+        self.one_each = list({report.group_of(record): i for i, record in enumerate(self.asked)}.values())
         self.start = self._public_start()
         self.tables: dict[tuple[int, str], dict[str, Any]] = {}
-        self.beside = {"real": self.quality(self.asked)}
-        fresh = building.build(self.recipe).eval()
-        self.beside["start"] = self.quality(self._made(self._begun(fresh)))
 
-    def _begun(self, model: Any) -> Any:
+    @cached_property
+    def reader(self) -> readers.Reader:
+        return readers.make("image", self.learnt, FACTS, EvaluationSettings(judge_seconds=LONG), seed=0)
+
+    @cached_property
+    def pairs(self) -> pairing.Pairing:
+        return pairing.train(
+            readers.views("image", self.learnt), readers.texts_of(self.learnt), [report.group_of(r) for r in self.learnt],
+            seconds=LONG, seed=0, pretrained=False,
+        )  # fmt: skip
+
+    @cached_property
+    def beside(self) -> dict[str, Any]:
+        """What real pictures reach, and what the weights do that icons made."""
+        model = building.build(self.recipe)
         pretraining.load(self._run, model)
-        return model.eval()
+        return {"real": self.quality(self.asked), "start": self.quality(self._made(model.eval()))}
 
     @property
     def _run(self) -> RunFolder:
@@ -175,7 +180,7 @@ class Bench:
             "concepts": len(self.one_each),
         }
 
-    def measure(self, name: str, row: Row) -> dict[str, Any]:
+    def train(self, name: str, row: Row) -> tuple[Any, dict[str, Any]]:
         key = (row.sites, row.by)
         if key not in self.tables:
             self.tables = {key: split(building.build(self.recipe), self.private, row)}
@@ -183,13 +188,10 @@ class Bench:
         recipe = replace(self.recipe, public_start=None)  # done above
         model, found = train(recipe, name, row, self.tables[key], PRIVACY, self.work, start)
         sizes = sorted(table.num_units for table in self.tables[key].values())
-        return {
-            **found,
-            **self.quality(self._made(model)),
-            "beside": self.beside,
-            "smallest": sizes[0],
-            "largest": sizes[-1],
-        }
+        return model, {**found, "smallest": sizes[0], "largest": sizes[-1]}
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        return {**self.quality(self._made(model)), "beside": self.beside}
 
 
 def _told(record: Record) -> Record:
@@ -229,7 +231,7 @@ def table(out: Path) -> list[str]:
         concepts = found[0]["beside"]["real"]["concepts"]
         recall = f"R@10 is among {concepts} concepts: chance is {10 / concepts:.3f}"
         lines += ["", f"{found[0]['parameters']:,} parameters; {held}. {recall}. {loads(found)}"]
-    lines += ["", *(of_chance(row) for row in done(out, [f"{PREFIX}{NOISE}"]))]
+    lines += ["", *(of_chance(row) for row in done(out, [f"{PREFIX}{NOISE}"])), "", ADJACENCY]
     return lines
 
 

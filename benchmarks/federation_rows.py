@@ -53,8 +53,8 @@ class Row:
 
 
 ADJACENCY = (
-    "Neighbours: under central, central-adaptive a site's data are there or are not (zero_out); under the others they are exchanged for any "
-    "other (replace_one), which moves a sum twice as far and is the stronger claim: central-replaced is central under it."
+    "Neighbours: under central and central-adaptive a site's data are there or are not (zero_out); under the others they are exchanged "
+    "for any other (replace_one), which moves a sum twice as far and is the stronger claim: central-replaced is central under it."
 )
 
 
