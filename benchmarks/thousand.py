@@ -18,13 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from federation import NOT_PRIVATE
 from sfumato import building, federating, stages, workflow
 from sfumato.federation import simulate
 from sfumato.federation.mechanism_settings import Central
 from sfumato.federation.policy import WITHOUT_TRUST, SitePolicy
 from sfumato.federation.settings import Everyone, FederationSettings, Uniform
 from sfumato.models.settings import Cosine, HashedWords, Mlp, ModelSettings, Variational
+from sfumato.privacy.settings import PrivacySettings
 
 
 def megabytes() -> float:
@@ -57,7 +57,7 @@ def main() -> None:
             backbone=Mlp(width=32, depth=1),
             objective=Variational(experts="mixture_of_products", latent=8),
         ),
-        privacy=replace(NOT_PRIVATE, unit="record", records_per_unit=1),
+        privacy=PrivacySettings(mechanism="none", unit="record", max_grad_norm=1.0),
         federation=federation,
     )
     recipe = replace(recipe, training=replace(recipe.training, expected_batch_size=10 * given.sites, warmup_steps=0))

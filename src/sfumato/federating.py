@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, measuring, stages, warm_parts, warming
+from sfumato import building, measuring, pretraining, stages, warm_parts, warming
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.opening import PREFIX, Released
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Engine = Callable[[Sequence[Site], Work, RunFolder], AbstractContextManager[Exchange]]
 
 SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
+_NOTHING_YET: dict[str, Any] = {"rounds": [], "sites": [], "epsilon": None, "bytes_up": 0, "bytes_down": 0}
 
 
 def here(members: "Sequence[Site]", work: "Work", folder: RunFolder) -> "AbstractContextManager[Exchange]":
@@ -67,7 +68,8 @@ def run(
     prepared: Any = None,
 ) -> dict[str, Any]:
     """Rounds of what each site learnt under its own plan, made private by ``federation.mechanism``, charged to the ledger of
-    who adds the noise.
+    who adds the noise. With ``public_start`` the server trains on public records before the first round, and sends what it
+    learnt from them as the weights that every site begins at: no site reads those records.
 
     Args:
       resume: the folder of a run that was begun; what is done in it is not done again.
@@ -78,16 +80,12 @@ def run(
     Raises: UsageError for what sites cannot do; PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
     """
     from sfumato.federation import mechanisms, rounds
-    from sfumato.federation.local import load_trained
+    from sfumato.federation.local import load_trained, trained_state
     from sfumato.federation.simulate import simulate
     from sfumato.training.interrupt import interruptible
 
-    if recipe.public_start is not None:
-        raise UsageError(
-            "public_start · is of `sfumato train`: sites begin at the recipe's fresh weights",
-            next="Leave public_start out, or train at one place.",
-        )
     federation = recipe.federation
+    _check_public_start(recipe)
     if prepared is None:
         progress(f"{recipe.name}: reading the data")
         prepared = stages.load(recipe)
@@ -109,8 +107,12 @@ def run(
     members = [replace(site, ledger=folder.path / site.ledger) for site in members]
     stages.mark_begun(folder, recipe)
     progress(f"{recipe.name}: writing to {folder.path}")
-    result, seconds, processor = None, 0.0, 0.0
+    result, seconds, processor, start = None, 0.0, 0.0, None
     if not folder.finished:
+        if recipe.public_start is not None:
+            if pretraining.begin(folder, recipe, prepared, model, progress) == "interrupted":
+                return {**_answer(folder, _NOTHING_YET), "quality": {}, "stopped": "interrupted"}
+            start = trained_state(model)
         shown = _Shown(recipe, folder, prepared, model, members, stated, progress)
         began, processor = time.monotonic(), time.process_time()
         with engine(members, work, folder) as exchange, interruptible() as stop:
@@ -120,6 +122,7 @@ def run(
                 run=folder.name,
                 folder=folder.path / SERVER,
                 resume=resume is not None,
+                start=start,
                 on_round=shown,
                 pause=stop.is_set,
                 exchange=exchange,
@@ -176,6 +179,25 @@ class _Opened:
             self._folder, self._recipe, self._model, own, dict(released.tensors), stds, self._prompts, self._progress
         )
         return trained_state(self._model) if stopped == "steps" else None
+
+
+def _check_public_start(recipe: Recipe) -> None:
+    """Raises UsageError where a site would not begin at what public records made: it is sent the exchanged parameters, no others."""
+    if recipe.public_start is None:
+        return
+    pretraining.refuse(recipe)
+    federation = recipe.federation
+    for name, given in (
+        ("public_start.trained", recipe.public_start.trained),
+        ("federation.home", federation.home),
+        ("federation.holds", federation.holds),
+    ):
+        if given:
+            raise UsageError(
+                f"{name} = {', '.join(given)} · with public_start, all parameters are trained by every site: what is not sent to it would "
+                "begin as it was built, not at the public weights",
+                next=f"Leave {name} out, or public_start.",
+            )
 
 
 class _Shown:
@@ -254,7 +276,7 @@ def members_here(recipe: Recipe, prepared: Any, model: Any, policy: SitePolicy |
     federation = recipe.federation
     if policy is None:
         policy = SitePolicy(allowed_mechanisms=tuple({*WITHOUT_TRUST, federation.mechanism.kind}))
-    split = split_by_site(prepared.private, federation.sites)
+    split = split_by_site(prepared.private, federation.sites, recipe.data.site_column)
     counted = tuple(len({record.unit for record in records}) for records in split.values())
     plans = plans_for(recipe, dict(zip(split, federation.populations or counted, strict=True)))
     accounts = prepared.account_home / ".sfumato"
@@ -484,7 +506,11 @@ def _claim(
 ) -> Guarantee:
     """Every person's epsilon is that of their own site; what is said of all is the largest."""
     why_not = "a federated run has a ledger for each site; a bundle states one"
-    inside = stages.boundary(recipe, family=model.boundary())
+    inside = stages.boundary(
+        recipe,
+        family=model.boundary(),
+        start=() if recipe.public_start is None else pretraining.boundary(folder, recipe, model),
+    )
     if isinstance(stated, NotPrivate):
         return guarantee(stated, [], boundary=inside)
     if promise.at_site is None and promise.at_server is not None:

@@ -435,7 +435,7 @@ class Member:
         prepared = stages.load(_with_data(recipe, self._data))
         records: Sequence[Any] = prepared.private
         if self._share is not None:
-            records = list(split_by_site(records, self._share[1]).values())[self._share[0] - 1]
+            records = list(split_by_site(records, self._share[1], recipe.data.site_column).values())[self._share[0] - 1]
         self._read = (recipe, records, prepared.account_home)
         return self._read[1:]
 

@@ -17,6 +17,7 @@ from sfumato.data.fetch import IDX_FILES
 from sfumato.data.prepare import load
 from sfumato.data.settings import DataSettings
 from sfumato.errors import DataError, UsageError
+from sfumato.federation.simulate import split_by_site
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -102,6 +103,9 @@ def test_read_idx_is_the_inverse_of_the_format(tmp_path):
     np.testing.assert_array_equal(read_idx(tmp_path / "x"), values)
 
 
+EMOJI_GROUPS = ({"group": 0, "subgroup": 3}, {"group": 8, "subgroup": 90}, {"group": 3, "subgroup": 29}, {})
+
+
 @pytest.fixture
 def emoji(tmp_path: Path) -> Path:
     """Four concepts; the last has no third style; names are spelt as each package spells them."""
@@ -113,8 +117,8 @@ def emoji(tmp_path: Path) -> Path:
     ]
     (tmp_path / "captions").mkdir()
     rows = [
-        {"hexcode": code, "label": f"label {i}", "tags": [f"tag {i}{letter}" for letter in "abcdef"]}
-        for i, (_, code, _) in enumerate(codes)
+        {"hexcode": code, "label": f"label {i}", "tags": [f"tag {i}{letter}" for letter in "abcdef"], **group}
+        for i, ((_, code, _), group) in enumerate(zip(codes, EMOJI_GROUPS, strict=True))
     ]
     rows.append({"hexcode": "1F1E6", "label": "no picture"})
     (tmp_path / "captions" / "en.json").write_text(json.dumps(rows))
@@ -150,6 +154,21 @@ def test_of_emoji_whose_words_alone_are_asked_for_no_picture_is_decoded(emoji, m
     records = load(data, unit="record").private
     assert len(records) == 11
     assert all(record.image is None and record.text for record in records)
+
+
+def test_emoji_say_what_sites_may_be_made_of(emoji):
+    """The house that drew it, what it is of: public properties, for ``data.site_column``."""
+    records = load(DataSettings(source="emoji", path=str(emoji), channels=3, public_units=0), unit="record").private
+    groups = {(r.metadata["concept"], r.metadata["group"], r.metadata["subgroup"]) for r in records}
+    assert groups == {
+        ("1f600", "smileys", "smileys 3"),
+        ("0023-20e3", "symbols", "symbols 90"),
+        ("1f98a", "animals", "animals 29"),
+        ("1f34e", "letters", "letters"),
+    }
+    by_style = split_by_site(records, 3, "style")
+    assert {name: len(part) for name, part in by_style.items()} == {"3d": 3, "flat": 4, "shaded": 4}
+    assert all(r.metadata["style"] == name for name, part in by_style.items() for r in part)
 
 
 def test_emoji_are_split_by_concept(emoji):

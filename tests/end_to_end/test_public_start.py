@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.end_to_end.test_releases import rebuilt
 from tests.test_workflow import Interrupt
 
-from sfumato import measuring, pretraining, stages, workflow
+from sfumato import building, measuring, pretraining, stages, workflow
 from sfumato.data import prepare
 from sfumato.errors import DataError, UsageError
 from sfumato.evaluation import features
@@ -94,7 +94,7 @@ def home(tmp_path, monkeypatch):
 def trains_only(monkeypatch):
     """Nothing is measured, attacked or released after the training: that is not what these tests are about."""
     for module, name in ((measuring, "evaluate"), (measuring, "audit"), (stages, "render")):
-        monkeypatch.setattr(module, name, lambda *args, **rest: None)
+        monkeypatch.setattr(module, name, lambda *args, **rest: {})
     monkeypatch.setattr(stages, "release", lambda *args: [])
 
 
@@ -364,6 +364,65 @@ def test_where_all_public_records_are_measured_ones_nothing_begins(tmp_path, tra
     assert steps_charged(tmp_path / "runs" / "tiny" / "v1") == []
 
 
-def test_a_federation_refuses_it(tmp_path):
-    with pytest.raises(UsageError, match="public_start · is of `sfumato train`"):
-        workflow.federate(recipe_file(tmp_path), out=tmp_path / "runs")
+# -- a federation --
+
+
+def federated(home: Path, **federation: Any) -> str:
+    """Two sites, by a column of 8 values; the steps hardly move the weights, so that it is seen where they begin."""
+    if not (home / "mine").exists():
+        records(home / "mine", [WORDS[i % 8] for i in range(280)], seed=1)
+        records(home / "others", [f"cow {i}" for i in range(20)], seed=2)
+    return recipe_file(
+        home,
+        trained=[],
+        data={"site_column": "label"},
+        training={"learning_rate": 1e-12, "warmup_steps": 0},
+        federation={"sites": 2, "rounds": 2, "local_steps": 3, **federation},
+    )
+
+
+def test_every_site_begins_at_what_the_server_learnt_from_public_records_and_is_charged_its_own_steps(
+    tmp_path, trains_only
+):
+    answer = workflow.federate(federated(tmp_path), out=tmp_path / "runs")
+    run = Path(answer["run"])
+    start = load_file(run / "public" / "model.safetensors")
+    fresh = building.build(workflow.resolve(federated(tmp_path))).state_dict()
+    moved = sum(not torch.equal(value, fresh[name]) for name, value in start.items())
+    assert moved == len([name for name in fresh if not name.startswith("codecs")]) > 5
+    seen = 0
+    for file in sorted((run / "model").glob("*/*.safetensors")):
+        for name, value in load_file(file).items():
+            torch.testing.assert_close(value, start[f"{file.parent.name}.{name}"], rtol=0, atol=1e-9)
+            seen += 1
+    assert seen == len(start)
+    assert [site["name"] for site in answer["sites"]] == ["boat + cat + house + sun", "car + dog + moon + tree"]
+    for number in (1, 2):
+        spent = show(run / "sites" / f"site-{number}" / "ledger.db")
+        assert sum(event["count"] for event in spent["events"]) == 6
+    boundary = read(run, "reports/privacy.json")["boundary"]
+    assert [s for s in boundary if s.startswith("Declared public: the weights that the private steps began at")]
+
+
+def test_a_federation_that_is_interrupted_in_its_public_training_spends_nothing_and_is_resumed(tmp_path, trains_only):
+    recipe = federated(tmp_path)
+    stopped = workflow.federate(recipe, out=tmp_path / "runs", progress=Interrupt("public start, training: step 1"))
+    assert (stopped["stopped"], stopped["rounds"], stopped["sites"]) == ("interrupted", 0, [])
+    assert not list(Path(stopped["run"]).glob("sites/*/ledger.db"))
+    answer = workflow.federate(recipe, out=tmp_path / "runs", resume=True)
+    assert (answer["run"], answer["rounds"]) == (stopped["run"], 2) and answer.get("stopped") is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "federation", "name"),
+    [
+        (TRAINED, {}, "public_start.trained"),
+        ([], {"home": ["denoiser.outward"]}, "federation.home"),
+        ([], {"holds": {"north": ["denoiser"]}}, "federation.holds"),
+    ],
+)
+def test_a_federation_refuses_public_weights_that_a_site_would_not_be_sent(tmp_path, trained, federation, name):
+    recipe = recipe_file(tmp_path, trained=trained, federation={"sites": 2, **federation})
+    with pytest.raises(UsageError, match=f"{name} = .* would begin as it was built, not at the public weights"):
+        workflow.federate(recipe, out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

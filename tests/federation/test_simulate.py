@@ -188,6 +188,22 @@ def test_records_are_split_by_their_site_and_nobody_is_lost_or_torn_apart():
     assert {r.metadata["site"] for r in simulate.split_by_site(make_records("ABC"), 3)["B"]} == {"B"}
 
 
+def test_records_are_split_by_the_column_that_was_named_or_not_at_all():
+    records = [replace(r, metadata={**r.metadata, "house": "xy"[int(r.unit[1:]) % 2]}) for r in make_records("ABC")]
+    split = simulate.split_by_site(records, 2, "house")
+    assert {name: {r.metadata["house"] for r in part} for name, part in split.items()} == {"x": {"x"}, "y": {"y"}}
+    assert sum(map(len, split.values())) == len(records)
+    with pytest.raises(
+        UsageError, match="site_column = house, sites = 3 · 0 of 80 records lack it; there are 2 values"
+    ):
+        simulate.split_by_site(records, 3, "house")
+    with pytest.raises(UsageError, match="site_column = floor, sites = 1 · 80 of 80 records lack it"):
+        simulate.split_by_site(records, 1, "floor")
+    records[7] = replace(records[7], metadata={"site": "A", "house": ""})
+    with pytest.raises(UsageError, match="1 of 80 records lack it; there are 2 values"):
+        simulate.split_by_site(records, 2, "house")
+
+
 def test_one_unit_more_moves_no_other_unit_to_another_site():
     """What makes the sites' data disjoint for neighbouring data sets, whatever unit is left out."""
     records = [replace(r, metadata={}) for r in make_records("ABC")]

@@ -15,6 +15,7 @@ EXPLAINED = {
     "data.units": "clinic only: how many patients to make up",
     "data.public_units": "set aside by a hash of their name, shown in reports, never trained on: they are NOT protected",
     "data.unit_column": "the column that names the person; null makes every record its own unit",
+    "data.site_column": "sfumato federate on one machine: the metadata column that says which site holds a record, such as style",
     "data.text_column": "the column that holds the text; null takes text or caption",
     "data.modalities": "what is read, for example [text, audio]; null takes what the source usually has",
     "data.may_lack": "true lets a record lack some of them, but not all",

@@ -237,9 +237,17 @@ STYLES = {
 }
 
 
+GROUPS = (  # Unicode's, in the order of their numbers in the captions
+    "smileys", "people", "components", "animals", "food", "travel", "activities", "objects", "symbols", "flags"
+)  # fmt: skip
+
+
 class Emoji(Entries):
     """Pictures of emoji in three styles with a caption: label, some tags, the style word. A record is its own unit, but
     sets are split by ``metadata["concept"]``, because the styles of one concept, and its captions, say nearly the same.
+
+    Who holds which, in a federation: by ``style``, three houses that each drew all (Twitter, Google, Microsoft); by ``group``,
+    ten collections of different subjects; by ``subgroup``, a hundred.
     """
 
     name = "emoji"
@@ -247,6 +255,7 @@ class Emoji(Entries):
 
     def __init__(self, folder: Path, *, languages: Sequence[str] = ("en",), seed: int = 0) -> None:
         self.folder, self.languages, self.seed = folder, tuple(languages), seed
+        self.groups: dict[str, tuple[str, str]] = {}
         self.captions = {language: self._words(language) for language in self.languages}
         self.files = {
             style: {
@@ -265,8 +274,9 @@ class Emoji(Entries):
         path = self.folder / "captions" / f"{language}.json"
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
+            self.groups |= {code_points(row["hexcode"]): _group(row) for row in rows}
             return {code_points(row["hexcode"]): (row["label"], list(row.get("tags", []))) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{path} · must be the emojibase list of captions ({error})", next="Fetch it again.", code="unreadable"
             ) from None
@@ -283,5 +293,15 @@ class Emoji(Entries):
                     continue
                 text = ", ".join([label, *(others[i] for i in sorted(chosen)), STYLES[style][language]])
                 name = f"{concept}/{style}"
+                group, subgroup = self.groups[concept]
                 metadata = {"concept": concept, "style": style, "label": label, "language": language}
+                metadata |= {"group": group, "subgroup": subgroup}
                 yield Entry(id=name, unit=name, text=text, image=files[concept], metadata=metadata)
+
+
+def _group(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Of one row of captions; a letter of a flag's country code has none."""
+    if row.get("group") is None:
+        return "letters", "letters"
+    group = GROUPS[row["group"]]
+    return group, f"{group} {row['subgroup']}"

@@ -78,6 +78,8 @@ class DataSettings:
     public_units: units set aside, by a hash of their name, and declared public: they are shown in the report and
       measure the quality; never trained on. For clinic they are generated in addition to ``units``.
     unit_column: metadata column that names the person; None makes every record its own unit. dicom: a tag, PatientID.
+    site_column: federations on one machine only: the metadata column whose value says which site holds a record (emoji: style, group or
+      subgroup); more values than sites are put together. None: by ``site`` where all records have one, else by chance.
     text_column: the column that holds the text; None takes text or caption. dicom: a tag, or no text.
     modalities: what is read, and what every record must have; None takes what the source usually has.
     may_lack: a record may lack some of these, but not all.
@@ -97,6 +99,7 @@ class DataSettings:
     public_units: int = 6_000
     unit_column: str | None = None
     text_column: str | None = None
+    site_column: str | None = None
     modalities: tuple[Modality, ...] | None = None
     may_lack: bool = False
     limit_units: int | None = None

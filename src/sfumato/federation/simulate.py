@@ -121,6 +121,7 @@ def simulate(
     run: str,
     folder: Path | None = None,
     resume: bool = False,
+    start: "State | None" = None,
     chance: Random | None = None,
     on_round: "Callable[[RoundResult, State], str | None] | None" = None,
     pause: Callable[[], bool] | None = None,
@@ -136,6 +137,7 @@ def simulate(
       folder: of the server: its checkpoint after every exchange, and its ledger where the mechanism has one. None: nothing
         is kept, and a mechanism that charges the server is refused.
       resume: goes on from the checkpoint in ``folder``. A round that was open is discarded, stays charged, and counts.
+      start: trained parameters that the first round begins at, public; those that are not named begin as they are built.
       chance: of the server; by default the operating system's.
       on_round: sees each round's result and the global state after it; a text that it returns is why no further round is opened.
       pause: asked before each round; then the result is not ``finished``, and can be resumed.
@@ -147,7 +149,8 @@ def simulate(
     keeper = Keeper(folder) if folder is not None else None
     server = keeper.load(work.settings, work.public, recipe=work.recipe) if keeper is not None and resume else None
     if server is None:
-        state = {name: t for name, t in start_of(sites, work).items() if name in work.public.holders}
+        begun = {**start_of(sites, work), **(start or {})}
+        state = {name: t for name, t in begun.items() if name in work.public.holders}
         server = rounds.begin(work.settings, work.public, state, run=run, recipe=work.recipe)
     else:
         server = rounds.interrupted(server)
@@ -353,20 +356,32 @@ def site_plan(
     return make_plan(own, **sizes, dimensions={"warm_start": released})
 
 
-def split_by_site(records: Sequence[Record], sites: int) -> dict[str, list[Record]]:
+def split_by_site(records: Sequence[Record], sites: int, column: str | None = None) -> dict[str, list[Record]]:
     """The records of each site: by ``metadata["site"]`` where it is known (more of them than sites are put together), else
     by a hash of the unit's name: one unit more must not move others to other sites, or the sites' epsilons were no longer
     those of disjoint data. All records of a unit go to one site, that of its first record: otherwise its epsilons would add
-    up. The names of the sites are public."""
+    up. The names of the sites are public.
+
+    Args: column: of metadata, in place of "site"; then nothing is split by chance.
+    Raises: UsageError: a record lacks ``column``, or it has fewer values than there are sites.
+    """
     checks.positive(sites=sites)
-    named = sorted({str(record.metadata["site"]) for record in records if record.metadata.get("site")})
-    by_name = len(named) >= sites and all(record.metadata.get("site") for record in records)
+    key = column or "site"
+    named = sorted({str(record.metadata[key]) for record in records if record.metadata.get(key)})
+    lacking = sum(not record.metadata.get(key) for record in records)
+    by_name = len(named) >= sites and not lacking
+    if column is not None and not by_name:
+        raise UsageError(
+            f"data.site_column = {column}, sites = {sites} · {lacking} of {len(records)} records lack it; there are {len(named)} values",
+            next="Name a metadata column that every record has, and no more sites than it has values; or leave it out.",
+        )
     names = named if by_name else [f"site-{index + 1}" for index in range(sites)]
     groups = [" + ".join(names[index::sites]) for index in range(sites)]
+    index_of = {name: index for index, name in enumerate(names)}
     home: dict[str, str] = {}
     for record in records:
         if record.unit not in home:
-            index = names.index(str(record.metadata["site"])) if by_name else _number(record.unit)
+            index = index_of[str(record.metadata[key])] if by_name else _number(record.unit)
             home[record.unit] = groups[index % sites]
     split: dict[str, list[Record]] = {group: [] for group in groups}
     for record in records:
