@@ -102,6 +102,8 @@ def load(folder: Path | str) -> Any:
             raise ValueError(f"frozen weights {model.frozen()}, made with {described.get('frozen', {})}")
         model.read(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
+        if isinstance(error, UsageError) and error.code == families.NO_GENERATOR:
+            raise
         raise UsageError(
             f"model = {folder} · is not a model that this version wrote ({type(error).__name__}: {str(error)[:200]})",
             next="Give the folder of a run or a bundle.",
