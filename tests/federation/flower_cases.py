@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.federation.conftest import work_for
-from tests.federation.test_same_round import MECHANISMS, VALUES, sites_in
+from tests.federation.test_same_round import MECHANISMS, VALUES, sites_in, work_of
 
 from sfumato.federation import local
 from sfumato.federation.deployment import Node
@@ -24,7 +23,6 @@ from sfumato.federation.messages import Ask, Reply
 from sfumato.federation.processes import ended
 from sfumato.federation.secure.keys import Identity
 from sfumato.privacy.plan import DpSgd, NotPrivate
-from sfumato.randomness import TestRandom
 from sfumato.records import UnitTable
 
 CASES = list(MECHANISMS)
@@ -46,8 +44,7 @@ def _identity(name: str) -> Identity:
 def case(folder: Path, number: int) -> tuple[list[Site], Work]:
     wanted = MECHANISMS[CASES[number]]
     sites = [replace(site, identity=_identity(site.name)) for site in sites_in(_make, folder / str(number), wanted)]
-    work = work_for(sites, mechanism=wanted.mechanism, random=lambda: TestRandom(1), **(wanted.settings or {}))
-    return sites, work
+    return sites, work_of(sites, wanted)
 
 
 def answering(folder: Path, name: str) -> Callable[[Ask], Reply]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.federation import prompting
 from tests.federation.conftest import Tiny, work_for
 from tests.federation.engines import ENGINES
 from tests.federation.secure_rounds import Sites
 
 from sfumato.federation import local
+from sfumato.federation.local import Site, Work
 from sfumato.federation.mechanism_settings import (
     Central,
     Distributed,
@@ -25,6 +27,7 @@ from sfumato.federation.mechanism_settings import (
 )
 from sfumato.federation.messages import State
 from sfumato.federation.policy import SitePolicy
+from sfumato.federation.prompts.settings import DpFpl, FedPGP
 from sfumato.federation.secure.keys import Identity
 from sfumato.federation.settings import Momentum
 from sfumato.privacy.plan import DpSgd
@@ -40,6 +43,7 @@ class Case:
     mechanism: Mechanism
     tolerance: float = 1e-6
     settings: Any = None  # besides, as in a recipe
+    prompt: Any = None  # the method, where sites learn a prompt
 
 
 MECHANISMS: dict[str, Case] = {
@@ -54,6 +58,9 @@ MECHANISMS: dict[str, Case] = {
     "distributed": Case(
         Distributed(max_update_norm=16.0, noise_multiplier=OFF, bits=32), tolerance=1e-6, settings={"weights": "equal"}
     ),
+    # A part of the model stays at each site, from round to round.
+    "prompts, DP-FPL": Case(RecordLevel(), settings={"home": ("p_L",)}, prompt=DpFpl(rank=2)),
+    "prompts, FedPGP": Case(RecordLevel(), settings={"home": ("u", "v")}, prompt=FedPGP(rank=2, contrast=0.0)),
 }
 
 
@@ -62,6 +69,8 @@ IDENTITIES = {name: Identity(public=PEOPLE.identities[name], sign=PEOPLE.keys[na
 
 
 def sites_in(make_site, folder: Path, case: Case):
+    if case.prompt is not None:
+        return prompting.sites_of(case.prompt, list(VALUES), folder)
     free = case.mechanism.kind != "record_level"
     policy = SitePolicy(allowed_mechanisms=None, allow_not_private=True)
     made = [make_site(name, VALUES[name], units=UNITS[name], private=not free, policy=policy) for name in VALUES]
@@ -76,8 +85,17 @@ def sites_in(make_site, folder: Path, case: Case):
     ]
 
 
+def work_of(sites: "list[Site]", case: Case) -> Work:
+    model = {}
+    if case.prompt is not None:
+        model = {"build": prompting.building(case.prompt), "train_steps": prompting.steps_of_their_own}
+    return work_for(sites, **model, mechanism=case.mechanism, random=lambda: TestRandom(1), **(case.settings or {}))
+
+
 def three_rounds_by_hand(sites, case: Case) -> State:
     """McMahan's algorithm on this trainer: every local step adds the site's mean; the weighted mean of the differences."""
+    if case.prompt is not None:
+        return {"p_G": prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)[0]}
     state = local.trained_state(Tiny())
     momentum, before = (case.settings or {}).get("server"), torch.zeros(1, 2)
     for _ in range(3):
@@ -95,7 +113,7 @@ def three_rounds_by_hand(sites, case: Case) -> State:
 def test_the_same_rounds_by_every_engine(name, engine, make_site, tmp_path):
     case = MECHANISMS[name]
     sites = sites_in(make_site, tmp_path / engine, case)
-    work = work_for(sites, mechanism=case.mechanism, random=lambda: TestRandom(1), **(case.settings or {}))
+    work = work_of(sites, case)
     found = ENGINES[engine](sites, work, tmp_path / engine / "server")
     for parameter, tensor in three_rounds_by_hand(sites, case).items():
         torch.testing.assert_close(found[parameter], tensor, rtol=0, atol=case.tolerance)
@@ -107,8 +125,23 @@ def test_engines_agree_with_each_other_to_a_millionth(name, make_site, tmp_path)
     case, states = MECHANISMS[name], []
     for engine, run in ENGINES.items():
         sites = sites_in(make_site, tmp_path / engine, case)
-        work = work_for(sites, mechanism=case.mechanism, random=lambda: TestRandom(1), **(case.settings or {}))
+        work = work_of(sites, case)
         states.append(run(sites, work, tmp_path / engine / "server"))
     for other in states[1:]:
         for parameter, tensor in states[0].items():
             torch.testing.assert_close(other[parameter], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [name for name, case in MECHANISMS.items() if case.prompt is not None])
+def test_what_stays_at_home_is_the_same_by_every_engine(name, engine, make_site, tmp_path):
+    case = MECHANISMS[name]
+    sites = sites_in(make_site, tmp_path, case)
+    found = ENGINES[engine](sites, work_of(sites, case), tmp_path / "server")
+    _, homes = prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)
+    assert set(found) == {"p_G"}
+    for site in sites:
+        kept = local.kept_at_home(site)
+        assert set(kept) == set(case.settings["home"])
+        for parameter, tensor in kept.items():
+            torch.testing.assert_close(tensor, homes[site.name][parameter], rtol=0, atol=case.tolerance)
