@@ -68,6 +68,7 @@ class Row:
     name: str
     method: Method
     releases: str = "each"
+    rounds: int = ROUNDS
 
 
 ROWS = (
@@ -139,8 +140,8 @@ def sites_data(model: small.SmallEncoders, scanners: Sequence[Callable[[np.ndarr
 
 
 @lru_cache
-def plan_for(epsilon: float | None, population: int) -> TrainingPlan:
-    values = {"population": population, "expected_batch_size": float(BATCH), "steps": ROUNDS * LOCAL_STEPS}
+def plan_for(epsilon: float | None, population: int, rounds: int) -> TrainingPlan:
+    values = {"population": population, "expected_batch_size": float(BATCH), "steps": rounds * LOCAL_STEPS}
     if epsilon is None:
         return NotPrivate(**values)
     return DpSgd.calibrated(epsilon=epsilon, **values, delta=DELTA, max_grad_norm=CLIP)
@@ -157,7 +158,7 @@ def federated(
     with tempfile.TemporaryDirectory() as folder:
         sites = []
         for k, own in enumerate(data):
-            plan = plan_for(epsilon, len(own.train[1]))
+            plan = plan_for(epsilon, len(own.train[1]), row.rounds)
             parts = settings.parts(CLIP)
             if isinstance(plan, DpSgd) and parts:
                 plan = replace(plan, parts=parts, max_grad_norm=CLIP * len(parts) ** 0.5)
@@ -177,7 +178,7 @@ def federated(
             sites,
             build=sites[0].build,  # pyright: ignore[reportArgumentType]
             train_steps=PromptSteps(TestRandom(seed)),
-            settings=FederationSettings(sites=len(sites), rounds=ROUNDS, local_steps=LOCAL_STEPS, home=home),
+            settings=FederationSettings(sites=len(sites), rounds=row.rounds, local_steps=LOCAL_STEPS, home=home),
             random=lambda: TestRandom(seed),
         )
         result = simulate.simulate(sites, work, run="prompts", chance=TestRandom(seed))
@@ -216,6 +217,7 @@ def by_hand(model: small.SmallEncoders, data: Sequence[Data]) -> tuple[float, fl
 RANKS = (1, 4, 8)
 RESIDUAL_EPSILONS = (None, 0.5, 0.1)
 RESIDUALS = ("kept", "dropped", "replaced")
+LONG, LONG_EPSILON = 100, 0.5
 PLAIN = (lambda x: x,) * len(SCANNERS)
 
 
@@ -255,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoders", type=Path, help="a file: the encoders of an earlier call, or where to keep them")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--long", action="store_true", help=f"instead: the residual after {LONG} rounds at epsilon {LONG_EPSILON}"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     given.kept, began = given.encoders is not None and given.encoders.is_file(), time.process_time()
@@ -262,6 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = sites_data(model, SCANNERS)
     hand = by_hand(model, data)
     print(f"encoders and features: {time.process_time() - began:.0f} s; by hand: {hand[0]:.3f}", flush=True)
+    if given.long:
+        page = long_report(model, {"turned": data, "as public": sites_data(model, PLAIN)}, given, began)
+        print(page)
+        if given.out is not None:
+            given.out.write_text(page, encoding="utf-8")
+        return
     found: Found = {}
     tasks = [(row, epsilon, given.tuning_seeds, given.seeds) for epsilon in EPSILONS for row in ROWS]
     spent = cells(found, tasks, model, data, given.processes)
@@ -318,6 +329,27 @@ def residual_report(
             said.append(line)
     said += ["", f"With this table {time.process_time() - began:.0f} s of processor time in all.", ""]
     return "\n".join(said)
+
+
+def long_report(
+    model: small.SmallEncoders, places: dict[str, list[Data]], given: argparse.Namespace, began: float
+) -> str:
+    rows = [Row(how, DpFpl(rank=RANK, residual=how), rounds=LONG) for how in RESIDUALS]
+    said = [
+        f"# The residual of DP-FPL after {LONG} rounds", "",
+        f"nice .venv/bin/python benchmarks/prompts.py --long --seeds {given.seeds} --out benchmarks/results/prompts-long.md", "",
+        f"As prompts.md, rank {RANK} of {TOKENS} tokens, {LONG} rounds of {LOCAL_STEPS} steps, epsilon = {LONG_EPSILON}, "
+        f"mean ± standard error of {given.seeds} seeds.", "",
+        "| pictures | residual | learning rate | local classes | neighbour classes |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, data in places.items():
+        found: Found = {}
+        tasks = [(row, LONG_EPSILON, given.tuning_seeds, given.seeds) for row in rows]
+        began -= cells(found, tasks, model, data, given.processes)
+        for row in rows:
+            own, others, _, rate = found[row.name, LONG_EPSILON]
+            said.append(f"| {name} | {row.name} | {rate:g} | {_mean(own)} | {_mean(others)} |")
+    return "\n".join([*said, "", f"{time.process_time() - began:.0f} s of processor time.", ""])
 
 
 def _mean(values: Sequence[float]) -> str:

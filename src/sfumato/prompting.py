@@ -220,6 +220,7 @@ def pair_of(recipe: Recipe) -> Pair:
 def _clip(of: ClipFolder) -> Pair:
     from sfumato.federation.prompts.encoders import ClipEncoders, fingerprint
 
+    _clip_config(of.path)
     found = fingerprint(of.path)
     if of.sha256 not in (None, found):
         raise UsageError(

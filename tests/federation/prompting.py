@@ -15,6 +15,7 @@ from sfumato.privacy.sampling import poisson_units
 from sfumato.randomness import TestRandom
 from sfumato.records import UnitTable
 
+START, END = "<|startoftext|>", "<|endoftext|>"  # of a CLIP tokenizer
 METHODS = [PromptFL(), FedOTP(), FedPGP(rank=2), DpFpl(rank=2), DpFpl(rank=2, residual="dropped")]
 CLASSES = ("cat", "dog", "bird")
 
@@ -40,6 +41,23 @@ class Toy(nn.Module):
 
     def hand_written(self, names):
         return self.read(self.texts(names, 0), torch.zeros(len(names), 0, self.width))
+
+
+def write_clip(folder):
+    """A CLIP with random weights that reads letters, written by the library itself."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["."]
+    vocab = {word: n for n, word in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
+    CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    common = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
+    text = {"vocab_size": len(vocab), "hidden_size": 16, "max_position_embeddings": 64, **common, **ends}
+    vision = {"hidden_size": 20, "image_size": 16, "patch_size": 8, **common}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
 
 
 def model_of(method, *, seed=0, classes=CLASSES, **settings):

@@ -97,6 +97,8 @@ def load(folder: Path | str) -> Any:
             parts = [path.parent.name for path in sorted(folder.glob("*/model.safetensors"))]
             of_release.restore(described, {part: load_file(folder / part / "model.safetensors") for part in parts})
             return of_release.eval()
+        if settings.objective.kind == "prompts":  # has no shapes, and nothing to load here
+            families.build(settings, Shapes())
         model = build(settings, TypeAdapter(Shapes).validate_python(described["shapes"]))
         if model.frozen() != described.get("frozen", {}):
             raise ValueError(f"frozen weights {model.frozen()}, made with {described.get('frozen', {})}")
