@@ -201,9 +201,7 @@ def ready(recipe: Recipe, prepared: Any) -> None:
 
 
 def _key(recipe: Recipe) -> str:
-    values = recipes_file.to_mapping(recipe)
-    of = {"encoders": values["model"]["objective"]["encoders"], "data": values["data"], "seed": recipe.training.seed}
-    return hashlib.sha256(json.dumps({**of, "unit": recipe.privacy.unit}, sort_keys=True).encode()).hexdigest()
+    return repr((asked(recipe).encoders, recipe.data, recipe.training.seed, recipe.privacy.unit))
 
 
 def pair_of(recipe: Recipe) -> Pair:
@@ -283,7 +281,10 @@ def build(recipe: Recipe, site: str | None = None) -> "PromptLearner":
     from sfumato.federation.prompts.learner import PromptLearner
 
     of, pair = asked(recipe), pair_of(recipe)
-    described = {"format": 2, "family": "prompts", "settings": recipes_file.to_mapping(recipe)["model"]}
+
+    def described() -> dict[str, Any]:
+        return {"format": 2, "family": "prompts", "settings": recipes_file.to_mapping(recipe)["model"]}
+
     classes = next(iter(of.classes.values())) if site is None else of.of(site)
     return PromptLearner(pair.module, classes, settings(recipe), described=described, public=pair.public).eval()
 

@@ -3,7 +3,7 @@
 Shapes: R records, V patches, E features, C classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class PromptLearner(PromptModel):
         classes: Classes,
         settings: PromptSettings,
         *,
-        described: Mapping[str, Any],
+        described: Callable[[], Mapping[str, Any]],
         public: Sequence[str] = (),
     ) -> None:
         super().__init__(encoders, list(classes.names.values()), settings)
@@ -96,7 +96,7 @@ class PromptLearner(PromptModel):
             save_file(self._kept(whole), scratch)
             scratch.replace(folder / FILE)
             classes = {"columns": list(self.asked.columns), "names": dict(self.asked.names)}
-            write_json(folder / "sfumato.json", {**self._described, **({"classes": classes} if whole else {})})
+            write_json(folder / "sfumato.json", {**self._described(), **({"classes": classes} if whole else {})})
         except (OSError, SafetensorError) as error:
             raise OutsideError(
                 f"prompt = {folder} · could not be written ({error})", next="Free some disk space, then --resume."
