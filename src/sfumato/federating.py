@@ -127,7 +127,7 @@ def run(
         model.eval()
         stages.write_model(folder, model, recipe, prepared)
         if prompting.is_prompts(recipe):
-            prompting.write_sites(folder, recipe, result.state, _homes(members))
+            prompting.write_sites(folder, recipe, result.state, _homes([s for s in members if not s.elsewhere]))
         folder.write_json("reports/cost.json", to_dict(_cost(members, result, model, seconds, processor)))
         folder.write_json(
             "reports/privacy.json", to_dict(_claim(recipe, members, promise, stated, folder, result, model))
@@ -189,10 +189,10 @@ class _Shown:
 
 
 def _homes(members: "Sequence[Site]") -> "dict[str, dict[str, Any]]":
-    """By site, the parameters that stay at it; of the sites of this machine, for their own use and for what is measured here."""
+    """By site, the parameters that stay at it, for its own use and for what is measured here; of one elsewhere nothing is known."""
     from sfumato.federation.local import kept_at_home
 
-    return {site.name: kept_at_home(site) for site in members if not site.elsewhere}
+    return {site.name: {} if site.elsewhere else kept_at_home(site) for site in members}
 
 
 def work_for(recipe: Recipe, members: "Sequence[Site]") -> "Work":

@@ -434,7 +434,7 @@ def evaluate(
         own = build(recipe, site)
         there = (folder / "sfumato.json").is_file()
         own.restore(folder if there else run.model)
-        if not there:
+        if not there and own.settings.method.home:
             notes.append(
                 f"The part of {site} that stays there is not on this machine: measured is the shared prompt alone."
             )
@@ -534,9 +534,7 @@ def _show(run: RunFolder, bench: Bench, found: Mapping[str, Path]) -> None:
     from sfumato.training import samples
 
     slug = samples.slug(("image",), ("text",))
-    sites = [
-        site for site, folder in found.items() if (folder / "sfumato.json").is_file() and len(bench.pictures(site)[2])
-    ]
+    sites = [site for site in found if len(bench.pictures(site)[2])]
     real, made, shown = [], [], 0
     for number in range(SHOWN if sites else 0):
         site = sites[number % len(sites)]
@@ -545,7 +543,7 @@ def _show(run: RunFolder, bench: Bench, found: Mapping[str, Path]) -> None:
         if at >= len(places):
             continue
         learner = build(bench.recipe, site)
-        learner.restore(found[site])
+        learner.restore(found[site] if (found[site] / "sfumato.json").is_file() else run.model)
         real.append(f"{site}: {learner.classes[int(labels[at])]}\n")
         made.append(f"{site}: {learner.read(features[at : at + 1])[0]}\n")
         samples.write_records(run.samples / f"given{slug}-{shown:02d}", "image", [bench.records[places[at]]])

@@ -3,14 +3,15 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.federation.prompting import write_clip
 
-from sfumato import prompting, workflow
+from sfumato import federating, machines, prompting, stages, workflow
 from sfumato.errors import UsageError
-from sfumato.federation import keeping
+from sfumato.federation import keeping, local
 from sfumato.privacy import ledger
 from sfumato.training.folder import RunFolder
 
@@ -200,6 +201,35 @@ def test_sites_of_several_machines_must_stand_on_the_same_encoders(tmp_path):
     with pytest.raises(UsageError, match="train encoders of its own"):
         prompting.refuse_elsewhere(recipe)
     prompting.refuse_elsewhere(workflow.federated("prompts", SMALL))  # the same generated public records everywhere
+
+
+def test_a_server_without_the_sites_own_parts_measures_the_shared_prompt(own_home, tmp_path):
+    """As `federate server` runs it: records, ledgers and p_L are on other machines."""
+    recipe = workflow.federated("prompts", SMALL, rounds=2)
+    prepared = stages.load(recipe)
+    prompting.ready(recipe, prepared)
+    there = [
+        replace(site, ledger=tmp_path / "elsewhere" / site.name / "ledger.db")
+        for site in federating.members_here(recipe, prepared, None, None)
+    ]
+    answering = federating.here(there, federating.work_for(recipe, there), RunFolder(tmp_path))
+    members = machines._members_elsewhere(recipe, {site.name: site.plan.population for site in there})
+    answer = federating.run(
+        recipe,
+        out=tmp_path,
+        progress=stages.quiet,
+        members=members,
+        prepared=prepared,
+        engine=lambda members, work, folder: answering,
+    )
+    run = Path(answer["run"])
+    assert not (run / "sites").exists() and all(local.kept_at_home(site) for site in there)
+    for figure in figures(run):
+        assert figure["value"] == pytest.approx(figure["baseline"]["shared prompt alone"])
+    notes = json.loads((run / "reports" / "quality.json").read_text())["notes"]
+    assert sum("measured is the shared prompt alone" in note for note in notes) == 3
+    report = json.loads((run / "reports" / "federation.json").read_text())
+    assert all("accuracy_local" in round_["quality"] for round_ in report["rounds"])
 
 
 @pytest.mark.slow

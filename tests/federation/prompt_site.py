@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.federation.conftest import work_for
-from tests.federation.prompting import building, sites_of, steps_of_their_own
+from tests.federation.prompting import building, model_of, sites_of, steps_of_their_own
 
 from sfumato.federation import keeping, local
 from sfumato.federation.local import Site, Work
@@ -29,7 +29,7 @@ def site_and_work(folder: Path, train_steps=steps_of_their_own) -> tuple[Site, W
 
 def ask(work: Work, number: int) -> Ask:
     values = {"recipe": work.recipe, "told": {}, "collecting": {}}
-    shared = {"p_G": work.build().p_G.detach()}
+    shared = {"p_G": model_of(METHOD).p_G.detach()}
     return Ask(run="r", round=number, exchange=0, kind="train", tensors=shared, values=values)
 
 

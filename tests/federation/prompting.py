@@ -1,5 +1,7 @@
 """Encoders of a few numbers, and the obvious way to take a prompt's gradient: one record after another."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -119,7 +121,7 @@ def one_by_one(model, pictures, labels, cut):
 UNITS = 20
 
 
-def building(method):
+def building(method) -> Any:
     return lambda: model_of(method)
 
 
