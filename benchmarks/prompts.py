@@ -11,13 +11,18 @@ record and block, one joint event a step, so the same epsilon by PLD, which the 
 local: a site's prompt on its own classes, held-out pictures of its own scanner, told apart from each other. neighbour: on another
 site's classes and scanner, the mean over the others. Learning rates are chosen for each row from the same small grid by local
 accuracy on seeds that the table does not use; that choice is not private, and the same help for every method.
+
+The last table asks when the residual matters: the same training at sites whose scanners turn their pictures, and at sites whose pictures
+are as the public ones are, so that the prompt written by hand is nearly right already and there is something to spoil.
+
+What was written by hand of the tables stands in ``prompts-said.md`` beside the page, and is put at its end.
 """
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -63,6 +68,7 @@ class Row:
     name: str
     method: Method
     releases: str = "each"
+    rounds: int = ROUNDS
 
 
 ROWS = (
@@ -112,9 +118,9 @@ class Data:
     test: tuple[torch.Tensor, torch.Tensor]
 
 
-def sites_data(model: small.SmallEncoders) -> list[Data]:
+def sites_data(model: small.SmallEncoders, scanners: Sequence[Callable[[np.ndarray], np.ndarray]]) -> list[Data]:
     out = []
-    for classes, scanner in zip(CLASSES, SCANNERS, strict=True):
+    for classes, scanner in zip(CLASSES, scanners, strict=True):
         parts = []
         for split, first, count in (("train", PUBLIC, PER_CLASS), ("t10k", 0, TEST_PER_CLASS)):
             images, labels = pictures(split)
@@ -134,8 +140,8 @@ def sites_data(model: small.SmallEncoders) -> list[Data]:
 
 
 @lru_cache
-def plan_for(epsilon: float | None, population: int) -> TrainingPlan:
-    values = {"population": population, "expected_batch_size": float(BATCH), "steps": ROUNDS * LOCAL_STEPS}
+def plan_for(epsilon: float | None, population: int, rounds: int) -> TrainingPlan:
+    values = {"population": population, "expected_batch_size": float(BATCH), "steps": rounds * LOCAL_STEPS}
     if epsilon is None:
         return NotPrivate(**values)
     return DpSgd.calibrated(epsilon=epsilon, **values, delta=DELTA, max_grad_norm=CLIP)
@@ -152,7 +158,7 @@ def federated(
     with tempfile.TemporaryDirectory() as folder:
         sites = []
         for k, own in enumerate(data):
-            plan = plan_for(epsilon, len(own.train[1]))
+            plan = plan_for(epsilon, len(own.train[1]), row.rounds)
             parts = settings.parts(CLIP)
             if isinstance(plan, DpSgd) and parts:
                 plan = replace(plan, parts=parts, max_grad_norm=CLIP * len(parts) ** 0.5)
@@ -172,7 +178,7 @@ def federated(
             sites,
             build=sites[0].build,  # pyright: ignore[reportArgumentType]
             train_steps=PromptSteps(TestRandom(seed)),
-            settings=FederationSettings(sites=len(sites), rounds=ROUNDS, local_steps=LOCAL_STEPS, home=home),
+            settings=FederationSettings(sites=len(sites), rounds=row.rounds, local_steps=LOCAL_STEPS, home=home),
             random=lambda: TestRandom(seed),
         )
         result = simulate.simulate(sites, work, run="prompts", chance=TestRandom(seed))
@@ -206,6 +212,19 @@ def by_hand(model: small.SmallEncoders, data: Sequence[Data]) -> tuple[float, fl
 
 # -- the table --
 
+# -- when the residual matters --
+
+RANKS = (1, 4, 8)
+RESIDUAL_EPSILONS = (None, 0.5, 0.1)
+RESIDUALS = ("kept", "dropped", "replaced")
+LONG, LONG_EPSILON = 100, 0.5
+PLAIN = (lambda x: x,) * len(SCANNERS)
+
+
+def residual_rows() -> list[Row]:
+    return [Row(f"{how}, rank {k}", DpFpl(rank=k, residual=how)) for k in RANKS for how in RESIDUALS]
+
+
 Values = tuple[list[float], list[float], float | None, float]  # local, neighbour, by seed; epsilon; learning rate
 Found = dict[tuple[str, float | None], Values]
 _shared: list[tuple[small.SmallEncoders, list[Data]]] = []  # of a worker
@@ -213,7 +232,7 @@ _shared: list[tuple[small.SmallEncoders, list[Data]]] = []  # of a worker
 
 def _share(model: small.SmallEncoders, data: list[Data]) -> None:
     torch.set_num_threads(1)
-    _shared.append((model, data))
+    _shared[:] = [(model, data)]
 
 
 def _cell(task: tuple[Row, float | None, int, int]) -> tuple[Values, dict[float, float], float]:
@@ -232,32 +251,109 @@ def _cell(task: tuple[Row, float | None, int, int]) -> tuple[Values, dict[float,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tuning-seeds", type=int, default=1)
     parser.add_argument("--encoder-steps", type=int, default=200)
     parser.add_argument("--encoders", type=Path, help="a file: the encoders of an earlier call, or where to keep them")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--long", action="store_true", help=f"instead: the residual after {LONG} rounds at epsilon {LONG_EPSILON}"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     given.kept, began = given.encoders is not None and given.encoders.is_file(), time.process_time()
     model = encoders(given.encoder_steps, given.encoders)
-    data = sites_data(model)
+    data = sites_data(model, SCANNERS)
     hand = by_hand(model, data)
     print(f"encoders and features: {time.process_time() - began:.0f} s; by hand: {hand[0]:.3f}", flush=True)
+    if given.long:
+        page = long_report(model, {"turned": data, "as public": sites_data(model, PLAIN)}, given, began)
+        print(page)
+        if given.out is not None:
+            given.out.write_text(page, encoding="utf-8")
+        return
     found: Found = {}
     tasks = [(row, epsilon, given.tuning_seeds, given.seeds) for epsilon in EPSILONS for row in ROWS]
-    with ProcessPoolExecutor(given.processes, initializer=_share, initargs=(model, data)) as pool:
-        for (row, epsilon, *_), (values, tried, spent) in zip(tasks, pool.map(_cell, tasks), strict=True):
-            found[row.name, epsilon] = values
-            began -= spent
-            means = ", ".join(f"{np.mean(v):.3f}" for v in values[:2])
-            print(f"{row.name}, epsilon {epsilon}: {tried} -> {means}; {time.process_time() - began:.0f} s", flush=True)
+    spent = cells(found, tasks, model, data, given.processes)
     first = {row.name: [untrained(model, data, row, seed) for seed in range(given.seeds)] for row in ROWS}
-    page = report(found, first, hand, given, time.process_time() - began)
+    page = report(found, first, hand, given, time.process_time() - began + spent)
+    places = {"turned": data, "as public": sites_data(model, PLAIN)}
+    page += "\n" + residual_report(model, places, given, began - spent)
     print(page)
     if given.out is not None:
+        said = given.out.with_name(f"{given.out.stem}-said.md")
+        page += "\n" + said.read_text(encoding="utf-8") if said.is_file() else ""
         given.out.write_text(page, encoding="utf-8")
+
+
+def cells(
+    found: Found,
+    tasks: Sequence[tuple[Row, float | None, int, int]],
+    model: small.SmallEncoders,
+    data: list[Data],
+    processes: int,
+) -> float:
+    """Fills ``found``. Returns: processor seconds of the workers."""
+    whole = 0.0
+    with ProcessPoolExecutor(processes, initializer=_share, initargs=(model, data)) as pool:
+        for (row, epsilon, *_), (values, tried, spent) in zip(tasks, pool.map(_cell, tasks), strict=True):
+            found[row.name, epsilon] = values
+            whole += spent
+            means = ", ".join(f"{np.mean(v):.3f}" for v in values[:2])
+            print(f"{row.name}, epsilon {epsilon}: {tried} -> {means}; {whole:.0f} s", flush=True)
+    return whole
+
+
+def residual_report(
+    model: small.SmallEncoders, places: dict[str, list[Data]], given: argparse.Namespace, began: float
+) -> str:
+    rows = residual_rows()
+    said = ["## When the residual matters: local classes", ""]
+    head = "| pictures | by hand | untrained | residual |"
+    for e in RESIDUAL_EPSILONS:
+        told = "no privacy" if e is None else f"ε = {e:g}"
+        head += "".join(f" {told}, rank {k} |" for k in RANKS)
+    said += [head, "|" + " --- |" * (head.count("|") - 1)]
+    for name, data in places.items():
+        found: Found = {}
+        tasks = [(row, epsilon, given.tuning_seeds, given.seeds) for epsilon in RESIDUAL_EPSILONS for row in rows]
+        began -= cells(found, tasks, model, data, given.processes)
+        for how in RESIDUALS:
+            first = [
+                untrained(model, data, Row("", DpFpl(rank=RANK, residual=how)), seed) for seed in range(given.seeds)
+            ]
+            line = f"| {name} | {100 * by_hand(model, data)[0]:.1f} | {_mean(first)} | {how} |"
+            for e in RESIDUAL_EPSILONS:
+                line += "".join(f" {_mean(found[f'{how}, rank {k}', e][0])} |" for k in RANKS)
+            said.append(line)
+    said += ["", f"With this table {time.process_time() - began:.0f} s of processor time in all.", ""]
+    return "\n".join(said)
+
+
+def long_report(
+    model: small.SmallEncoders, places: dict[str, list[Data]], given: argparse.Namespace, began: float
+) -> str:
+    rows = [Row(how, DpFpl(rank=RANK, residual=how), rounds=LONG) for how in RESIDUALS]
+    said = [
+        f"# The residual of DP-FPL after {LONG} rounds", "",
+        f"nice .venv/bin/python benchmarks/prompts.py --long --seeds {given.seeds} --out benchmarks/results/prompts-long.md", "",
+        f"As prompts.md, rank {RANK} of {TOKENS} tokens, {LONG} rounds of {LOCAL_STEPS} steps, epsilon = {LONG_EPSILON}, "
+        f"mean ± standard error of {given.seeds} seeds.", "",
+        "| pictures | residual | learning rate | local classes | neighbour classes |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, data in places.items():
+        found: Found = {}
+        tasks = [(row, LONG_EPSILON, given.tuning_seeds, given.seeds) for row in rows]
+        began -= cells(found, tasks, model, data, given.processes)
+        for row in rows:
+            own, others, _, rate = found[row.name, LONG_EPSILON]
+            said.append(f"| {name} | {row.name} | {rate:g} | {_mean(own)} | {_mean(others)} |")
+    return "\n".join([*said, "", f"{time.process_time() - began:.0f} s of processor time.", ""])
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
 BASELINES = ("FedPGP", "FedOTP", "PromptFL")
@@ -281,9 +377,8 @@ def report(
         said.append("|" + " --- |" * (len(EPSILONS) + 1 + (which == 0)))
         for row in ROWS:
             columns = [first[row.name]] if which == 0 else []
-            columns += [found[row.name, epsilon][which] for epsilon in EPSILONS]
-            cells = [f"{100 * np.mean(v):.1f} ± {100 * np.std(v, ddof=1) / len(v) ** 0.5:.1f}" for v in columns]
-            said.append(f"| {row.name} | " + " | ".join(cells) + " |")
+            columns += [found[row.name, e][0] if which == 0 else found[row.name, e][1] for e in EPSILONS]
+            said.append(f"| {row.name} | " + " | ".join(map(_mean, columns)) + " |")
     said += ["", "## The paper's order, on local classes", "", *_orders(found), ""]
     return "\n".join(said)
 

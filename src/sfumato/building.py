@@ -5,7 +5,7 @@ from typing import Any
 
 from sfumato import recipe as recipes_file
 from sfumato import releasing
-from sfumato.models.settings import Adapter, FrozenSentence, Tokenizer, VaeLatents
+from sfumato.models.settings import Adapter, FrozenSentence, Prompts, Tokenizer, VaeLatents
 from sfumato.recipe import Recipe
 
 
@@ -13,6 +13,10 @@ def build(recipe: Recipe) -> Any:
     """Fresh; of a run that begins at public weights, with those frozen that the private steps do not train."""
     from sfumato.models import model
 
+    if isinstance(recipe.model.objective, Prompts):
+        from sfumato import prompting
+
+        return prompting.build(recipe)
     shapes, seed = shapes_of(recipe), recipe.training.seed
     kind = releasing.kind_of(recipe)
     if kind is not None:

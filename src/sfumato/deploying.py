@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, federating, stages
+from sfumato import building, federating, prompting, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import MissingDependency
 from sfumato.federation import credentials
@@ -56,6 +56,7 @@ def _member(run: Path, number: int) -> "tuple[Site, Work]":
     """Site ``number`` (from 0) of a run that was begun, as this process sees it."""
     recipe = recipes_file.load(run / "resolved.yaml")
     prepared = stages.load(recipe)
+    prompting.ready(recipe, prepared)
     members = federating.members_here(recipe, prepared, building.build(recipe), None)
     members = [replace(site, ledger=run / site.ledger) for site in members]
     work = federating.work_for(recipe, members)

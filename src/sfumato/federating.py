@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, measuring, pretraining, stages, warm_parts, warming
+from sfumato import building, measuring, pretraining, prompting, stages, warm_parts, warming
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.opening import PREFIX, Released
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sfumato.federation.secure.keys import Identity
     from sfumato.federation.serving import Exchange
     from sfumato.federation.simulate import FederationResult
-    from sfumato.records import Record
+    from sfumato.records import Record, UnitTable
     from sfumato.warm_parts import Part
 
     Engine = Callable[[Sequence[Site], Work, RunFolder], AbstractContextManager[Exchange]]
@@ -84,11 +84,13 @@ def run(
     from sfumato.federation.simulate import simulate
     from sfumato.training.interrupt import interruptible
 
+    prompting.planned(recipe)  # refuses what prompts have not
     federation = recipe.federation
     _check_public_start(recipe)
     if prepared is None:
         progress(f"{recipe.name}: reading the data")
         prepared = stages.load(recipe)
+    prompting.ready(recipe, prepared)
     model = building.build(recipe)
     if getattr(model, "needs_public", False):
         raise UsageError(
@@ -137,6 +139,8 @@ def run(
         load_trained(model, result.state, home={})
         model.eval()
         stages.write_model(folder, model, recipe, prepared)
+        if prompting.is_prompts(recipe):
+            prompting.write_sites(folder, recipe, result.state, _homes([s for s in members if not s.elsewhere]))
         where = ", all sites in one process" if engine is here else "; sites in other processes are not in it"
         cost = _cost(members, result, model, seconds, processor, where)
         if rounds.is_secret(promise, work.public):  # all of these grow with how many sites were drawn
@@ -215,7 +219,11 @@ class _Shown:
     ) -> None:
         self._recipe, self._model, self._members, self._progress = recipe, model, members, progress
         self._samples = stages.samples(folder, recipe, model, prepared)
-        self._quality = measuring.quality_watch(folder, recipe, stated, model, prepared, progress)
+        if prompting.is_prompts(recipe):
+            homes = partial(_homes, members)
+            self._quality = prompting.Watch(folder.path, recipe, prepared, homes) if recipe.evaluation.watch else None
+        else:
+            self._quality = measuring.quality_watch(folder, recipe, stated, model, prepared, progress)
         if recipe.federation.patience is not None and self._quality is None:
             raise UsageError(
                 f"patience = {recipe.federation.patience} · counts rounds without a lower public loss, and none is watched",
@@ -245,16 +253,24 @@ class _Shown:
         return f"the loss on public records was lowest in round {self._best_round}"
 
 
+def _homes(members: "Sequence[Site]") -> "dict[str, dict[str, Any]]":
+    """By site, the parameters that stay at it, for its own use and for what is measured here; of one elsewhere nothing is known."""
+    from sfumato.federation.local import kept_at_home
+
+    return {site.name: {} if site.elsewhere else kept_at_home(site) for site in members}
+
+
 def work_for(recipe: Recipe, members: "Sequence[Site]") -> "Work":
     """What runs at every site. Raises UsageError for what a site cannot do."""
     from sfumato.federation.simulate import work_of
     from sfumato.training.rounds import LocalTraining
 
+    local = LocalTraining(recipe.training, recipe.performance, proximal=recipe.federation.proximal)
     return work_of(
         members,
         build=partial(building.build, recipe),
-        train_steps=LocalTraining(recipe.training, recipe.performance, proximal=recipe.federation.proximal),
-        settings=recipe.federation,
+        train_steps=prompting.train_steps() if prompting.is_prompts(recipe) else local,
+        settings=prompting.planned(recipe).federation,
         recipe=hashlib.sha256(recipes_file.to_yaml(recipe).encode()).hexdigest(),
         releases={
             site.name: {
@@ -287,7 +303,7 @@ def members_here(recipe: Recipe, prepared: Any, model: Any, policy: SitePolicy |
             recipe,
             name,
             plans[name],
-            table=cache(partial(model.encode, records)),
+            table=cache(partial(encoded, recipe, name, records, model)),
             records=lambda records=records: records,
             ledger=Path("sites") / f"site-{number}" / "ledger.db",
             account=accounts / f"account-site-{number}-of-{federation.sites}.db" if private else None,
@@ -299,6 +315,13 @@ def members_here(recipe: Recipe, prepared: Any, model: Any, policy: SitePolicy |
         )
         for number, (name, records) in enumerate(split.items(), start=1)
     ]
+
+
+def encoded(recipe: Recipe, site: str, records: Sequence[Any], model: Any = None) -> "UnitTable":
+    """Records as this site's model wants them. Args: model: one that is there already, where sites encode alike."""
+    if prompting.is_prompts(recipe):
+        return prompting.build(recipe, site).encode(records)
+    return (building.build(recipe) if model is None else model).encode(records)
 
 
 def is_charged_at_site(recipe: Recipe) -> bool:
@@ -319,9 +342,10 @@ def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> dict[str, Priva
             next="Name the site as the data do.",
         )
     total = sum(populations.values())
+    privacy = prompting.planned(recipe).privacy
     return {
         name: site_plan(
-            recipe.privacy,
+            privacy,
             recipe.federation,
             expected_batch_size=max(1.0, recipe.training.expected_batch_size * population / total),
             population=population,
@@ -391,6 +415,8 @@ def identity(folder: Path) -> "Identity":
 
 def _build_of(recipe: Recipe, site: str) -> "Callable[[], Any] | None":
     """This site's model, where it holds only some of the parameters; the others are frozen, and neither sent nor received."""
+    if prompting.is_prompts(recipe):
+        return partial(prompting.build, recipe, site)
     names = recipe.federation.holds.get(site)
     if names is None:
         return None

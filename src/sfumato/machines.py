@@ -20,7 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, deploying, federating, stages
+from sfumato import deploying, federating, prompting, stages
 from sfumato import recipe as recipes_file
 from sfumato.data.settings import OWN
 from sfumato.errors import PrivacyRefused, UsageError
@@ -76,6 +76,7 @@ def serve(
     from sfumato.federation.deployment import Server
 
     deploying.require_flower()
+    prompting.refuse_elsewhere(recipe)
     if not sites:
         raise UsageError("sites = none · at least one", next="Give --site NAME=FILE.pub for each.")
     keys = {name: credentials.public_key(path) for name, path in sorted(sites.items())}
@@ -305,6 +306,7 @@ class Member:
         if not isinstance(text, str) or not isinstance(name, str):
             raise PolicyRefused("join · without a recipe or a name", next="Use the same version.", code="message")
         recipe, policy = _parsed(text), policies.load(self._policy_file)
+        prompting.refuse_elsewhere(recipe)
         named = sorted(_files_named(recipe))
         if named and policy.allowed_recipes is None:
             raise PolicyRefused(
@@ -395,7 +397,7 @@ class Member:
         key = keys.existing()
 
         def table() -> Any:
-            return building.build(recipe).encode(self._records(recipe)[0])
+            return federating.encoded(recipe, self.name, self._records(recipe)[0])
 
         own: dict[str, Any] = {
             "table": cache(table),

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato import measuring, pretraining, releasing, starting, warm_parts, warming
+from sfumato import measuring, pretraining, prompting, releasing, starting, warm_parts, warming
 from sfumato import recipe as recipes_file
 from sfumato.building import build, told_public
 from sfumato.data.settings import OWN
 from sfumato.errors import DataError, PrivacyRefused
-from sfumato.models.settings import Adapter, Bytes, FrozenSentence, HashedWords, Terms, Tokenizer, Words
+from sfumato.models.settings import Adapter, Bytes, FrozenSentence, HashedWords, Prompts, Terms, Tokenizer, Words
 from sfumato.privacy import ledger, planning
 from sfumato.privacy.clip_estimate import estimated, spent_before, with_bound
 from sfumato.privacy.guarantee import guarantee
@@ -49,14 +49,16 @@ def load(recipe: Recipe) -> Any:
 
 def memory_left(recipe: Recipe) -> tuple[int, int]:
     """Bytes left for weights and optimizer, in each process, when physical batches are on their way; number of parameters."""
-    model = build(recipe)
+    if prompting.is_prompts(recipe):
+        parameters, row = prompting.sizes(recipe)
+    else:
+        model = build(recipe)
+        parameters, row = sum(p.numel() for p in model.parameters() if p.requires_grad), model.bytes_per_row()
     units = recipe.training.expected_batch_size * 1.2 + 20  # a sampled batch is seldom larger
     units = min(units, recipe.performance.max_physical_batch_size or units)
-    batch = int(units * recipe.privacy.records_per_unit) * model.bytes_per_row()
+    batch = int(units * recipe.privacy.records_per_unit) * row
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (there - batch) // recipe.performance.processes, sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
+    return (there - batch) // recipe.performance.processes, parameters
 
 
 def check_preparation(recipe: Recipe) -> None:
@@ -69,7 +71,7 @@ def check_preparation(recipe: Recipe) -> None:
 
 def check_parts(recipe: Recipe) -> None:
     """Raises UsageError if the recipe's parts are not those of its model: before a plan is made, not at the first step."""
-    if recipe.privacy.parts:
+    if recipe.privacy.parts and not prompting.is_prompts(recipe):  # those of prompts are `prompting.planned`'s
         from sfumato.privacy.gradients import groups
 
         groups.check_parts(build(recipe), {part.name: part.modules for part in recipe.privacy.parts})
@@ -354,7 +356,7 @@ def boundary(
     """
     data, text = recipe.data, recipe.model.text
     some = bool(recipe.public_start is not None and recipe.public_start.trained) or isinstance(
-        recipe.model.objective, Adapter
+        recipe.model.objective, Adapter | Prompts
     )
     trained = (
         f"Inside: the training of {'the weights named below' if some else 'every weight of the model'}, over all steps and attempts "
@@ -420,12 +422,11 @@ def boundary(
 
 def write_model(run: RunFolder, model: Any, recipe: Recipe, prepared: Any) -> None:
     """The weights, the last samples, and by what each tensor is covered."""
-    from sfumato.models.generative import Generative
     from sfumato.release import provenance
 
     model.save(run.model)
     samples(run, recipe, model, prepared).write("final", model)
-    if not isinstance(model, Generative):  # made from what was released, every tensor of it
+    if not hasattr(model, "origins"):  # made from what was released, every tensor of it
         provenance.write_taint(run.path, lambda file, name: "released")
         return
     origins = model.origins()  # what the model cannot name is covered by nothing, and no bundle takes it

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import building, deploying, federating, machines, measuring, pretraining, stages
+from sfumato import building, deploying, federating, machines, measuring, pretraining, prompting, stages
 from sfumato import recipe as recipes_file
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation import policy as policies
@@ -75,7 +75,7 @@ def plan(
         settings = PrivacySettings(epsilon=epsilon, delta="auto" if delta is None else delta)
         memory, parameters, dimensions = None, None, None
     else:
-        resolved = resolve(recipe, assignments)
+        resolved = prompting.planned(resolve(recipe, assignments))
         settings = resolved.privacy
         if epsilon is not None:
             settings = replace(settings, epsilon=epsilon, noise_multiplier=None)
@@ -196,6 +196,7 @@ def train(
 ) -> dict[str, Any]:
     """One recipe, one run: trains, measures, attacks, reports, and releases if the gate approves."""
     wanted = resolve(recipe, assignments)
+    prompting.only_federated(wanted, "train")
     pretraining.refuse(wanted)
     run = _resumed(Path(out), wanted) if resume else None
     if resume and run is None:
@@ -265,6 +266,7 @@ def evaluate(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
 def audit(run: Path | str, *, progress: Progress = quiet) -> dict[str, Any]:
     """Attacks a finished run anew, and writes its report again."""
     found, recipe, plan = _opened(run)
+    prompting.only_federated(recipe, "audit")
     result = measuring.audit(found, recipe, plan, stages.load(recipe), progress)
     stages.render(found, public=False)
     return {"run": str(found.path), **to_dict(result), "conformance": []}

@@ -1,15 +1,23 @@
 """Encoders of a few numbers, and the obvious way to take a prompt's gradient: one record after another."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
+from sfumato.federation.local import Site
+from sfumato.federation.policy import SitePolicy
 from sfumato.federation.prompts.encoders import Texts
 from sfumato.federation.prompts.methods import PromptModel
 from sfumato.federation.prompts.settings import DpFpl, FedOTP, FedPGP, PromptFL, PromptSettings
+from sfumato.federation.prompts.training import PromptSteps
 from sfumato.privacy.plan import DpSgd, NotPrivate
+from sfumato.privacy.sampling import poisson_units
+from sfumato.randomness import TestRandom
 from sfumato.records import UnitTable
 
+START, END = "<|startoftext|>", "<|endoftext|>"  # of a CLIP tokenizer
 METHODS = [PromptFL(), FedOTP(), FedPGP(rank=2), DpFpl(rank=2), DpFpl(rank=2, residual="dropped")]
 CLASSES = ("cat", "dog", "bird")
 
@@ -35,6 +43,23 @@ class Toy(nn.Module):
 
     def hand_written(self, names):
         return self.read(self.texts(names, 0), torch.zeros(len(names), 0, self.width))
+
+
+def write_clip(folder):
+    """A CLIP with random weights that reads letters, written by the library itself."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["."]
+    vocab = {word: n for n, word in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
+    CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    common = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
+    text = {"vocab_size": len(vocab), "hidden_size": 16, "max_position_embeddings": 64, **common, **ends}
+    vision = {"hidden_size": 20, "image_size": 16, "patch_size": 8, **common}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
 
 
 def model_of(method, *, seed=0, classes=CLASSES, **settings):
@@ -89,3 +114,61 @@ def one_by_one(model, pictures, labels, cut):
         loss = model.losses(x[None], y[None], told)[0]
         found.append(dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)))
     return found
+
+
+# -- the same rounds by every engine --
+
+UNITS = 20
+
+
+def building(method) -> Any:
+    return lambda: model_of(method)
+
+
+def sites_of(method, names, folder, *, noise=0.0, clip=1e3, steps=6):
+    """A site of 20 records for each name, all of them in every step."""
+    settings = model_of(method).settings
+    return [
+        Site(
+            name=name,
+            table=table_of(UNITS, seed=number, units=[f"{name}{i:02d}" for i in range(UNITS)]),
+            plan=plan_of(UNITS, noise=noise, clip=clip, settings=settings, steps=steps),
+            ledger=folder / name / "ledger.db",
+            policy=SitePolicy(allow_not_private=True),
+        )
+        for number, name in enumerate(names)
+    ]
+
+
+def steps_of_their_own(model, table, plan, ledger, *, steps, first_step):
+    """Chance that depends on the step alone: sites in one process and in many draw alike."""
+    PromptSteps(TestRandom(first_step))(model, table, plan, ledger, steps=steps, first_step=first_step)
+
+
+def rounds_by_hand(sites, method, *, rounds, steps):
+    """(p_G, {site: what stays there}) by the paper's formulas, one record after another; equal weights, no clip, no noise."""
+    first = model_of(method)
+    shared = first.p_G.detach().clone()
+    own = {s.name: {n: p.detach().clone() for n, p in first.trained().items() if n != "p_G"} for s in sites}
+    for number in range(rounds):
+        after = []
+        for site in sites:
+            chance, model = TestRandom(number * steps), model_of(method)
+            model.load_state_dict({"p_G": shared, **own[site.name]}, strict=False)
+            for _ in range(steps):
+                cut = model.cut(chance)
+                poisson_units(UNITS, 1.0, chance)  # all of them; what was drawn is drawn here too
+                each = one_by_one(model, site.table.tensors["image"], site.table.tensors["label"], cut)
+                mean = {name: torch.stack([grads[name] for grads in each]).mean(0) for name in each[0]}
+                with torch.no_grad():
+                    model.p_G -= 0.1 * mean["p_G"]
+                    if cut is None:
+                        for name in own[site.name]:
+                            getattr(model, name).sub_(0.1 * mean[name])
+                    else:
+                        du, dv = mean["u"], mean["v"]
+                        model.p_L -= 0.1 * (du @ cut.v + cut.u @ dv - cut.u @ cut.u.T @ du @ cut.v)
+            after.append(model.p_G.detach().clone())
+            own[site.name] = {n: getattr(model, n).detach().clone() for n in own[site.name]}
+        shared = torch.stack(after).mean(0)
+    return shared, own

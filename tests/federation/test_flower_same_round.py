@@ -15,7 +15,7 @@ from tests.federation.engines import in_process
 from tests.federation.flower_cases import CASES, answering_number, case
 from tests.federation.test_same_round import MECHANISMS, VALUES, three_rounds_by_hand
 
-from sfumato.federation import credentials, rounds, simulate
+from sfumato.federation import credentials, local, rounds, simulate
 from sfumato.federation.deployment import Server
 from sfumato.federation.processes import LOOPBACK, Child, ended, python
 from sfumato.federation.serving import serve
@@ -30,7 +30,8 @@ def all_cases(exchange, folder: Path) -> list[rounds.ServerState]:
     after = []
     for number in range(len(CASES)):
         sites, work = case(folder, number)
-        begun = rounds.begin(work.settings, work.public, simulate.start_of(sites, work), run=str(number))
+        state = {name: t for name, t in simulate.start_of(sites, work).items() if name in work.public.holders}
+        begun = rounds.begin(work.settings, work.public, state, run=str(number))
         with simulate.server_ledger(work, str(number), folder / str(number) / "server") as ledger:
             after.append(serve(begun, exchange, chance=TestRandom(0), ledger=ledger))
     return after
@@ -43,11 +44,16 @@ def check(after: list[rounds.ServerState], folder: Path, tmp_path: Path) -> None
         sites, work = case(tmp_path / "alone", number)
         alone = in_process(sites, work, tmp_path / "alone" / str(number) / "server")
         by_hand = three_rounds_by_hand(sites, wanted)
+        assert set(server.state) == set(alone)
         for parameter, tensor in server.state.items():
             torch.testing.assert_close(tensor, alone[parameter], rtol=0, atol=1e-6)
             torch.testing.assert_close(tensor, by_hand[parameter], rtol=0, atol=wanted.tolerance)
         for site, here in zip(case(folder, number)[0], sites, strict=True):
             assert site.ledger.exists() == here.ledger.exists()
+            home, alone_home = local.kept_at_home(site), local.kept_at_home(here)
+            assert set(home) == set(alone_home) == set((wanted.settings or {}).get("home", ()))
+            for parameter, tensor in home.items():
+                torch.testing.assert_close(tensor, alone_home[parameter], rtol=0, atol=1e-6)
             if here.ledger.exists():
                 assert show(site.ledger)["steps"] == show(here.ledger)["steps"]
 

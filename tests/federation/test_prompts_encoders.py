@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.federation.prompting import write_clip
 
 from sfumato.errors import UsageError
 from sfumato.federation.prompts import small
@@ -17,26 +18,10 @@ from sfumato.privacy.plan import DpSgd, NotPrivate
 from sfumato.randomness import TestRandom
 from sfumato.records import UnitTable
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP with random weights that reads letters, written by the library itself."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["."]
-    vocab = {word: n for n, word in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
-    CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
-    common = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
-    text = {"vocab_size": len(vocab), "hidden_size": 16, "max_position_embeddings": 32, **common, **ends}
-    vision = {"hidden_size": 20, "image_size": 16, "patch_size": 8, **common}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def pictures(count):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.federation import prompting
 from tests.federation.conftest import Tiny, charging, work_for
 from tests.federation.engines import ENGINES
 from tests.federation.secure_rounds import Sites
@@ -28,6 +29,7 @@ from sfumato.federation.mechanism_settings import (
 )
 from sfumato.federation.messages import State
 from sfumato.federation.policy import SitePolicy
+from sfumato.federation.prompts.settings import DpFpl, FedPGP
 from sfumato.federation.secure.keys import Identity
 from sfumato.federation.settings import Momentum
 from sfumato.privacy.plan import DpSgd
@@ -66,15 +68,14 @@ class Case:
     settings: Any = None  # besides, as in a recipe
     build: Any = Tiny
     train_steps: Any = charging
+    prompt: Any = None  # the method, where sites learn a prompt
 
     def work(self, sites) -> Work:
+        build, steps = self.build, self.train_steps
+        if self.prompt is not None:
+            build, steps = prompting.building(self.prompt), prompting.steps_of_their_own
         return work_for(
-            sites,
-            self.build,
-            self.train_steps,
-            mechanism=self.mechanism,
-            random=lambda: TestRandom(1),
-            **(self.settings or {}),
+            sites, build, steps, mechanism=self.mechanism, random=lambda: TestRandom(1), **(self.settings or {})
         )
 
 
@@ -102,6 +103,9 @@ MECHANISMS: dict[str, Case] = {
     "distributed": Case(
         Distributed(max_update_norm=16.0, noise_multiplier=OFF, bits=32), tolerance=1e-6, settings={"weights": "equal"}
     ),
+    # A part of the model stays at each site, from round to round.
+    "prompts, DP-FPL": Case(RecordLevel(), settings={"home": ("p_L",)}, prompt=DpFpl(rank=2)),
+    "prompts, FedPGP": Case(RecordLevel(), settings={"home": ("u", "v")}, prompt=FedPGP(rank=2, contrast=0.0)),
 }
 
 
@@ -110,6 +114,8 @@ IDENTITIES = {name: Identity(public=PEOPLE.identities[name], sign=PEOPLE.keys[na
 
 
 def sites_in(make_site, folder: Path, case: Case):
+    if case.prompt is not None:
+        return prompting.sites_of(case.prompt, list(VALUES), folder)
     free = case.mechanism.kind != "record_level"
     policy = SitePolicy(allowed_mechanisms=None, allow_not_private=True)
     made = [make_site(name, VALUES[name], units=UNITS[name], private=not free, policy=policy) for name in VALUES]
@@ -126,6 +132,8 @@ def sites_in(make_site, folder: Path, case: Case):
 
 def three_rounds_by_hand(sites, case: Case) -> State:
     """McMahan's algorithm on this trainer: every local step adds the site's mean; the weighted mean of the differences."""
+    if case.prompt is not None:
+        return {"p_G": prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)[0]}
     state = local.trained_state(case.build())
     momentum, before = (case.settings or {}).get("server"), torch.zeros(1, 2)
     equal = (case.settings or {}).get("weights") == "equal"
@@ -178,3 +186,18 @@ def test_every_mechanism_that_there_is_has_a_case():
 
     kinds = {kind.__name__ for kind in get_args(get_args(Mechanism)[0])}
     assert kinds == {type(case.mechanism).__name__ for case in MECHANISMS.values()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [name for name, case in MECHANISMS.items() if case.prompt is not None])
+def test_what_stays_at_home_is_the_same_by_every_engine(name, engine, make_site, tmp_path):
+    case = MECHANISMS[name]
+    sites = sites_in(make_site, tmp_path, case)
+    found = ENGINES[engine](sites, case.work(sites), tmp_path / "server")
+    _, homes = prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)
+    assert set(found) == {"p_G"}
+    for site in sites:
+        kept = local.kept_at_home(site)
+        assert set(kept) == set(case.settings["home"])
+        for parameter, tensor in kept.items():
+            torch.testing.assert_close(tensor, homes[site.name][parameter], rtol=0, atol=case.tolerance)

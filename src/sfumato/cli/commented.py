@@ -35,7 +35,9 @@ EXPLAINED = {
     "model.audio": "null without sounds; waveform, or kind: mel with bands: 32 (kept: [12, 40]: its outline); tokens: mel_tokens, mu_law",
     "model.text": "hashed_words is trained privately; frozen_sentence is public, outside the guarantee; tokens: bytes, words, tokenizer",
     "model.backbone": "mlp is fast on few cores; unet is the one of diffusers; transformer says tokens",
-    "model.objective": "the family: diffusion or flow, to one target; variational, adversarial, alignment; autoregressive: tokens",
+    "model.objective": "the family: diffusion or flow, to one target; variational, adversarial, alignment; autoregressive: tokens; "
+    "prompts, which tell pictures apart: {classes: {'*': {columns: [label], names: {cat: a cat, dog: a dog}}}, method: {kind: dpfpl}, "
+    "encoders: {kind: clip, path: ...}}",
     "model.random_features": "of mechanism mean_embedding: what the mean is of",
     "model.warm_start": "with privacy.warm_start: what is released first, {release: {kind: class_moments, ...}}, and trained on",
     "model.sound_moments": "of mechanism mean_embedding: sums over classes of sounds, each where it is loudest, {aspects: [...]}",

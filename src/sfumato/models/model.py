@@ -97,11 +97,15 @@ def load(folder: Path | str) -> Any:
             parts = [path.parent.name for path in sorted(folder.glob("*/model.safetensors"))]
             of_release.restore(described, {part: load_file(folder / part / "model.safetensors") for part in parts})
             return of_release.eval()
+        if settings.objective.kind == "prompts":  # has no shapes, and nothing to load here
+            families.build(settings, Shapes())
         model = build(settings, TypeAdapter(Shapes).validate_python(described["shapes"]))
         if model.frozen() != described.get("frozen", {}):
             raise ValueError(f"frozen weights {model.frozen()}, made with {described.get('frozen', {})}")
         model.read(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
+        if isinstance(error, UsageError) and error.code == families.NO_GENERATOR:
+            raise
         raise UsageError(
             f"model = {folder} · is not a model that this version wrote ({type(error).__name__}: {str(error)[:200]})",
             next="Give the folder of a run or a bundle.",

@@ -31,6 +31,7 @@ from sfumato.models.codec_settings import Tokenizer as Tokenizer
 from sfumato.models.codec_settings import VaeLatents as VaeLatents
 from sfumato.models.codec_settings import Waveform as Waveform
 from sfumato.models.codec_settings import Words as Words
+from sfumato.models.prompt_settings import Prompts as Prompts
 from sfumato.models.release_settings import MOST_DIRECTIONS as MOST_DIRECTIONS
 from sfumato.models.release_settings import Aspect as Aspect
 from sfumato.models.release_settings import Changes as Changes
@@ -447,7 +448,8 @@ class WarmStart:
 
 Backbone = Annotated[Mlp | UNet | Transformer, Field(discriminator="kind")]
 Objective = Annotated[
-    Diffusion | Flow | Variational | Adversarial | Alignment | Autoregressive | Adapter, Field(discriminator="kind")
+    Diffusion | Flow | Variational | Adversarial | Alignment | Autoregressive | Adapter | Prompts,
+    Field(discriminator="kind"),
 ]
 
 
@@ -467,9 +469,9 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         self.sampling.check_for(self.objective.kind)
-        if isinstance(self.objective, Adapter) and (self.text or self.image or self.audio):
+        if isinstance(self.objective, Adapter | Prompts) and (self.text or self.image or self.audio):
             raise UsageError(
-                "model.text, image, audio · an adapter is of a model that reads texts by its own tokenizer, and nothing else",
+                f"model.text, image, audio · {self.objective.kind}: read by a model that has its own tokenizer, and nothing else",
                 next="Set model.text, model.image and model.audio to null.",
             )
         if (

@@ -20,6 +20,7 @@ from sfumato.recipes.emoji import emoji, emoji_private
 from sfumato.recipes.families import clinic_adversarial, clinic_variational
 from sfumato.recipes.hospitals import hospitals
 from sfumato.recipes.mnist import fashion_labels, fashion_mnist, mnist, mnist_labels
+from sfumato.recipes.prompts import prompts
 from sfumato.recipes.tokens import clinic_tokens, emails, wordnet
 
 NAMED: dict[str, Callable[[], Recipe]] = {
@@ -34,6 +35,7 @@ NAMED: dict[str, Callable[[], Recipe]] = {
     "clinic-codebook": clinic_codebook,
     "clinic-mean-embedding": clinic_mean_embedding,
     "hospitals": hospitals,
+    "prompts": prompts,
     "clinic-variational": clinic_variational,
     "clinic-adversarial": clinic_adversarial,
     "clinic-tokens": clinic_tokens,

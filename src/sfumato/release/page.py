@@ -257,13 +257,21 @@ def _charts(values: Mapping[str, Any]) -> dict[str, str]:
     return drawn
 
 
+BALANCED = {
+    "kappa_mean": "κ, as asked against read",
+    "accuracy_local": "accuracy on the sites' own classes",
+    "public_loss": "loss on public records",
+}
+
+
 def _balance(report: Mapping[str, Any] | None) -> str | None:
     """Quality over epsilon (over rounds where there is none), with bytes above (rounds where those are not told)."""
     rounds = (report or {}).get("rounds")
     if not isinstance(rounds, list):
         return None
-    agreement = any((r.get("quality") or {}).get("kappa_mean") is not None for r in rounds)
-    name = "kappa_mean" if agreement else "public_loss"
+    known = {name for r in rounds for name, value in (r.get("quality") or {}).items() if value is not None}
+    name = next((name for name in BALANCED if name in known), "public_loss")
+    agreement = name == "kappa_mean"
     private = all(isinstance(r.get("epsilon"), (int, float)) and math.isfinite(r["epsilon"]) for r in rounds)
     weighed = all(isinstance(r.get("bytes_up"), int) and isinstance(r.get("bytes_down"), int) for r in rounds)
     sent, points = 0, []
@@ -280,18 +288,21 @@ def _balance(report: Mapping[str, Any] | None) -> str | None:
         return None
     return charts.balance(
         points,
-        quality="κ, as asked against read" if agreement else "loss on public records",
+        quality=BALANCED[name],
         privacy="privacy: ε spent so far" if private else "round",
         cost="cost: MB sent so far, both ways" if weighed else "round",
     )
 
 
 AGREES = re.compile(r"agree|kappa|retriev|recall|R@|^accuracy|heart rate|ROUGE", re.IGNORECASE)
+COLUMNS = ("real held-out", "shuffled captions", "shuffled conditions", "public start alone", "non-private twin")
 SAYS = {  # what an agreement is about, by direction
     "text→image": "Does the picture say what its text says?",
     "image→text": "Does the text say what its picture shows?",
     "text→audio": "Does the sound say what its text says?",
     "audio→text": "Does the text say what its sound tells?",
+    "local classes": "Are pictures told apart by what their own site asks?",
+    "neighbour classes": "And by what the other sites ask?",
 }
 
 
@@ -323,6 +334,9 @@ def _quality_groups(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         shuffled = baseline.get("shuffled captions", baseline.get("shuffled conditions"))
         entry = {"name": name, "baseline": baseline, "shuffled": shuffled, "drawn": drawn, "scale": scale}
         group["figures"].append({**figure, **entry})
+        group["real"] = group.get("real", False) or "real held-out" in baseline
+        group["guessed"] = group.get("guessed", False) or shuffled is not None
+        group["more"] = list(dict.fromkeys([*group.get("more", []), *(b for b in baseline if b not in COLUMNS)]))
     order = list(dict.fromkeys(direction for direction, _ in groups))
     return [group for _, group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))]
 

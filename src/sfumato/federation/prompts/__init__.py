@@ -35,6 +35,7 @@ buys all of them with less noise.
 settings.py   what is learnt, and how        methods.py    the prompt, the losses, per-unit gradients, updates
 encoders.py   a CLIP checkpoint from disk    training.py   the private steps (``TrainSteps`` of the federation)
 small.py      a small dual encoder           transport.py  optimal transport between patches and prompts (FedOTP)
+learner.py    records, and a prompt as a file; a recipe of prompts: ``sfumato.prompting``, ``models.prompt_settings``
 
 Sources: DP-FPL, Tran et al. 2025, arXiv:2501.13904; PromptFL, Guo et al. 2023, arXiv:2208.11625; FedOTP, Li et al. 2024,
 arXiv:2403.00041; FedPGP, Cui et al. 2024, arXiv:2405.09771; CLIP, Radford et al. 2021, arXiv:2103.00020.

@@ -3,6 +3,7 @@
 Shapes: K texts, M context vectors, W width of a token, L tokens, N pictures, V patches, E entries of a feature.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,21 @@ class ClipEncoders(nn.Module):
             seen(pixel_values=pixels).last_hidden_state
         )  # the first place is the whole picture
         return nn.functional.normalize(self.clip.visual_projection(hidden), dim=-1)
+
+
+def fingerprint(folder: Path | str) -> str:
+    """sha256 of the weights, the tokenizer and the picture processor of a checkpoint."""
+    patterns = (
+        "*.safetensors",
+        "*.bin",
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer*",
+        "vocab.json",
+        "merges.txt",
+    )
+    whole = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in Path(folder).glob(pattern)}):
+        with file.open("rb") as opened:
+            whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()

@@ -26,7 +26,8 @@ class SmallEncoders(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.features, self.longest = width, features, longest
-        self._numbers = {word: UNKNOWN + 1 + number for number, word in enumerate(dict.fromkeys(sorted(words)))}
+        self.words = tuple(sorted(set(words)))
+        self._numbers = {word: UNKNOWN + 1 + number for number, word in enumerate(self.words)}
         self.token = nn.Embedding(len(self._numbers) + 3, width)
         self.place = nn.Parameter(torch.randn(longest, width) * 0.02)
         nn.init.normal_(self.token.weight, std=0.02)

@@ -1,5 +1,6 @@
 """One file a family: what is lost, and how records are drawn (``generative`` says what they share)."""
 
+from sfumato.errors import UsageError
 from sfumato.models.generative import Generative
 from sfumato.models.settings import (
     Adapter,
@@ -9,9 +10,12 @@ from sfumato.models.settings import (
     Diffusion,
     Flow,
     ModelSettings,
+    Prompts,
     Variational,
 )
 from sfumato.models.shapes import Shapes
+
+NO_GENERATOR = "no_generator"  # of the error for what has no samples
 
 
 def build(settings: ModelSettings, shapes: Shapes) -> Generative:
@@ -45,3 +49,9 @@ def build(settings: ModelSettings, shapes: Shapes) -> Generative:
             from sfumato.models.families.adapter import AdapterModel
 
             return AdapterModel(settings, shapes)
+        case Prompts():
+            raise UsageError(
+                "model.objective.kind = prompts · tells pictures apart, and generates nothing",
+                next="Train it by `sfumato federate`, and see how well it tells them apart by `sfumato evaluate`.",
+                code=NO_GENERATOR,
+            )
