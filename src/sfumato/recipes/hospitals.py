@@ -26,9 +26,11 @@ SEEN = ("encoders.text", "encoders.image", "decoders.text", "decoders.image", "r
 def hospitals() -> Recipe:
     """Four hospitals of very different patients, (8, 1/(N ln N))-DP per patient at each of them, N its own number.
 
-    A text, an image and an audio encoder around one latent, and a generator of all three that they share. The lung clinic
-    records no sounds: it trains, sends and receives the parts of histories and films. The district hospital has few
-    patients. The mean of every coordinate leaves out the largest and the smallest site: one hospital may send anything.
+    A text, an image and an audio encoder around one latent, and a generator of all three that they share. Before the first
+    round each hospital releases noisy sums of its films and sounds, once, with most of its guarantee; the rounds begin at what
+    they tell. The lung clinic records no sounds: it trains, sends and receives the parts of histories and films. The district
+    hospital has few patients. The mean of every coordinate leaves out the largest and the smallest site, and no release may
+    be longer than an honest one can be: one hospital may send anything.
     """
     return Recipe(
         name="hospitals",
@@ -63,12 +65,12 @@ def hospitals() -> Recipe:
             ),
         ),
         privacy=PrivacySettings(
-            unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=1.0, warm_start=WarmStartSettings(share=0.6)
+            unit="person", records_per_unit=2, epsilon=8.0, max_grad_norm=1.0, warm_start=WarmStartSettings(share=0.7)
         ),
-        training=TrainingSettings(steps=150, expected_batch_size=2_048, learning_rate=1e-2, warmup_steps=4),
+        training=TrainingSettings(steps=125, expected_batch_size=2_048, learning_rate=2e-3, warmup_steps=4),
         federation=FederationSettings(
             sites=4,
-            rounds=6,
+            rounds=5,
             local_steps=25,
             aggregation=TrimmedMean(trimmed=1),
             proximal=0.01,
