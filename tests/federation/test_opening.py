@@ -13,7 +13,7 @@ from sfumato.errors import UsageError
 from sfumato.federation import history, local, mechanisms, opening, rounds, simulate
 from sfumato.federation.keeping import Keeper
 from sfumato.federation.local import Site
-from sfumato.federation.mechanism_settings import UpdateLevel
+from sfumato.federation.mechanism_settings import Mean, TrimmedMean, UpdateLevel
 from sfumato.federation.messages import Ask, Part, Reply
 from sfumato.federation.opening import Released
 from sfumato.federation.policy import SitePolicy
@@ -131,6 +131,39 @@ def test_a_site_that_lies_within_the_bound_has_its_own_weight_and_no_more():
     honest, lied = opened(begin()), opened(begin(), a=-1 / math.sqrt(5))
     moved = (lied.released.tensors["mean"] - honest.released.tensors["mean"]).norm()
     assert float(moved) <= POPULATIONS["a"] / 600 * (1 + 0.1 * math.sqrt(5)) + 1e-9
+
+
+def directions(factor: float, robust: bool = True) -> rounds.ServerState:
+    """Four sites of unlike people: what they have in common, and as much of their own; site d sends ``factor`` times that."""
+    generator = torch.Generator().manual_seed(2)
+    part = {"mean": Released(shape=(5,), noise_std=0.001)}
+    names = ("a", "b", "c", "d")
+    of = replace(
+        make_public(4, shapes={"w": (2,)}), populations=dict.fromkeys(names, 100), rates=dict.fromkeys(names, 1.0),
+        weights=dict.fromkeys(names, 1.0), holders={"w": names},
+    )  # fmt: skip
+    settings = FederationSettings(sites=4, aggregation=TrimmedMean(trimmed=1) if robust else Mean(), least_sites=3)
+    server = rounds.begin(settings, opening.announced(of, dict.fromkeys(names, part)), START, run="r")
+    waiting, asked = rounds.asks(server, TestRandom(0))
+    replies = {}
+    for site, ask in asked.items():
+        own = torch.randn(5, generator=generator, dtype=torch.float64)
+        mean = 0.1 / math.sqrt(5) + 0.1 * own / own.norm()
+        replies[site] = Reply.to(ask, site, Part(tensors={"mean": mean * (factor if site == "d" else 1.0)}))
+    return rounds.receive(waiting, replies, TestRandom(0))
+
+
+@pytest.mark.parametrize("factor", [-5.0, -1.0, 4.0])
+def test_where_hostile_sites_are_reckoned_with_one_that_disagrees_is_left_out(factor):
+    (result,) = directions(factor).results
+    assert result.sites == ("a", "b", "c") and [(out.site, out.code) for out in result.left_out] == [("d", "disagrees")]
+    (result,) = directions(factor, robust=False).results
+    assert result.sites == ("a", "b", "c", "d")
+
+
+def test_unlike_people_are_no_disagreement():
+    (result,) = directions(1.0).results
+    assert result.sites == ("a", "b", "c", "d") and not result.left_out
 
 
 def test_too_few_answers_release_nothing_and_training_begins_without():

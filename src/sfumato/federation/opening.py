@@ -15,6 +15,7 @@ The opening is round 0 of the state machine (``rounds``), one exchange of kind "
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from sfumato.errors import UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 KIND = "release"
 PREFIX = "released."  # before a part's name where ``federation.holds`` names what a site has
+_ENOUGH, _TIMES = 3, 2.0  # sites, to tell who disagrees; of the median length
 _BEYOND = 6.0  # standard deviations: an honest site is longer once in 10^9
 
 
@@ -79,6 +81,34 @@ def check(site: str, reply: Reply, public: Public) -> None:
                 next="Leave the site out.",
                 code="too_long",
             )
+
+
+def disagreeing(public: Public, replies: Mapping[str, Reply]) -> dict[str, str]:
+    """By site, why its release is not believed: asked where hostile sites are reckoned with (a robust ``federation.aggregation``).
+
+    Sites hold different people, so their means may differ in every coordinate, and a median by coordinate would be of nobody. But
+    means over people have much in common. Of a part that three sites or more gave, a site is out whose mean points away from
+    most of the others' (a negative inner product), or is over twice as long as the median, the noise's own length taken off.
+    Raw lengths and angles of what is private already: post-processing. A minority that says what honest sites might say stays.
+    """
+    found = {}
+    for name, holders in public.releasing.items():
+        came = {site: replies[site].tensors[name].double().flatten() for site in holders if site in replies}
+        if len(came) < _ENOUGH:
+            continue
+        numbers = math.prod(public.released[name])
+        noise = {site: public.release_noise[site][name] ** 2 * numbers for site in came}
+        lengths = {site: math.sqrt(max(0.0, float(one @ one) - noise[site])) for site, one in came.items()}
+        longest = _TIMES * median(lengths.values())
+        for site, own in came.items():
+            against = sum(float(own @ other) < 0 for name_, other in came.items() if name_ != site)
+            if 2 * against > len(came) - 1:
+                found[site] = f"{name} points away from that of {against} of the {len(came) - 1} other sites"
+            elif lengths[site] > longest:
+                found[site] = (
+                    f"{name} has length {lengths[site]:.3g} without its noise, the median of the sites {longest / _TIMES:.3g}"
+                )
+    return found
 
 
 def combined(public: Public, replies: Mapping[str, Reply]) -> Part:

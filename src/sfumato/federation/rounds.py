@@ -323,6 +323,12 @@ def part_of(state: State, public: Public, site: str) -> "dict[str, Tensor]":
 
 def _opened(server: ServerState, usable: Mapping[str, Reply]) -> ServerState:
     assert server.open is not None
+    if server.settings.aggregation.kind != "mean":
+        no = opening.disagreeing(server.public, usable)
+        out = tuple(LeftOut(site=site, code="disagrees", message=why) for site, why in sorted(no.items()))
+        server = replace(server, open=replace(server.open, left_out=(*server.open.left_out, *out)))
+        usable = {site: reply for site, reply in usable.items() if site not in no}
+    assert server.open is not None
     if len(usable) < server.settings.least_sites:
         return discard(
             server, f"{len(usable)} of {len(server.open.asked)} sites, {server.settings.least_sites} are needed"
