@@ -48,7 +48,7 @@ def _many(says: str, mechanism: of.Mechanism) -> Row:
 
 
 ONE: dict[str, Any] = {"sites": 1, "rounds": 1, "local_steps": 240}
-STYLE, GROUP = "3 houses, a style each", "9 collections, a group of subjects each"
+STYLE, GROUP = "3 houses, a style each", "5 collections, two groups of subjects each"
 ROWS: dict[str, Row] = {
     "fresh-one-place": _few("fresh weights: all at one place, 240 steps", **ONE),
     "fresh-one-place-8": _few("fresh weights: all at one place, 240 steps", **ONE, private=True),
@@ -64,9 +64,9 @@ ROWS: dict[str, Row] = {
     "prox-8": _few(f"{STYLE}, FedProx μ = 0.01", by="style", private=True, proximal=0.01),
     "long": _few(f"{STYLE}, 2 rounds of 120 steps", by="style", rounds=2, local_steps=120),
     "long-prox": _few(f"{STYLE}, 2 rounds of 120 steps, FedProx μ = 0.1", by="style", rounds=2, local_steps=120, proximal=0.1),
-    "groups": _few(GROUP, by="group", sites=9),
-    "groups-8": _few(GROUP, by="group", sites=9, private=True),
-    "groups-prox": _few(f"{GROUP}, FedProx μ = 0.01", by="group", sites=9, proximal=0.01),
+    "groups": _few(GROUP, by="group", sites=5),
+    "groups-8": _few(GROUP, by="group", sites=5, private=True),
+    "groups-prox": _few(f"{GROUP}, FedProx μ = 0.01", by="group", sites=5, proximal=0.01),
     **{
         name: _few(f"{name.replace('-', ' ')}, 3 houses", by="style", mechanism=mechanism)
         for name, mechanism in site_level(CLIP, sites=3, adaptive=False).items()
