@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__, building
 from sfumato import recipe as recipes_file
-from sfumato.data.places import cache_of
+from sfumato.data.places import cache_of, private_folder
 from sfumato.data.settings import OWN
 from sfumato.errors import UsageError
 from sfumato.models.prompt_settings import ClipFolder, Prompts, SmallPair
@@ -268,6 +268,7 @@ def _small(of: SmallPair, recipe: Recipe, prepared: Any) -> Pair:
             seed=recipe.training.seed,
             **shape,
         )
+        private_folder(path.parent)  # what else lies there is private
         write_part(path, Part(tensors=module.state_dict(), values={"words": list(module.words)}))
     said = (
         f"Declared public: a small pair of encoders, trained on {len(pairs):,} public pairs of picture and text, and frozen; sha256 of "
