@@ -51,7 +51,7 @@ def only_federated(recipe: Recipe, verb: str) -> None:
     if is_prompts(recipe):
         raise UsageError(
             f"sfumato {verb}, model.objective.kind = prompts · a prompt is learnt by sites together, and generates nothing",
-            next="Train it by `sfumato federate` (--sites 1 is one place); `sfumato evaluate` says how well it tells pictures apart.",
+            next="Train it by `sfumato federate`; `sfumato evaluate` says how well it tells pictures apart.",
             code="only_federated",
         )
 
