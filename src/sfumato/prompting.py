@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__, building
 from sfumato import recipe as recipes_file
-from sfumato.data.places import cache_of
+from sfumato.data.places import cache_of, private_folder
 from sfumato.data.settings import OWN
 from sfumato.errors import UsageError
 from sfumato.models.prompt_settings import ClipFolder, Prompts, SmallPair
@@ -51,7 +51,7 @@ def only_federated(recipe: Recipe, verb: str) -> None:
     if is_prompts(recipe):
         raise UsageError(
             f"sfumato {verb}, model.objective.kind = prompts · a prompt is learnt by sites together, and generates nothing",
-            next="Train it by `sfumato federate` (--sites 1 is one place); `sfumato evaluate` says how well it tells pictures apart.",
+            next="Train it by `sfumato federate`; `sfumato evaluate` says how well it tells pictures apart.",
             code="only_federated",
         )
 
@@ -268,6 +268,7 @@ def _small(of: SmallPair, recipe: Recipe, prepared: Any) -> Pair:
             seed=recipe.training.seed,
             **shape,
         )
+        private_folder(path.parent)  # what else lies there is private
         write_part(path, Part(tensors=module.state_dict(), values={"words": list(module.words)}))
     said = (
         f"Declared public: a small pair of encoders, trained on {len(pairs):,} public pairs of picture and text, and frozen; sha256 of "
