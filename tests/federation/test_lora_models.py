@@ -173,7 +173,7 @@ def test_a_saved_adapter_is_read_by_peft_alone(folder, tmp_path):
 def test_it_says_texts_and_refuses_what_it_is_not_of(folder):
     said = built(folder, prompt="what is this").sample([Record(id="0", unit="0")] * 2, ("text",), seed=1)
     assert all(isinstance(record.text, str) for record in said)
-    with pytest.raises(UsageError, match="by its own tokenizer"):
+    with pytest.raises(UsageError, match="has its own tokenizer"):
         replace(settings_of(folder), image=Pixels())
     with pytest.raises(UsageError, match="is no folder"):
         built(folder / "nowhere")

@@ -60,7 +60,7 @@ def test_an_answer_is_known_by_run_round_exchange_and_kind():
     "change",
     [
         {"format": "other/1"},
-        {"round": 0},
+        {"round": -1},
         {"round": True},
         {"round": 1.0},
         {"exchange": -1},

@@ -93,8 +93,8 @@ def test_a_prompt_for_clip_is_learnt_in_private_steps(clip_folder, method, tmp_p
 
 
 def test_prompts_that_clip_cannot_read_are_refused(clip_folder, tmp_path):
-    with pytest.raises(UsageError, match="32"):
-        PromptModel(ClipEncoders(clip_folder), ["cat", "dog"], PromptSettings(tokens=30))
+    with pytest.raises(UsageError, match="64"):
+        PromptModel(ClipEncoders(clip_folder), ["cat", "dog"], PromptSettings(tokens=62))
     with pytest.raises(UsageError, match="config"):
         ClipEncoders(tmp_path)
     with pytest.raises(UsageError, match="two or more"):
