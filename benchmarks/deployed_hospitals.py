@@ -367,9 +367,12 @@ def _about(found: dict[str, Any]) -> list[str]:
     own = "; ".join(f"{', '.join(cases)}: `{settings or 'nothing'}`" for settings, cases in by_settings.items())
     return [
         "`benchmarks/deployed_hospitals.py`: `sfumato federate hospitals --engine deployment --set federation.rounds=5`, and set "
-        f"besides, {own}. SuperLink, four sites and their SuperNodes in processes of their own, TLS, registered keys. Killed: SIGKILL "
-        f"in round {KILLED_IN}, after a site had charged steps of it and before it sent anything. Two cores, which other jobs used too (load in the table). The first round has the reading of "
-        "the records in its seconds, as has the one after a restart. κ is of a small reader on public records, after the last round.",
+        f"besides, {own}.",
+        "",
+        "SuperLink, four sites and their SuperNodes in processes of their own, TLS, registered keys. Killed: SIGKILL in round "
+        f"{KILLED_IN}, after a site had charged steps of it and before it sent anything. Two cores, which other jobs used too (load in the "
+        "table). The first round has the reading of the records in its seconds, as has the one after a restart. κ is of a small "
+        "reader on public records, after the last round.",
     ]
 
 
