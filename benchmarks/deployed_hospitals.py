@@ -17,13 +17,14 @@ sent anything:
 patients, since nothing of it depends on their number). Its runs are no releases.
 
 What is checked, and fails the case if it is not so: every site's chain is whole; its account has what its ledger has; what it
-has charged is 25 steps for every round that its update is in, and for a round that it was asked for and is not in between none and 25;
-all updates that were used had all of their 25 noisy steps; messages weigh at most 1.02 of the trained parameters, where none was
-sent twice.
+has charged is one release before the first round, 25 steps for every round that its update is in, and for a round that it was
+asked for and is not in between none and 25; all updates that were used had all of their 25 noisy steps; messages weigh at most
+1.02 of what they carry, where none was sent twice.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -182,13 +183,21 @@ def measured(place: Path) -> dict[str, Any]:
             size *= length
         for holder in holders:
             parameters[holder] += size
+    released = dict.fromkeys(public["populations"], 0)
+    for part, holders in public["releasing"].items():
+        for holder in holders:
+            released[holder] += math.prod(public["released"][part])
+    trained = [one for one in report["rounds"] if one["round"]]
     wrong, sites = [], []
     for number, site in enumerate(report["sites"], start=1):
         name, folder = site["name"], place / "sites" / f"site-{number}"
         book, account = ledger.show(folder / "ledger.db"), _account(place, number, len(report["sites"]))
-        rounds_in = [one["round"] for one in report["rounds"] if name in one["sites"]]
-        rounds_out = [one["round"] for one in report["rounds"] if name in one["asked"] and name not in one["sites"]]
-        lost = book["steps"] - steps * len(rounds_in)
+        rounds_in = [one["round"] for one in trained if name in one["sites"]]
+        rounds_out = [one["round"] for one in trained if name in one["asked"] and name not in one["sites"]]
+        opened = sum(event["mechanism"] == "gaussian" for event in book["events"])
+        lost = book["steps"] - opened - steps * len(rounds_in)
+        if opened != sum(name in one["sites"] for one in report["rounds"] if not one["round"]):
+            wrong.append(f"{name}: {opened} releases charged")
         if not book["valid"]:
             wrong.append(f"{name}: {book['detail']}")
         if account != book["events"]:
@@ -196,9 +205,7 @@ def measured(place: Path) -> dict[str, Any]:
         if not 0 <= lost <= steps * len(rounds_out):
             wrong.append(f"{name}: {book['steps']} events for {len(rounds_in)} rounds in, {len(rounds_out)} out")
         before = 0
-        for one in report[
-            "rounds"
-        ]:  # an update has its 25 steps, and what was lost before it lies in rounds that are out
+        for one in trained:  # an update has its 25 steps, and what was lost before it lies in rounds that are out
             if name in one["sites"]:
                 new = one["charged"][name] - before
                 missed = [number for number in rounds_out if number < one["round"]]
@@ -210,6 +217,7 @@ def measured(place: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "parameters": parameters[name],
+                "released": released[name],
                 "rounds_in": rounds_in,
                 "rounds_out": {one["round"]: _why(one, name) for one in report["rounds"] if one["round"] in rounds_out},
                 "events": book["steps"],
@@ -242,13 +250,15 @@ def _why(one: dict[str, Any], site: str) -> str:
 
 
 def ratios(found: dict[str, Any]) -> list[tuple[str, int, float, float]]:
-    """(site, bytes of its parameters, down, up), of a run in which no message was sent twice."""
-    rounds_ = len(found["rounds"])
+    """(site, bytes of its parameters, down, up), of a run in which no message was sent twice: of all messages over all that they
+    carry, the parameters of every round and, up, what was released before the first."""
+    rounds_ = sum(1 for one in found["rounds"] if one["round"])
     return [
         (
             site["name"],
             4 * site["parameters"],
-            *(site[way] / (4 * site["parameters"] * rounds_) for way in ("down", "up")),
+            site["down"] / (4 * site["parameters"] * rounds_),
+            site["up"] / (4 * site["parameters"] * rounds_ + 8 * site["released"]),
         )
         for site in found["sites"]
     ]
@@ -374,19 +384,25 @@ def _about(found: dict[str, Any]) -> list[str]:
         "",
         "SuperLink, four sites and their SuperNodes in processes of their own, TLS, registered keys. Killed: SIGKILL in round "
         f"{KILLED_IN}, after a site had charged steps of it and before it sent anything. Two cores, which other jobs used too (load in the "
-        "table). The first round has the reading of the records in its seconds, as has the one after a restart. κ is of a small "
+        "table). The first of the seconds are those of the release, with the reading of "
+        "the records in them, as has the round after a restart. κ is of a small "
         "reader on public records, after the last round.",
     ]
 
 
 def _bytes(found: dict[str, Any]) -> list[str]:
-    lines = ["| site | parameters | bytes of them | message down | message up |", "|---|---|---|---|---|"]
+    lines = [
+        "| site | parameters | bytes of them | released once, bytes | messages down | messages up |",
+        "|---|---|---|---|---|---|",
+    ]
+    released = {site["name"]: 8 * site["released"] for site in found["sites"]}
     for name, size, down, up in ratios(found):
-        lines.append(f"| {name} | {size // 4:,} | {size:,} | {down:.4f} | {up:.4f} |")
+        lines.append(f"| {name} | {size // 4:,} | {size:,} | {released[name]:,} | {down:.4f} | {up:.4f} |")
     return [
         *lines,
         "",
-        "Serialised messages of a round over the bytes of the parameters that the site trains, nothing compressed.",
+        "Serialised messages of all rounds over the bytes of the parameters that the site trains, in each, and of what it released before "
+        "the first; nothing compressed.",
     ]
 
 
@@ -410,7 +426,8 @@ def _table(found: dict[str, Any]) -> list[str]:
     for case, one in found.items():
         if case == "same":
             continue
-        used = [each for each in one["rounds"] if not each["discarded"]]
+        rounds_ = [each for each in one["rounds"] if each["round"]]
+        used = [each for each in rounds_ if not each["discarded"]]
         hit = one["killed"]["site"] if one["killed"] else None
         at = "; ".join(
             f"{site['name']}: {len(site['rounds_in'])} in"
@@ -423,7 +440,7 @@ def _table(found: dict[str, Any]) -> list[str]:
         seconds = ", ".join(f"{each['seconds']:.0f}" for each in one["rounds"])
         last = (one["rounds"][-1]["quality"] or {}).get("kappa_mean")
         lines.append(
-            f"| {f'nothing, {case}' if hit is None else f'{case} ({hit})'} | {len(used)}, {len(one['rounds']) - len(used)} | {at or '—'} | "
+            f"| {f'nothing, {case}' if hit is None else f'{case} ({hit})'} | {len(used)}, {len(rounds_) - len(used)} | {at or '—'} | "
             f"{charged} | {'; '.join(one['wrong']) or 'yes'} | {seconds} | {one['wall_seconds']}, {one['load']:.0f} | "
             f"{'—' if last is None else f'{last:.3f}'} |"
         )
