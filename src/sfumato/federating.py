@@ -128,7 +128,7 @@ def run(
                 on_round=shown,
                 pause=stop.is_set,
                 exchange=exchange,
-                opened=_Opened(recipe, folder, model, prepared, work.public, progress),
+                opened=_Opened(recipe, folder, model, prepared, work.public, progress, shown.look),
             )
         seconds, processor = time.monotonic() - began, time.process_time() - processor
         report = _report(recipe, members, work, promise, folder, result)
@@ -166,9 +166,17 @@ class _Opened:
     """Of what the sites released before the first round, the weights that it begins at: post-processing, at the server."""
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, model: Any, prepared: Any, public: "Public", progress: Progress
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        model: Any,
+        prepared: Any,
+        public: "Public",
+        progress: Progress,
+        look: "Callable[[int], object]",
     ) -> None:
         self._recipe, self._folder, self._model, self._public, self._progress = recipe, folder, model, public, progress
+        self._look = look
         self._prompts = stages.prompts(prepared)
         if public.released:
             warming.usable(warming.parts(recipe), self._prompts)  # or it refuses, before anything is charged
@@ -182,7 +190,10 @@ class _Opened:
         stopped = warming.learn(
             self._folder, self._recipe, self._model, own, dict(released.tensors), stds, self._prompts, self._progress
         )
-        return trained_state(self._model) if stopped == "steps" else None
+        if stopped != "steps":
+            return None
+        self._look(0)
+        return trained_state(self._model)
 
 
 def _check_public_start(recipe: Recipe) -> None:
@@ -231,6 +242,11 @@ class _Shown:
             )
         self._best_round = 0
 
+    def look(self, number: int) -> bool:
+        """A picture, and the loss on public records, of the model as it is. Returns: whether it is the best so far."""
+        self._samples.picture(number, self._model)
+        return self._quality is not None and self._quality.picture(number, self._model)
+
     def __call__(self, result: Any, state: Any) -> str | None:
         from sfumato.federation.local import load_trained
 
@@ -243,11 +259,10 @@ class _Shown:
             return None
         few = f" · {result.unchanged} parameters unchanged, too few sites sent them" if result.unchanged else ""
         self._progress(f"round {result.round}/{federation.rounds}: {sites}, {result.steps} steps{few}{discarded}")
-        self._samples.picture(result.round, self._model)
+        if self.look(result.round):
+            self._best_round = result.round
         if self._quality is None:
             return None
-        if self._quality.picture(result.round, self._model):
-            self._best_round = result.round
         if federation.patience is None or result.round - self._best_round < federation.patience:
             return None
         return f"the loss on public records was lowest in round {self._best_round}"
@@ -488,7 +503,7 @@ def _report(
 def _answer(folder: RunFolder, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": str(folder.path),
-        "rounds": len(report["rounds"]),
+        "rounds": sum(1 for one in report["rounds"] if one["round"]),
         "sites": [
             {**site, "refused": None if site["refused"] is None else len(site["refused"])} for site in report["sites"]
         ],

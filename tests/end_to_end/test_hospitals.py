@@ -81,6 +81,8 @@ def test_the_recipe_trains_what_each_hospital_holds_and_reports_every_round(tmp_
     assert "rounds_detail" not in report
     opening, *rounds = report["rounds"]
     assert (opening["round"], opening["sites"], opening["left_out"]) == (0, ["city", "district", "heart", "lung"], [])
+    assert opening["quality"]["public_loss"] > 0 and list((run / "samples").glob("step-000000*"))
+    assert answer["rounds"] == 2
     pictures, sounds = (part.maker.dimension for part in warming.parts(workflow.resolve("hospitals", SMALL)))
     assert opening["bytes_up"] == 8 * (4 * pictures + 3 * sounds) and opening["bytes_down"] == 0  # no sounds at one
     for number, round_ in enumerate(rounds, start=1):
@@ -98,6 +100,7 @@ def test_the_recipe_trains_what_each_hospital_holds_and_reports_every_round(tmp_
     assert "by each site, of its own records" in page and "60 records were drawn from it" in page
     for path in sorted(run.glob("sites/*/ledger.db")):
         assert sorted(event["count"] for event in show(path)["events"]) == [1, 4]
+    assert "2 rounds, and before them a release by every site, round 0" in page
     assert "Round by round" in page and "Quality, privacy and cost of a federation" in page
 
     recipe = workflow.federated("hospitals", [*SMALL, "federation.local_steps=2"], rounds=2)

@@ -188,7 +188,9 @@ def _public_federation(report: Mapping[str, Any]) -> dict[str, Any]:
     for site, full in zip(sites, report.get("sites") or [], strict=True):
         site["refused"] = _length(full.get("refused"))
     said = {key: report[key] for key in ("unit", "trust") if key in report}
-    return {**said, "sites": sites, "rounds": _length(report.get("rounds"))}
+    rounds = report.get("rounds")
+    trained = [one for one in rounds if one.get("round") != 0] if isinstance(rounds, list) else rounds
+    return {**said, "sites": sites, "rounds": _length(trained)}
 
 
 def _length(value: Any) -> int:
