@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KIND = "release"
 PREFIX = "released."  # before a part's name where ``federation.holds`` names what a site has
 _ENOUGH, _TIMES = 3, 2.0  # sites, to tell who disagrees; of the median length
+_SURELY = 5.0  # standard deviations of the noise: an honest site that is all noise is believed
 _BEYOND = 6.0  # standard deviations: an honest site is longer once in 10^9
 
 
@@ -88,25 +89,34 @@ def disagreeing(public: Public, replies: Mapping[str, Reply]) -> dict[str, str]:
 
     Sites hold different people, so their means may differ in every coordinate, and a median by coordinate would be of nobody. But
     means over people have much in common. Of a part that three sites or more gave, a site is out whose mean points away from
-    most of the others' (a negative inner product), or is over twice as long as the median, the noise's own length taken off.
-    Raw lengths and angles of what is private already: post-processing. A minority that says what honest sites might say stays.
+    most of the others' (a negative inner product), or is over twice as long as the median, the noise's own length taken off; by
+    more than its noise can do. Lengths and angles of what is private already: post-processing. A minority that says what honest
+    sites might say stays.
     """
     found = {}
     for name, holders in public.releasing.items():
         came = {site: replies[site].tensors[name].double().flatten() for site in holders if site in replies}
         if len(came) < _ENOUGH:
             continue
-        numbers = math.prod(public.released[name])
-        noise = {site: public.release_noise[site][name] ** 2 * numbers for site in came}
-        lengths = {site: math.sqrt(max(0.0, float(one @ one) - noise[site])) for site, one in came.items()}
-        longest = _TIMES * median(lengths.values())
+        numbers, noise = math.prod(public.released[name]), {site: public.release_noise[site][name] for site in came}
+        squares = {site: float(one @ one) for site, one in came.items()}
+        signal = {site: max(0.0, squares[site] - noise[site] ** 2 * numbers) for site in came}
+        usual = median(signal.values())
         for site, own in came.items():
-            against = sum(float(own @ other) < 0 for name_, other in came.items() if name_ != site)
+            against = 0
+            for other in came:
+                spread = math.sqrt(
+                    noise[site] ** 2 * signal[other]
+                    + noise[other] ** 2 * signal[site]
+                    + (noise[site] * noise[other]) ** 2 * numbers
+                )
+                against += other != site and float(own @ came[other]) < -_SURELY * spread
+            spread = noise[site] * math.sqrt(2 * noise[site] ** 2 * numbers + 4 * signal[site])
             if 2 * against > len(came) - 1:
                 found[site] = f"{name} points away from that of {against} of the {len(came) - 1} other sites"
-            elif lengths[site] > longest:
+            elif signal[site] > _TIMES**2 * usual + _SURELY * spread:
                 found[site] = (
-                    f"{name} has length {lengths[site]:.3g} without its noise, the median of the sites {longest / _TIMES:.3g}"
+                    f"{name} has length {math.sqrt(signal[site]):.3g} without its noise, the median of the sites {math.sqrt(usual):.3g}"
                 )
     return found
 
