@@ -250,3 +250,30 @@ def test_a_site_that_cannot_start_says_why(tmp_path, wrong, words):
     }  # fmt: skip
     with pytest.raises(UsageError, match=words):
         machines.take_part(**given)
+
+
+def test_a_site_releases_before_the_first_round_once_and_its_plan_has_both(make_member, tmp_path):
+    release = {
+        "kind": "class_moments",
+        "image": {"kind": "cosine", "kept": 4},
+        "classes": [{"name": "left", "more": ["left"]}, {"name": "right", "more": ["right"]}],
+    }
+    text = text_of(
+        model={**VALUES["model"], "warm_start": {"release": release, "records": 20, "steps": 2, "records_at_once": 10}},
+        privacy={"unit": "person", "records_per_unit": 2, "epsilon": 8.0, "warm_start": {"share": 0.3}},
+    )
+    member = make_member({})
+    reply = join(member, text)
+    begin(member, reply.values["population"])
+    book = tmp_path / "site" / "runs" / RUN / "ledger.db"
+    told = {"recipe": hashlib.sha256(text.encode()).hexdigest()}
+    released = member.answer(ask("release", round=0, **told))
+    assert code(released) is None and [tuple(t.shape) for t in released.tensors.values()] == [(2, 17, 17)]
+    assert all(bool(t.isfinite().all()) for t in released.tensors.values())
+    (event,) = show(book)["events"]
+    assert (event["mechanism"], event["count"]) == ("gaussian", 1)
+    for again in (member, make_member()):  # the same reply is sent again, or none: nothing is released a second time
+        reply = again.answer(ask("release", round=0, **told))
+        if code(reply) != "replayed":
+            assert all(tensor.equal(released.tensors[name]) for name, tensor in reply.tensors.items()) and reply.tensors
+    assert show(book)["steps"] == 1
