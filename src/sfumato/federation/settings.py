@@ -121,7 +121,8 @@ class FederationSettings:
     patience: rounds without a lower loss on public records after which no further one is opened; None: all rounds.
     holds: by site, which parameters it trains, sends and receives, as ``model.train_only`` names them; a site that is not
       named holds all. The parameters' names are the contract between sites with different parts. One that a single site
-      holds stays there: the federation's model has it as it was built.
+      holds stays there: the federation's model has it as it was built. Where the rounds begin with a release
+      (``privacy.warm_start``), also what of it the site gives: ``released.mean`` of pictures, ``released.sounds``.
     identities: by site, its Ed25519 public key in 64 hexadecimal digits, for distributed noise over several machines; sites
       in one process make their own.
     home: names of parameters (or their beginnings, up to a dot) that every site trains for itself: they are kept in its folder, and
