@@ -33,7 +33,7 @@ def training_plan(settings: PrivacySettings, **sizes: Any) -> TrainingPlan:
         )
     if settings.warm_start is not None:
         raise UsageError(
-            "warm_start · is a release before one training, not yet one at every site of a federation",
+            "warm_start · is a release before the steps, and here there are steps alone",
             next="Set privacy.warm_start and model.warm_start: null.",
         )
     if settings.mechanism in OF_RELEASES:
