@@ -17,7 +17,7 @@ import numpy as np
 
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.secure import keys, masks, protocol
-from sfumato.federation.secure.opening import Opened, opened
+from sfumato.federation.secure.recovering import Opened, opened
 from sfumato.federation.secure.protocol import Advertised, Ask, Exchange, Shared, Signed, Terms, Unmasked
 
 Reply = tuple[Mapping[str, Any], np.ndarray | None]
