@@ -34,7 +34,7 @@ sent y_u in time. With fewer than t replies at any exchange the round ends with 
 Another attempt of a round has fresh keys and the same terms; a site that has answered an unmask request helps in no other.
 
 **What it is not.** The sum itself is not private: noise is added to x_u before (``mechanisms/distributed.py``), for as many
-sites as surely remain honest. A site can send any vector it likes. Wrong shares are found (``opening.py``) and left out where t
+sites as surely remain honest. A site can send any vector it likes. Wrong shares are found (``recovering.py``) and left out where t
 right ones are there; else the round is refused: with t = n any one site can spoil it. Whether sums wrap is the caller's to
 prevent. The names of the sites and their silence are public.
 

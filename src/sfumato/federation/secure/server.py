@@ -17,8 +17,8 @@ import numpy as np
 
 from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.secure import keys, masks, protocol
-from sfumato.federation.secure.recovering import Opened, opened
 from sfumato.federation.secure.protocol import Advertised, Ask, Exchange, Shared, Signed, Terms, Unmasked
+from sfumato.federation.secure.recovering import Opened, opened
 
 Reply = tuple[Mapping[str, Any], np.ndarray | None]
 Message = TypeVar("Message")
