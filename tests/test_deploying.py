@@ -102,7 +102,7 @@ def test_a_server_that_is_killed_in_a_round_leaves_nothing_behind_and_resumes_wi
     family = first.family()
     assert len(family) == 5  # SuperLink, two sites, two SuperNodes
     os.kill(first.process.pid, how)
-    first.process.wait(30)
+    first.process.wait(120)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in family), 30)
 
     second = started("federate", "recipe.yaml", "--engine", "deployment", "--resume")
