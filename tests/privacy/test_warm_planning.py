@@ -83,7 +83,7 @@ def test_settings_that_cannot_be_are_refused():
     for share in (0.0, 1.0):
         with pytest.raises(UsageError, match="share"):
             WarmStartSettings(share=share)
-    with pytest.raises(UsageError, match="at every site of a federation"):
+    with pytest.raises(UsageError, match="here there are steps alone"):
         planning.training_plan(PrivacySettings(warm_start=warm), **{**SIZES, "delta": None})
     with pytest.raises(UsageError, match=r"privacy.warm_start · says half of it: model.warm_start is missing"):
         recipes.from_mapping({"name": "x", "privacy": {"warm_start": {"share": 0.1}}})
