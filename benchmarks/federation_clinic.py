@@ -146,7 +146,7 @@ def table(out: Path) -> list[str]:
     lines = [
         "## clinic: histories to films",
         "",
-        "| row | what | ε, δ (of the first site): of whom, who is trusted | mean κ (95 %) | "
+        "| row | what | ε, δ: of whom, who is trusted | mean κ (95 %) | "
         "side, zone, kind, heart, effusion, view | MB up, down | processor seconds (wall) |",
         "|---|---|---|---|---|---|---|",
     ]

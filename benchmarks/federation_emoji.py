@@ -212,7 +212,7 @@ def table(out: Path) -> list[str]:
     lines = [
         "## emoji: captions to pictures",
         "",
-        "| row | what | ε, δ (of the first site): of whom, who is trusted | Fréchet distance (95 %) | κ of style, group; mean (95 %) | "
+        "| row | what | ε, δ: of whom, who is trusted | Fréchet distance (95 %) | κ of style, group; mean (95 %) | "
         "R@10 image→text, text→image | MB up, down | processor seconds (wall) |",
         "|---|---|---|---|---|---|---|---|",
     ]

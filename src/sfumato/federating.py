@@ -345,10 +345,8 @@ def is_charged_at_site(recipe: Recipe) -> bool:
 
 
 def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> dict[str, PrivacyPlan]:
-    """By site, a plan over all rounds for its own units, with a share of the batch that is its share of the units."""
-    from sfumato.federation.simulate import site_plan
-
-    opens = recipe.privacy.warm_start is not None
+    """By site, its plan. Raises UsageError for ``federation.holds`` of no site, and as ``site_plans.site_plan``."""
+    from sfumato.federation.site_plans import site_plans
 
     unknown = sorted(set(recipe.federation.holds) - set(populations))
     if unknown:
@@ -356,18 +354,14 @@ def plans_for(recipe: Recipe, populations: Mapping[str, int]) -> dict[str, Priva
             f"federation.holds.{unknown[0]} · is no site; there are {', '.join(populations)}",
             next="Name the site as the data do.",
         )
-    total = sum(populations.values())
-    privacy = prompting.planned(recipe).privacy
-    return {
-        name: site_plan(
-            privacy,
-            recipe.federation,
-            expected_batch_size=max(1.0, recipe.training.expected_batch_size * population / total),
-            population=population,
-            released=warm_parts.dimension(parts_of(recipe, name)) if opens else None,
-        )
-        for name, population in populations.items()
-    }
+    opens = recipe.privacy.warm_start is not None
+    return site_plans(
+        prompting.planned(recipe).privacy,
+        recipe.federation,
+        populations,
+        expected_batch_size=recipe.training.expected_batch_size,
+        released={name: warm_parts.dimension(parts_of(recipe, name)) for name in populations} if opens else None,
+    )
 
 
 def parts_of(recipe: Recipe, site: str) -> "tuple[Part, ...]":

@@ -8,10 +8,8 @@ from tests.federation.conftest import work_for
 from sfumato.errors import UsageError
 from sfumato.federation import simulate
 from sfumato.federation.policy import SitePolicy
-from sfumato.federation.settings import FederationSettings
 from sfumato.privacy.ledger import verify as ledger_verify
 from sfumato.privacy.plan import DpSgd
-from sfumato.privacy.settings import PrivacySettings
 from sfumato.records import Record
 from sfumato.release import keys
 
@@ -111,28 +109,6 @@ def test_every_round_is_shown_and_the_result_is_json(make_site, build, train_ste
     assert {"name", "epsilon", "rounds", "refused"} <= set(shown["sites"][0])
 
 
-def test_a_sites_plan_covers_all_rounds_and_its_own_population_only():
-    settings = PrivacySettings(unit="person", records_per_unit=4, epsilon=8.0)
-    rounds = FederationSettings(rounds=3, local_steps=5)
-    plan = simulate.site_plan(settings, rounds, expected_batch_size=200, population=2000)
-    assert (plan.steps, plan.population, plan.records_per_unit) == (15, 2000, 4)
-    assert plan.population_from_data
-    assert 7.9 < plan.epsilon() <= 8
-    public = replace(rounds, populations=(2000, 900, 800))
-    given = simulate.site_plan(settings, public, expected_batch_size=200, population=2000)
-    assert given == replace(plan, population_from_data=False)
-
-
-def test_one_public_number_for_all_sites_is_refused_and_so_are_too_few_of_them():
-    settings, sizes = PrivacySettings(epsilon=8.0, population=30_000), {"expected_batch_size": 200, "population": 2000}
-    with pytest.raises(UsageError, match="population = 30000 · is of one training on all units"):
-        simulate.site_plan(settings, FederationSettings(), **sizes)
-    with pytest.raises(UsageError, match="populations = 2 numbers"):
-        FederationSettings(sites=3, populations=(100, 200))
-    with pytest.raises(UsageError, match="populations = 0"):
-        FederationSettings(sites=2, populations=(100, 0))
-
-
 def test_a_public_number_is_the_plans_the_rates_and_the_weight_whatever_the_data_hold(make_site, build, train_steps):
     """Site b has 100 units and says 300 in public; a says 100."""
     a, b = make_site("a", 1.0), make_site("b", 5.0)
@@ -152,17 +128,6 @@ def test_a_sites_ledger_is_signed_at_the_end_of_every_round(make_site, build, tr
     found = ledger_verify(signed.ledger, {key.public.id: key.public})
     assert found["valid"] and found["signer"] == key.public.id and found["signed_entries"] == found["entries"]
     assert ledger_verify(unsigned.ledger, {key.public.id: key.public})["signer"] is None
-
-
-@pytest.mark.parametrize(("bands", "local_steps"), [(4, 6), (8, 4)])
-def test_a_round_that_would_end_within_a_cycle_of_correlated_noise_is_not_planned(bands, local_steps):
-    settings, sizes = PrivacySettings(epsilon=8.0, bands=bands), {"expected_batch_size": 20, "population": 2000}
-    with pytest.raises(
-        UsageError, match=f"local_steps = {local_steps} · must be a multiple of privacy.bands = {bands}"
-    ):
-        simulate.site_plan(settings, FederationSettings(rounds=4, local_steps=local_steps), **sizes)
-    plan = simulate.site_plan(settings, FederationSettings(rounds=4, local_steps=8), **sizes)
-    assert isinstance(plan, DpSgd) and plan.event().count == 4 * plan.events_of(8)
 
 
 def make_records(sites, units=40):

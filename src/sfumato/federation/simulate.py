@@ -30,9 +30,7 @@ from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Adjacency
 from sfumato.privacy.events import Event
 from sfumato.privacy.ledger import Ledger, events_of_jsonl, export_jsonl, show
-from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, SiteUpdates
-from sfumato.privacy.planning import make_plan, training_plan
-from sfumato.privacy.settings import PrivacySettings
+from sfumato.privacy.plan import DpSgd, SiteUpdates
 from sfumato.randomness import Random, SecretRandom
 from sfumato.records import Record, UnitTable
 
@@ -287,73 +285,6 @@ def result_of(server: ServerState, sites: Sequence[Site], folder: Path | None) -
         finished=server.done,
         stopped=server.stopped,
     )
-
-
-def site_plan(
-    privacy: PrivacySettings,
-    federation: FederationSettings,
-    *,
-    expected_batch_size: float,
-    population: int,
-    released: int | None = None,
-) -> PrivacyPlan:
-    """One site's plan, over all rounds. Its population is its own, never the federation's.
-
-    Args:
-      population: of the site: public where ``federation.populations`` gives it, else counted and hereby declared public.
-      released: how many numbers the site releases before the first round, where ``privacy.warm_start`` says so.
-
-    Raises: UsageError: a round would end within a cycle of correlated noise, which is charged whole; or one public number is
-      given for all sites together. PrivacyRefused: no plan.
-    """
-    if privacy.population is not None:
-        raise UsageError(
-            f"population = {privacy.population} · is of one training on all units; a site samples its own, and its rate is that "
-            "of its own number",
-            next="Set privacy.population: null, and federation.populations to the public number of every site (left out, "
-            "they are counted and declared public).",
-        )
-    if federation.mechanism.kind != "record_level":
-        if privacy.mechanism != "none":
-            raise UsageError(
-                f"privacy.mechanism = {privacy.mechanism} · under {federation.mechanism.kind} the local steps are ordinary ones, and "
-                "federation.mechanism says what protects",
-                next="Set privacy.mechanism: none, or federation.mechanism: {kind: record_level}.",
-            )
-        return NotPrivate(
-            population=population,
-            expected_batch_size=expected_batch_size,
-            steps=federation.rounds * federation.steps_per_round,
-            unit=privacy.unit,
-            records_per_unit=privacy.records_per_unit,
-            population_from_data=not federation.populations,
-        )
-    if federation.selection.kind == "by_charged_loss" and (privacy.bands > 1 or privacy.largest_batch is not None):
-        raise UsageError(
-            f"selection = by_charged_loss, privacy.bands = {privacy.bands}, privacy.largest_batch = {privacy.largest_batch} · a loss "
-            "is charged as one plain step more, of a Poisson sample",
-            next="Set privacy.bands: 1 and privacy.largest_batch: null, or another selection.",
-        )
-    if federation.local_steps % privacy.bands:
-        raise UsageError(
-            f"local_steps = {federation.local_steps} · must be a multiple of privacy.bands = {privacy.bands}: every round begins "
-            "its own cycles of so many steps, and a cycle is charged whole",
-            next=f"Set federation.local_steps: {-(-federation.local_steps // privacy.bands) * privacy.bands}, or fewer bands.",
-        )
-    sizes: dict[str, Any] = {
-        "steps": federation.rounds * federation.steps_per_round,
-        "expected_batch_size": expected_batch_size,
-        "population": population,
-    }
-    own = replace(privacy, population=population if federation.populations else None)
-    if released is None:
-        return training_plan(own, **sizes)
-    if privacy.clip_estimate is not None:
-        raise UsageError(
-            "max_grad_norm = auto · is estimated for one training, not yet at every site of a federation",
-            next="Give privacy.max_grad_norm a number.",
-        )
-    return make_plan(own, **sizes, dimensions={"warm_start": released})
 
 
 def split_by_site(records: Sequence[Record], sites: int, column: str | None = None) -> dict[str, list[Record]]:
