@@ -85,6 +85,7 @@ def base() -> Recipe:
     return replace(
         wanted,
         name="benchmark",
+        privacy=replace(wanted.privacy, warm_start=None),  # the rounds alone are measured
         model=ModelSettings(
             image=Cosine(kept=8),
             text=Terms(axes=(*TERMS, *FINDINGS)),

@@ -36,6 +36,12 @@ def test_every_row_is_a_federation_that_can_be_and_protects_at_one_place_only(fe
         assert said.mechanism.kind == "record_level" or said.mechanism.epsilon == 8.0, name
 
 
+def test_each_bench_has_a_recipe_that_can_be(federation: ModuleType) -> None:
+    """They change named recipes, which change too."""
+    for bench in federation.BENCHES:
+        assert bench.base().federation.sites > 0
+
+
 def test_both_benches_have_every_mechanism_with_few_sites_and_with_many(federation: ModuleType) -> None:
     kinds = {"update_level", "central", "local_and_global", "ldp_fl", "distributed"}
     for bench in federation.BENCHES:
