@@ -1,10 +1,6 @@
 """A federated run from recipe to report; by default all sites in one process. [shell: reads the clock, writes the run's folder]"""
 
 import hashlib
-import math
-import os
-import platform
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,19 +9,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, measuring, pretraining, prompting, stages, warm_parts, warming
+from sfumato import building, federated_reports, measuring, pretraining, prompting, stages, warm_parts, warming
 from sfumato import recipe as recipes_file
-from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.errors import UsageError
+from sfumato.federated_reports import SERVER, Federated
 from sfumato.federation.opening import PREFIX, Released
 from sfumato.federation.policy import WITHOUT_TRUST, SitePolicy
-from sfumato.privacy import ledger
-from sfumato.privacy.events import Event
-from sfumato.privacy.guarantee import guarantee
-from sfumato.privacy.plan import MeanEmbedding, NotPrivate, PrivacyPlan, TrainingPlan
+from sfumato.privacy.plan import MeanEmbedding, PrivacyPlan, TrainingPlan
 from sfumato.privacy.warm_planning import in_steps, warmed
 from sfumato.randomness import Random
 from sfumato.recipe import Recipe
-from sfumato.reports import CostReport, Guarantee, to_dict
 from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
@@ -33,19 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.federation.local import Site, Work
-    from sfumato.federation.mechanisms import Promise
     from sfumato.federation.messages import Part as MessagePart
     from sfumato.federation.messages import State
     from sfumato.federation.public import Public
     from sfumato.federation.secure.keys import Identity
     from sfumato.federation.serving import Exchange
-    from sfumato.federation.simulate import FederationResult
     from sfumato.records import Record, UnitTable
     from sfumato.warm_parts import Part
 
     Engine = Callable[[Sequence[Site], Work, RunFolder], AbstractContextManager[Exchange]]
 
-SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
 _NOTHING_YET: dict[str, Any] = {"rounds": [], "sites": [], "epsilon": None, "bytes_up": 0, "bytes_down": 0}
 
 
@@ -79,7 +69,7 @@ def run(
       prepared: records of this machine, of which the public ones show and measure; by default the recipe's.
     Raises: UsageError for what sites cannot do; PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
     """
-    from sfumato.federation import mechanisms, rounds
+    from sfumato.federation import mechanisms
     from sfumato.federation.local import load_trained, trained_state
     from sfumato.federation.simulate import simulate
     from sfumato.training.interrupt import interruptible
@@ -131,26 +121,20 @@ def run(
                 opened=_Opened(recipe, folder, model, prepared, work.public, progress, shown.look),
             )
         seconds, processor = time.monotonic() - began, time.process_time() - processor
-        report = _report(recipe, members, work, promise, folder, result)
+        run = Federated(
+            recipe=recipe, folder=folder, members=members, work=work, promise=promise, stated=stated, result=result
+        )
+        report = federated_reports.rounds_of(run)
         folder.write_json("reports/federation.json", report)
         if not result.finished:
             return {**_answer(folder, report), "quality": {}, "stopped": "interrupted"}
-        _require_any(result)
+        federated_reports.require_any(result)
         load_trained(model, result.state, home={})
         model.eval()
         stages.write_model(folder, model, recipe, prepared)
         if prompting.is_prompts(recipe):
             prompting.write_sites(folder, recipe, result.state, _homes([s for s in members if not s.elsewhere]))
-        where = ", all sites in one process" if engine is here else "; sites in other processes are not in it"
-        cost = _cost(members, result, model, seconds, processor, where)
-        if rounds.is_secret(promise, work.public):  # all of these grow with how many sites were drawn
-            cost = replace(
-                cost, steps=None, bytes_sent=None, seconds=None, processor_seconds=None, units_per_second=None
-            )
-        folder.write_json("reports/cost.json", to_dict(cost))
-        folder.write_json(
-            "reports/privacy.json", to_dict(_claim(recipe, members, promise, stated, folder, result, model))
-        )
+        federated_reports.write(run, model, seconds=seconds, processor_seconds=processor, one_process=engine is here)
     else:
         progress(f"{recipe.name}: the training is finished already")
     if not folder.report("quality").is_file():
@@ -439,61 +423,6 @@ def _build_of(recipe: Recipe, site: str) -> "Callable[[], Any] | None":
     return build
 
 
-def _require_any(result: "FederationResult") -> None:
-    """Raises PrivacyRefused, with every site's reason, if nobody trained: there is no model then."""
-    refusals = [
-        {"code": no.code, "message": f"site {site.name}, round {no.round}: {no.message}", "next": ""}
-        for site in result.sites
-        for no in site.refused
-    ]
-    if any(round.sites for round in result.rounds) or not refusals:  # of a draw by coins perhaps nobody was asked
-        return
-    raise PrivacyRefused(
-        f"sites = {len(result.sites)} · none of them took part in any round; the first reason: {refusals[0]['message']}",
-        next="Change what the sites refuse; nothing was trained.",
-        code="no_site",
-        refusals=refusals,
-    )
-
-
-def _report(
-    recipe: Recipe,
-    members: "Sequence[Site]",
-    work: "Work",
-    promise: "Promise",
-    folder: RunFolder,
-    result: "FederationResult",
-) -> dict[str, Any]:
-    """``reports/federation.json``: every round with its sites, and every site with its units."""
-    from sfumato.evaluation import watching
-    from sfumato.federation import history
-    from sfumato.federation.rounds import is_secret
-
-    described = result.to_dict()
-    del described["rounds_detail"]
-    sites = [{**site, "units": site["population"]} for site in described["sites"]]
-    rounds = history.told(
-        result.rounds,
-        members,
-        promise,
-        work.public,
-        local_steps=recipe.federation.steps_per_round,
-        epsilons={site.name: site.epsilon for site in result.sites},
-        looks=watching.history(folder.path),
-    )
-    report = {**described, "sites": sites, "rounds": rounds, "left_out": history.left_out(rounds)}
-    if not is_secret(promise, work.public):
-        return report
-    hidden = dict.fromkeys(("rounds", "steps", "refused"))
-    return {
-        **report,
-        "sites": [{**site, **hidden} for site in sites],
-        "bytes_up": None,
-        "bytes_down": None,
-        "not_told": "The guarantee counts on nobody's knowing which sites were asked: who was, and what would tell it, is left out.",
-    }
-
-
 def _answer(folder: RunFolder, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": str(folder.path),
@@ -505,92 +434,3 @@ def _answer(folder: RunFolder, report: dict[str, Any]) -> dict[str, Any]:
         "bytes_up": report["bytes_up"],
         "bytes_down": report["bytes_down"],
     }
-
-
-def _cost(
-    members: "Sequence[Site]",
-    result: "FederationResult",
-    model: Any,
-    seconds: float,
-    processor_seconds: float,
-    where: str,
-) -> CostReport:
-    """Of this process; ``where``: what is to be said of the others."""
-    steps = {site.name: site.steps for site in result.sites}
-    expected_units = sum(steps[site.name] * site.plan.expected_batch_size for site in members)
-    return CostReport(
-        seconds=seconds,
-        processor_seconds=processor_seconds,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        steps=sum(round.steps for round in result.rounds),
-        units_per_second=expected_units / max(seconds, 1e-9),
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        bytes_sent=result.bytes_up + result.bytes_down,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{where}",
-    )
-
-
-def _claim(
-    recipe: Recipe,
-    members: "Sequence[Site]",
-    promise: "Promise",
-    stated: PrivacyPlan,
-    folder: RunFolder,
-    result: "FederationResult",
-    model: Any,
-) -> Guarantee:
-    """Every person's epsilon is that of their own site; what is said of all is the largest."""
-    why_not = "a federated run has a ledger for each site; a bundle states one"
-    inside = stages.boundary(
-        recipe,
-        family=model.boundary(),
-        start=() if recipe.public_start is None else pretraining.boundary(folder, recipe, model),
-    )
-    if isinstance(stated, NotPrivate):
-        return guarantee(stated, [], boundary=inside)
-    if promise.at_site is None and promise.at_server is not None:
-        spent = ledger.events_of_jsonl(ledger.export_jsonl(folder.path / SERVER / "ledger.db"))
-        claim = guarantee(
-            stated,
-            spent,
-            boundary=[*inside, *_of_sites(promise), f"Silent sites: {promise.dropouts}"],
-            not_for_release=why_not,
-        )
-        return replace(claim, trust_model=promise.trust)
-
-    epsilons = {site.name: math.inf if site.epsilon is None else site.epsilon for site in result.sites}
-    worst = max(members, key=lambda site: epsilons[site.name])
-    unit = "site" if promise.unit == "site" else recipe.privacy.unit
-    claim = guarantee(
-        worst.whole if promise.at_site is None else promise.at_site,
-        _events_of(worst, promise, result, recipe.federation.steps_per_round),
-        boundary=[
-            *inside,
-            *(warming.boundary(recipe, by="each site, of its own records") if worst.opening is not None else ()),
-            f"Sites hold different {recipe.privacy.unit}s: what is stated is the largest of the sites' epsilons "
-            f"({worst.name}); a {unit} at several sites pays their composition."
-            if unit != "site"
-            else f"What is stated is the largest of the sites' epsilons ({worst.name}).",
-            "Public at every site: its number of units, its sampling rate, its local steps.",
-            *_of_sites(promise),
-            *(
-                ["The sites' ledgers are theirs: counted is every round that a site was asked for."]
-                if worst.elsewhere
-                else []
-            ),
-        ],
-        not_for_release=why_not,
-    )
-    return replace(claim, trust_model=promise.trust)
-
-
-def _events_of(site: "Site", promise: "Promise", result: "FederationResult", steps: int) -> "list[Event]":
-    from sfumato.federation.simulate import events_asked
-
-    if site.elsewhere:
-        return list(events_asked(site, promise, result.rounds, steps))
-    return ledger.events_of_jsonl(ledger.export_jsonl(site.ledger))
-
-
-def _of_sites(promise: "Promise") -> list[str]:
-    return [f"Over the rounds: {promise.composition}."]

@@ -30,6 +30,9 @@ class Guarantee:
     composed_with: list[dict[str, Any]] = field(default_factory=list)  # earlier releases on the same account
     not_promised: list[str] = field(default_factory=list)
     not_for_release: str = ""  # why this run must not be released; "" when nothing forbids it
+    sites: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of a federation: what each has spent (``privacy.joint``)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

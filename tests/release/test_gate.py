@@ -110,10 +110,10 @@ def test_a_file_that_runs_code_when_loaded_and_a_link_are_refused(run: Path) -> 
     assert codes(run) == ["unsafe_file"]
 
 
-def test_a_federated_run_and_a_foreign_folder_are_refused_with_all_reasons(
+def test_a_federated_run_without_its_sites_and_a_foreign_folder_are_refused_with_all_reasons(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert codes(make_run(tmp_path / "run", federation=True)) == ["federated"]
+    assert codes(make_run(tmp_path / "run", federation=True)) == ["no_sites"]
     (tmp_path / "empty").mkdir()
     assert codes(tmp_path / "empty") == [
         "no_recipe",

@@ -19,7 +19,6 @@ NOT_PROMISED = (
     "That the output is true, fair, or fit for any decision about a person.",
     "Anything about data outside the boundary, such as public pretraining, choices made by people who saw the data, "
     "or settings tuned on it without a charge.",
-    "Protection from whoever can read the machine while it trains: the trust model is central.",
     "A chance of failure below delta.",
 )
 
@@ -32,6 +31,9 @@ def guarantee(
     not_for_release: str = "",
     composed_with: Sequence[dict[str, Any]] = (),
     estimates: Sequence[dict[str, Any]] = (),
+    complete: bool = True,
+    trust_model: str = "central",
+    trusted: str = "the machine while it trains",
 ) -> Guarantee:
     """The claim after ``events_spent``: the plan says of what kind it is, the events alone say how large.
 
@@ -41,6 +43,8 @@ def guarantee(
       boundary: sentences on which data and steps are inside, and what is declared public.
       estimates: what the plan's estimates have answered (``estimate.figures``); they are released with the claim.
       composed_with: earlier releases on the same account, each with its own figures (they are not added up here).
+      complete: what the plan releases once must be among the events. Not at a site of a federation: it may have been silent then.
+      trusted: what nobody may read from whom the guarantee is to protect.
     """
     inside = [*boundary, *_parts_sentences(plan), *_estimate_sentences(plan), _population_sentence(plan)]
     if isinstance(plan, NotPrivate):
@@ -65,7 +69,7 @@ def guarantee(
         )
     _check_events(plan, events_spent)
     missing = plan.not_charged(events_spent)
-    if missing:
+    if missing and complete:
         raise UsageError(
             f"events_spent · lacks what this plan releases in every run: {', '.join(missing)}",
             next="Give the events of the ledger that was kept while it ran; an older copy hides spending.",
@@ -86,10 +90,11 @@ def guarantee(
         accountants={name: value if value is None or math.isfinite(value) else None for name, value in figures.items()},
         curve=accounting.curve(events_spent, adjacency=plan.adjacency) if finite else [],
         boundary=inside,
+        trust_model=trust_model,
         mechanism=plan.mechanism(events_spent),
         estimates=list(estimates),
         composed_with=list(composed_with),
-        not_promised=list(NOT_PROMISED),
+        not_promised=[*NOT_PROMISED, f"Protection from whoever can read {trusted}: the trust model is {trust_model}."],
         not_for_release=not_for_release or why,
     )
 

@@ -91,13 +91,18 @@ def audit(report: Mapping[str, Any] | None, recipe: Mapping[str, Any], guarantee
     }
 
 
-def cost(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run cost: from the plan where the plan says it, else rounded to two digits."""
+def cost(report: Mapping[str, Any], recipe: Mapping[str, Any], *, federated: bool = False) -> dict[str, Any]:
+    """What the run cost: from the plan where the plan says it, else rounded to two digits.
+
+    Args: federated: steps are of all sites together, each of a batch of its own, so how many units that were is not said.
+    """
     training = recipe.get("training") or {}
     steps, batch = report.get("steps"), training.get("expected_batch_size")
     return {
         "steps": steps,
-        "expected_units_processed": steps * batch if isinstance(steps, int) and isinstance(batch, int) else None,
+        "expected_units_processed": steps * batch
+        if isinstance(steps, int) and isinstance(batch, int) and not federated
+        else None,
         "parameters": report.get("parameters"),
         "bytes_sent": report.get("bytes_sent"),
         "machine": report.get("machine"),

@@ -5,7 +5,7 @@ signature.json   Ed25519 over the bytes of manifest.json
 model/           safetensors and their settings
 privacy.json     the claim, and by what each tensor is covered
 quality.json audit.json cost.json provenance.json
-ledger.jsonl     the events from which anybody recomputes the claim
+ledger.jsonl     the events from which anybody recomputes the claim; of a federation ledgers/site-1.jsonl, ..., those of every site
 README.md        the model card
 """
 
@@ -66,11 +66,13 @@ def reports(run_dir: Path) -> dict[str, dict[str, Any]]:
     everything = provenance.collect(run_dir)
     recipe = everything["recipe"]
     guarantee = _report(run_dir, "privacy")
+    sites = guarantee.pop("sites", [])  # only where there are any: what reads older bundles does not know the entry
+    told = {**guarantee, "sites": sites} if sites else guarantee
     return {
-        "privacy.json": {**guarantee, "taint": _taint(run_dir), "covered_by": "charged"},
+        "privacy.json": {**told, "taint": _taint(run_dir), "covered_by": "charged"},
         "quality.json": boundary.quality(_report(run_dir, "quality", needed=False)),
         "audit.json": boundary.audit(_report(run_dir, "audit", needed=False) or None, recipe, guarantee),
-        "cost.json": boundary.cost(_report(run_dir, "cost"), recipe),
+        "cost.json": boundary.cost(_report(run_dir, "cost"), recipe, federated=bool(sites)),
         "provenance.json": {
             **everything,
             "recipe": boundary.recipe(recipe),
@@ -86,8 +88,9 @@ def _fill(folder: Path, run_dir: Path, key: SigningKey) -> None:
     files: dict[str, FileEntry] = {}
     for name, value in values.items():
         files[name] = _write(folder / name, canonical.encode_readable(value))
-    events = ledger.export_jsonl(run_dir / "ledger.db", sign=keys.signer(key))
-    files["ledger.jsonl"] = _write(folder / "ledger.jsonl", events.encode("utf-8"))
+    for name, path in gate.ledgers_of(run_dir, values["privacy.json"]).items():
+        events = ledger.export_jsonl(path, sign=keys.signer(key))
+        files[name] = _write(folder / name, events.encode("utf-8"))
     files["README.md"] = _write(folder / "README.md", card.render(values).encode("utf-8"))
     for source in sorted((run_dir / "model").rglob("*")):
         if source.is_file():

@@ -1,7 +1,7 @@
 """The model card: README.md of a bundle. Its figures are printed from the reports, and ``verify`` compares them again.
 
-Two parts are exact, so that they can be compared byte by byte: the YAML block at the top, and the table of figures. The
-prose between them repeats epsilon and delta, and nothing else that was measured.
+The parts that are exact, so that they can be compared byte by byte, are the YAML block at the top and the tables: of figures, and
+of the sites where there are any. The prose between them repeats epsilon and delta, and nothing else that was measured.
 """
 
 import re
@@ -13,6 +13,7 @@ from sfumato.release import templates
 from sfumato.release.wording import bound, number
 
 TABLE_START, TABLE_END = "<!-- figures -->", "<!-- /figures -->"
+SITES_START, SITES_END = "<!-- sites -->", "<!-- /sites -->"
 _CLAIM = re.compile(r"(?:ε|epsilon|δ|delta)\s*(?:=|≤|:)\s*`?([0-9][0-9.eE+-]*[0-9]|[0-9])")
 
 
@@ -24,6 +25,7 @@ def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
         privacy=privacy,
         mechanism=privacy.get("mechanism") or {},
         figures=figures_table(reports["quality.json"]),
+        sites=sites_table(privacy),
         audit=reports["audit.json"],
         cost=reports["cost.json"],
         recipe=reports["provenance.json"].get("recipe") or {},
@@ -90,6 +92,17 @@ def figures_table(quality: Mapping[str, Any]) -> str:
     return "\n".join([*lines, TABLE_END])
 
 
+def sites_table(privacy: Mapping[str, Any]) -> str:
+    """What every site of a federation has spent, as a Markdown table between two marks."""
+    lines = [SITES_START, f"| site | {one_line(privacy.get('unit'))}s | ε spent | its ledger |", "|---|---|---|---|"]
+    for site in privacy.get("sites") or []:
+        spent = bound(site["epsilon"]) if site["epsilon"] is not None else "nothing"
+        lines.append(
+            f"| {one_line(site['name'])} | {site['population']:,} | {spent} | {one_line(site['ledger'] or 'none')} |"
+        )
+    return "\n".join([*lines, SITES_END])
+
+
 def problems(data: bytes, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where the card says something else than the reports; empty if nowhere."""
     try:
@@ -102,6 +115,13 @@ def problems(data: bytes, reports: Mapping[str, Mapping[str, Any]]) -> list[str]
         wrong.append("its privacy block is not that of privacy.json")
     if text.count(TABLE_START) != 1 or text.count(TABLE_END) != 1 or figures_table(reports["quality.json"]) not in text:
         wrong.append("its table of figures is not that of quality.json")
+    marks = 1 if privacy.get("sites") else 0
+    if (
+        text.count(SITES_START) != marks
+        or text.count(SITES_END) != marks
+        or (marks and sites_table(privacy) not in text)
+    ):
+        wrong.append("its table of sites is not that of privacy.json")
     if "NOT FOR RELEASE" in text:
         wrong.append("it is marked NOT FOR RELEASE")
     if claim(privacy) not in text:

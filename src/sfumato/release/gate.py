@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import SfumatoError
-from sfumato.release import provenance
+from sfumato.release import ledgers, provenance
 from sfumato.release.settings import ReleaseSettings
 
 SLACK = 1e-6  # of epsilon, as in verify
@@ -29,13 +29,9 @@ def _check_run(run_dir: Path, settings: ReleaseSettings, reasons: list[dict[str,
     def refuse(code: str, message: str, next: str) -> None:
         reasons.append({"code": code, "message": message, "next": next})
 
-    name = run_dir.name
-    if (run_dir / "reports" / "federation.json").is_file():
-        refuse(
-            "federated",
-            f"run = {name} · was trained at several sites, each with a ledger; a bundle states one ledger",
-            "Keep the sites' ledgers with the run; release a run of one site.",
-        )
+    claimed = provenance.read_json(run_dir / "reports" / "privacy.json") or {}
+    if (run_dir / "reports" / "federation.json").is_file() and claimed.get("definition") != "none":
+        _check_federated(claimed, refuse)
     if not (run_dir / "resolved.yaml").is_file():
         refuse("no_recipe", "resolved.yaml · is not there", "Release from the folder that `sfumato train` wrote.")
     for report, needed, how in (
@@ -85,8 +81,6 @@ def _check_model(run_dir: Path, refuse: Any) -> None:
 
 
 def _check_claim(run_dir: Path, privacy: dict[str, Any], settings: ReleaseSettings, refuse: Any) -> None:
-    from sfumato.privacy import ledger
-
     if privacy.get("not_for_release"):
         refuse("not_for_release", f"NOT FOR RELEASE · {privacy['not_for_release']}", "Train again without it.")
     epsilon, delta = privacy.get("epsilon"), privacy.get("delta")
@@ -103,38 +97,77 @@ def _check_claim(run_dir: Path, privacy: dict[str, Any], settings: ReleaseSettin
             f"epsilon = {epsilon:.4g} · the policy allows {settings.max_epsilon:g}",
             "Train with a smaller privacy.epsilon, or let whoever owns the policy raise release.max_epsilon.",
         )
-    path = run_dir / "ledger.db"
+    for claim, path in _claims(run_dir, privacy):
+        _check_ledger(path, claim, delta, refuse)
+
+
+def _check_federated(privacy: dict[str, Any], refuse: Any) -> None:
+    sites = privacy.get("sites") or []
+    if any((one.get("mechanism") or {}).get("name") == "site_updates" for one in (privacy, *sites)):
+        refuse(
+            "unit_site",
+            f"unit = {privacy.get('unit')} · a plan of whole updates cannot yet be made anew from a bundle",
+            "Keep the ledgers with the run; a federation of federation.mechanism: {kind: record_level} can be released.",
+        )
+    elif not sites:
+        refuse(
+            "no_sites",
+            "reports/privacy.json · says of no site what it has spent: it was written by an older version",
+            "Train it again, or keep the sites' ledgers with the run.",
+        )
+
+
+def ledgers_of(run_dir: Path, privacy: dict[str, Any]) -> dict[str, Path]:
+    """Where a run has the ledgers that its bundle is to hold, by their names there: one, or that of every site."""
+    sites = [site["ledger"] for site in privacy.get("sites") or [] if site["ledger"] is not None]
+    if not sites:
+        return {ledgers.ONE: run_dir / "ledger.db"}
+    return {name: run_dir / "sites" / Path(name).stem / "ledger.db" for name in sites}
+
+
+def _claims(run_dir: Path, privacy: dict[str, Any]) -> list[tuple[dict[str, Any], Path]]:
+    """What is claimed of each ledger: epsilon and mechanism."""
+    places = ledgers_of(run_dir, privacy)
+    sites = [site for site in privacy.get("sites") or [] if site["ledger"] is not None]
+    return [(site, places[site["ledger"]]) for site in sites] or [(privacy, places[ledgers.ONE])]
+
+
+def _check_ledger(path: Path, claim: dict[str, Any], delta: float | None, refuse: Any) -> None:
+    from sfumato.privacy import ledger
+
+    of = f" of site {claim['name']}" if "name" in claim else ""
+    epsilon = claim["epsilon"]
     if not path.is_file():
-        refuse("no_ledger", "ledger.db · is not there", "A run without its ledger cannot show what it spent.")
+        refuse("no_ledger", f"ledger.db{of} · is not there", "A run without its ledger cannot show what it spent.")
         return
     spent = ledger.show(path)
     if not spent.get("valid"):
         refuse(
             "ledger_invalid",
-            "ledger.db · its chain of entries is broken",
+            f"ledger.db{of} · its chain of entries is broken",
             "Do not release: find out who changed the ledger.",
         )
         return
     if spent.get("delta") is not None and spent["delta"] != delta:
         refuse(
             "ledger_delta",
-            f"delta = {delta} · the ledger was planned for {spent['delta']}",
+            f"delta = {delta} · the ledger{of} was planned for {spent['delta']}",
             "Write the privacy report again.",
         )
     recomputed = spent.get("epsilon")
-    planned = (privacy.get("mechanism") or {}).get("target_epsilon")
+    planned = (claim.get("mechanism") or {}).get("target_epsilon")
     if recomputed is None or not math.isfinite(recomputed):
-        refuse("ledger_empty", "ledger.db · gives no finite epsilon", "Finish the training of this run.")
+        refuse("ledger_empty", f"ledger.db{of} · gives no finite epsilon", "Finish the training of this run.")
         return
     if recomputed > epsilon + SLACK:
         refuse(
             "ledger_above_claim",
-            f"epsilon = {epsilon:.6g} · the ledger's events give {recomputed:.6g}",
+            f"epsilon = {epsilon:.6g} · the events of the ledger{of} give {recomputed:.6g}",
             "Write the privacy report again from the ledger.",
         )
     if isinstance(planned, (int, float)) and recomputed > planned + SLACK:
         refuse(
             "ledger_above_plan",
-            f"epsilon = {recomputed:.6g} · the plan allowed {planned:.6g}",
+            f"epsilon = {recomputed:.6g} · the plan{of} allowed {planned:.6g}",
             "Do not release: the run passed its budget.",
         )

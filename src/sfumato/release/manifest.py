@@ -12,7 +12,9 @@ FORMAT = "sfumato-bundle"
 VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 REPORTS = ("privacy.json", "quality.json", "audit.json", "cost.json", "provenance.json")
-REQUIRED = (*REPORTS, "ledger.jsonl", "README.md")
+REQUIRED = (*REPORTS, "README.md")
+LEDGER = "ledger.jsonl"  # of one training
+LEDGERS = re.compile(r"ledgers/site-[1-9][0-9]{0,3}\.jsonl")  # of a federation, one for each site, in the place of that
 MODEL = "model/"
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt")
 
@@ -76,7 +78,8 @@ def check_name(name: str) -> None:
     plain = all(_SEGMENT.fullmatch(s) and not s.endswith(".") and not _RESERVED.fullmatch(s) for s in segments)
     if not plain or len(segments) > 8 or len(name) > 512:
         raise _bad(f"file {name[:120]!a}", "is not a name that a bundle may have")
-    if name not in REQUIRED and not (name.startswith(MODEL) and name.endswith(MODEL_SUFFIXES)):
+    known = name in (*REQUIRED, LEDGER) or LEDGERS.fullmatch(name) is not None
+    if not known and not (name.startswith(MODEL) and name.endswith(MODEL_SUFFIXES)):
         raise _bad(f"file {name[:120]!a}", f"is no part of a bundle (model/ may hold {', '.join(MODEL_SUFFIXES)})")
 
 
@@ -86,6 +89,8 @@ def check_names(names: Iterable[str]) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise _bad("bundle", f"{', '.join(missing)} must be there")
+    if (LEDGER in names) == any(LEDGERS.fullmatch(name) for name in names):
+        raise _bad("bundle", f"must hold {LEDGER}, or in its place one ledger of every site, ledgers/site-N.jsonl")
     if not any(name.endswith(".safetensors") for name in names):
         raise _bad("bundle", "model/ must hold weights")
     paths = set(names) | {

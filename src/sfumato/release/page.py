@@ -60,7 +60,11 @@ def as_json(run_dir: Path | str, *, public: bool = False) -> dict[str, Any]:
         reports["audit"] = (
             None if reports["audit"] is None else boundary.audit(reports["audit"], recipe, guarantee or {})
         )
-        reports["cost"] = None if reports["cost"] is None else boundary.cost(reports["cost"], recipe)
+        reports["cost"] = (
+            None
+            if reports["cost"] is None
+            else boundary.cost(reports["cost"], recipe, federated=federation is not None)
+        )
         federation = None if federation is None else _public_federation(federation)
     return {
         "run": f"{run_dir.resolve().parent.name}/{run_dir.resolve().name}",
@@ -125,8 +129,9 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
     delta = guarantee.get("delta")
     steps, bands = mechanism.get("steps_spent"), mechanism.get("bands", 1)
     rate, noise = mechanism.get("sampling_rate"), mechanism.get("noise_multiplier")
-    if rate is None and mechanism.get("expected_batch_size") and guarantee.get("population"):
-        rate = mechanism["expected_batch_size"] / guarantee["population"]
+    units = _units(guarantee)
+    if rate is None and mechanism.get("expected_batch_size") and units:
+        rate = mechanism["expected_batch_size"] / units
     if not (isinstance(steps, int) and steps > 0 and delta and rate and noise):
         return []  # released at once, not step by step
     from sfumato.privacy import accounting
@@ -136,7 +141,7 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
         mechanism="poisson_gaussian" if largest is None else "truncated_poisson_gaussian",
         sampling_rate=float(bands * rate),
         noise_multiplier=float(noise),
-        population=None if largest is None else guarantee["population"],
+        population=None if largest is None else units,
         largest_batch=largest,
     )
     if any(stage.get("name") not in ("estimate", "mean_embedding") for stage in earlier):
@@ -157,6 +162,12 @@ def _trajectory(run_dir: Path, guarantee: Mapping[str, Any] | None, *, public: b
         points=POINTS,
     )
     return [[step, epsilon] for step, epsilon in points if math.isfinite(epsilon)]
+
+
+def _units(guarantee: Mapping[str, Any]) -> int | None:
+    """Of how many units the claim's mechanism drew: of a federation those of the site that has spent most."""
+    sites = [site for site in guarantee.get("sites") or [] if site.get("epsilon") == guarantee.get("epsilon")]
+    return sites[0]["population"] if sites else guarantee.get("population")
 
 
 def _stages(guarantee: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,12 +7,14 @@ the number of units, where it was counted in the data, and how wide the released
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfumato.errors import SfumatoError, UsageError
 
 if TYPE_CHECKING:
     from sfumato.privacy.plan import PrivatePlan
+
+_Settings = TypeVar("_Settings")
 
 CALIBRATION = (
     1e-3  # relative, of noise that was found for an epsilon: other versions of the accountant search it otherwise
@@ -24,9 +26,10 @@ def problems(recipe: Mapping[str, Any], plan: "PrivatePlan") -> list[str]:
     """Where the plan is another than the recipe's, in words; empty if it is that."""
     from sfumato.privacy.plan_json import plan_to_dict
     from sfumato.privacy.planning import make_plan
+    from sfumato.privacy.settings import PrivacySettings
 
     try:
-        asked, training = _settings(recipe.get("privacy")), recipe.get("training")
+        asked, training = _section(recipe, "privacy", PrivacySettings), recipe.get("training")
         training = training if isinstance(training, dict) else {}
         steps, size = training.get("steps"), training.get("expected_batch_size")
         if type(steps) is not int or type(size) is not int:
@@ -42,20 +45,61 @@ def problems(recipe: Mapping[str, Any], plan: "PrivatePlan") -> list[str]:
     return _differences(plan_to_dict(made), kept, CALIBRATION if asked.epsilon is not None else 1e-9, "")
 
 
-def _settings(values: Any) -> Any:
+def problems_of_sites(
+    recipe: Mapping[str, Any], plans: Mapping[str, "PrivatePlan"], populations: Mapping[str, int]
+) -> list[str]:
+    """The same of the plan of every site. Args: populations: of all sites, also of those that have no ledger."""
+    from sfumato.federation.settings import FederationSettings
+    from sfumato.federation.site_plans import site_plans
+    from sfumato.privacy.plan_json import plan_to_dict
+    from sfumato.privacy.settings import PrivacySettings
+
+    try:
+        privacy = _section(recipe, "privacy", PrivacySettings)
+        federation = _section(recipe, "federation", FederationSettings)
+        training = recipe.get("training")
+        size = training.get("expected_batch_size") if isinstance(training, dict) else None
+        if type(size) is not int:
+            return ["training: the recipe has no expected_batch_size"]
+        given = federation.populations
+        if federation.sites != len(populations) or (given and tuple(populations.values()) != given):
+            return ["federation: the recipe has other sites, or says other numbers of units"]
+        widths = {site: _dimensions(plans[site]).get("warm_start", 0) if site in plans else 1 for site in populations}
+        made = site_plans(
+            privacy,
+            federation,
+            populations,
+            expected_batch_size=size,
+            released=widths if privacy.warm_start is not None else None,
+        )
+    except (SfumatoError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        return [f"the recipe makes no plans ({str(error)[:200]})"]
+    tolerance = CALIBRATION if privacy.epsilon is not None else 1e-9
+    return [
+        f"site {site[:60]!a}: {problem}"
+        for site, plan in plans.items()
+        for problem in _differences(
+            plan_to_dict(made[site]),
+            plan_to_dict(plan),  # pyright: ignore[reportArgumentType]  (one of the kinds of private plans)
+            tolerance,
+            "",
+        )
+    ]
+
+
+def _section(recipe: Mapping[str, Any], name: str, settings: type[_Settings]) -> _Settings:
     """Raises UsageError for a section that a recipe could not have; ValueError where one of its values is none."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    from sfumato.privacy.settings import PrivacySettings
-
+    values = recipe.get(name)
     if not isinstance(values, dict):
-        raise UsageError("privacy · is no section of a recipe", next="Ask for the bundle again.")
-    kind = type("Strict", (PrivacySettings,), {"__pydantic_config__": ConfigDict(extra="forbid")})
+        raise UsageError(f"{name} · is no section of a recipe", next="Ask for the bundle again.")
+    kind = type("Strict", (settings,), {"__pydantic_config__": ConfigDict(extra="forbid")})
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)  # pyright: ignore[reportReturnType]  (a subclass, made at run time)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise ValueError(f"privacy.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise ValueError(f"{name}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 def _dimensions(plan: "PrivatePlan") -> dict[str, int]:

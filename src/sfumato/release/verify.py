@@ -16,22 +16,19 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import SfumatoError, UsageError, VerificationFailed
-from sfumato.release import boundary, canonical, card, keys, manifest, provenance, recomputed, tensors
+from sfumato.release import boundary, canonical, card, keys, ledgers, manifest, provenance, recomputed, tensors
 from sfumato.release.keys import PublicKey
 from sfumato.release.manifest import FileEntry
 
 if TYPE_CHECKING:
-    from sfumato.privacy.accounting import Adjacency, Event
-    from sfumato.privacy.plan import PrivatePlan
+    from sfumato.release.ledgers import Kept
 
 TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
-MAX_EVENTS = 100_000
 MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
 
 _OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "gaussian"}  # what dp_sgd may have
@@ -41,7 +38,6 @@ _CLAIMS = {  # what a recipe's mechanism may be called in its claim
     "mean_embedding": ("mean_embedding", "composition"),
     "codebook": ("composition",),
 }
-_LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without
 PRIVACY_KEYS = (
     "definition",
     "epsilon",
@@ -61,6 +57,7 @@ PRIVACY_KEYS = (
     "not_for_release",
     "taint",
     "covered_by",
+    "sites",
 )
 
 
@@ -150,9 +147,7 @@ class _Bundle:
         self.text: dict[str, bytes] = {}  # the very bytes that were hashed, of all but weights
         self.weights: dict[str, dict[str, tuple[int, ...]] | None] = {}
         self.json: dict[str, dict[str, Any]] = {}
-        self.events: Sequence[Event] = ()
-        self.adjacency: Adjacency = "add_or_remove"
-        self.kept: PrivatePlan | None = None  # the plan of the ledger
+        self.kept: list[Kept] = []  # the one ledger, or that of every site
         self.recomputed: tuple[float | None, float | None] = (None, None)
 
     def layout(self) -> str:
@@ -227,6 +222,11 @@ class _Bundle:
                 raise _failed(f"privacy.json: {key} must be a list of sentences")
         if privacy["delta"] >= 1 or privacy["epsilon"] > MAX_CLAIM:
             raise _failed("privacy.json: the claim is void (delta >= 1, or epsilon too large to mean anything)")
+        ledgers.check_rows(
+            privacy.get("sites", []),
+            [name for name in self.listed if name.startswith(ledgers.SITES)],
+            privacy["epsilon"] if privacy.get("sites") else 0.0,
+        )
         provenance_json = self.json["provenance.json"]
         for key in ("recipe", "code", "dependencies"):
             if not isinstance(provenance_json.get(key), dict):
@@ -294,80 +294,77 @@ class _Bundle:
         return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
 
     def ledger(self) -> str:
-        """The ledger's chain, its plan and its events are those of the claim."""
-        from sfumato.privacy import ledger
-        from sfumato.privacy.plan import DpSgd, PrivatePlan
+        """Every ledger's chain, its plan and its events are those of the claim; of a federation, that of every site."""
+        privacy = self.json["privacy.json"]
+        total = planned = 0
+        for row in self._claims():
+            kept = ledgers.read(row["ledger"], self.text[row["ledger"]], self._signers(), site=row["name"])
+            total += ledgers.check(kept, row, privacy)
+            planned += sum(kept.plan.allowance().values())
+            self.kept.append(kept)
+        ledgers.check_steps(self.kept, self.json["cost.json"].get("steps"))
+        if not self.rows:
+            _check_estimates(privacy.get("estimates", []), self.kept[0].plan)
+            return f"{total} events of {planned} planned, the chain is whole"
+        if privacy.get("estimates", []):
+            raise _failed("estimates: sites have none")
+        units = (
+            self.kept[0].plan.population if privacy["unit"] == "site" else sum(row["population"] for row in self.rows)
+        )
+        ledgers.same("population", privacy.get("population"), units)
+        largest = max(self._claims(), key=lambda row: row["epsilon"])
+        ledgers.same("mechanism", privacy["mechanism"], largest["mechanism"])
+        return f"{total} events of {planned} planned, in {len(self.kept)} ledgers of {len(self.rows)} sites; every chain is whole"
 
-        privacy, mechanism = self.json["privacy.json"], self.json["privacy.json"]["mechanism"]
-        try:
-            text = self.text["ledger.jsonl"].decode("utf-8")
-            exported = ledger.read_jsonl(text)
-            assert self.signer is not None  # nothing is read before its signature was checked
-            exported.signer({self.signer: self.trusted[self.signer]})  # none in bundles of older versions
-            self.events, plan = exported.events, exported.plan
-        except (SfumatoError, ValueError, RecursionError) as error:
-            raise _failed(str(error)[:300]) from None
-        if not isinstance(plan, PrivatePlan):
-            raise _failed("ledger.jsonl was kept under no private plan")
-        if not self.events or len(self.events) > MAX_EVENTS:
-            raise _failed(
-                f"ledger.jsonl has {len(self.events)} kinds of events; between 1 and {MAX_EVENTS} were expected"
-            )
-        self.adjacency, self.kept = plan.adjacency, plan
-        for key in ("delta", "population", "unit", "records_per_unit", "adjacency"):
-            _same(key, privacy.get(key), getattr(plan, key))
-        kept = plan.mechanism(self.events)
-        for key in sorted((set(kept) | set(mechanism)) - {"accountant", "grid"}):  # of how it was computed then
-            _same(key, mechanism.get(key, _LATER.get(key)), kept.get(key))
-        allowed = plan.allowance()
-        spent = {replace(event, count=1): event.count for event in self.events}
-        for event, count in spent.items():
-            if event not in allowed:
-                raise _failed("an event of the ledger is not one of its plan")
-            if count > allowed[event]:
-                raise _failed(f"the ledger charges {count} events, its plan allows {allowed[event]}")
-        missing = plan.not_charged(self.events)
-        if missing:
-            raise _failed(f"released, but not in the ledger: {', '.join(missing[:5])}")
-        total = sum(spent.values())
-        for steps in (stage for stage in _stages(plan) if isinstance(stage, DpSgd)):
-            trained, charged = self.json["cost.json"].get("steps"), spent.get(steps.event(1), 0)
-            if type(trained) is not int or steps.events_of(trained) > charged:
-                raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {charged} events")
-        _check_estimates(privacy.get("estimates", []), plan)
-        return f"{total} events of {sum(allowed.values())} planned, the chain is whole"
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is claimed of every site; empty without sites."""
+        return self.json["privacy.json"].get("sites", [])
+
+    def _claims(self) -> list[dict[str, Any]]:
+        """What is claimed of each ledger."""
+        privacy = self.json["privacy.json"]
+        one = {
+            **{key: privacy.get(key) for key in ("population", "epsilon", "mechanism")},
+            "name": "",
+            "ledger": ledgers.ONE,
+        }
+        return [row for row in self.rows if row["ledger"] is not None] if self.rows else [one]
+
+    def _signers(self) -> dict[str, PublicKey]:
+        assert self.signer is not None  # nothing is read before its signature was checked
+        return {self.signer: self.trusted[self.signer]}
 
     def epsilon(self) -> str:
-        from sfumato.privacy import accounting
-
         delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
-        if not self.events:
+        if not self.kept:
             raise _failed("there are no events to recompute it from")
-        try:
-            recomputed = accounting.epsilon(self.events, delta, adjacency=self.adjacency)
-        except (SfumatoError, ValueError, OverflowError) as error:
-            raise _failed(f"the events cannot be accounted ({str(error)[:200]})") from None
-        if recomputed is None or not math.isfinite(recomputed):
-            raise _failed("the events give no finite epsilon")
+        recomputed = 0.0
+        for kept, row in zip(
+            self.kept, self._claims(), strict=False
+        ):  # a ledger that failed is not among them, nor what follows
+            value = _epsilon(kept, delta)
+            recomputed = max(recomputed, value)
+            if row["epsilon"] + TOLERANCE < value:
+                raise _failed(
+                    f"{kept.where}the claim is {row['epsilon']:.6f}, the events give {value:.6f} at delta = {delta:.3g}"
+                )
         self.recomputed = (recomputed, delta)
-        if claimed + TOLERANCE < recomputed:
-            raise _failed(f"the claim is {claimed:.6f}, the events give {recomputed:.6f} at delta = {delta:.3g}")
         wrong = self._other_figures(delta, claimed)
         if wrong:
             raise _failed("; ".join(wrong))
-        return f"{recomputed:.6f} at delta = {delta:.3g} by PLD; the claim is {claimed:.6f}"
+        largest = "" if not self.rows else ", the largest of the sites'"
+        return f"{recomputed:.6f} at delta = {delta:.3g} by PLD{largest}; the claim is {claimed:.6f}"
 
     def _other_figures(self, delta: float, claimed: float) -> list[str]:
         """The claim's other accountants and its curve, held against the same events."""
-        from sfumato.privacy import accounting
-
         accountants, curve = self.json["privacy.json"]["accountants"], self.json["privacy.json"].get("curve")
         if accountants.get("pld") != claimed:
             return ["accountants: pld is not the claimed epsilon"]
         for name, value in accountants.items():
             if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
                 return [f"accountants: {name[:20]!a} is not known, or no number"]
-            expected = None if value is None else accounting.epsilon(self.events, delta, name, self.adjacency)
+            expected = None if value is None else self._largest(delta, name)
             if value is not None and (expected is None or value + TOLERANCE < expected):
                 return [f"accountants: {name} says {value}, the events give {expected}"]
         if not isinstance(curve, list) or len(curve) > 32:
@@ -375,17 +372,31 @@ class _Bundle:
         for point in curve:
             if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
                 return ["curve: a point must be [delta, epsilon]"]
-            expected = accounting.epsilon(self.events, point[0], adjacency=self.adjacency)
+            expected = self._largest(point[0])
             if expected is None or point[1] + TOLERANCE < expected:
                 return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
         return []
 
+    def _largest(self, delta: float, accountant: str = "pld") -> float | None:
+        """Of all ledgers; None where one of them has none by this accountant."""
+        from sfumato.privacy import accounting
+
+        values = [accounting.epsilon(k.events, delta, accountant, k.plan.adjacency) for k in self.kept]
+        known = [value for value in values if value is not None]
+        return max(known) if len(known) == len(values) else None
+
     def recipe(self) -> str:
-        """The plan is the one that the recipe makes, stage by stage and field by field."""
-        assert self.kept is not None  # nothing failed before
-        wrong = recomputed.problems(self.json["provenance.json"]["recipe"], self.kept)
+        """Every plan is the one that the recipe makes, stage by stage and field by field."""
+        recipe = self.json["provenance.json"]["recipe"]
+        if self.rows:
+            populations = {row["name"]: row["population"] for row in self.rows}
+            wrong = recomputed.problems_of_sites(recipe, {kept.site: kept.plan for kept in self.kept}, populations)
+        else:
+            wrong = recomputed.problems(recipe, self.kept[0].plan)
         if wrong:
             raise _failed("; ".join(wrong[:5]))
+        if self.rows:
+            return "the recipe makes, of the sites' sizes, the plans that their ledgers were kept under"
         return "the recipe makes the plan that the ledger was kept under"
 
     def card(self) -> str:
@@ -413,15 +424,23 @@ def _training_of(mechanism: dict[str, Any], asked: dict[str, Any]) -> dict[str, 
     )
 
 
-def _stages(plan: Any) -> Sequence[Any]:
-    return getattr(plan, "stages", (plan,))
+def _epsilon(kept: "Kept", delta: float) -> float:
+    from sfumato.privacy import accounting
+
+    try:
+        value = accounting.epsilon(kept.events, delta, adjacency=kept.plan.adjacency)
+    except (SfumatoError, ValueError, OverflowError) as error:
+        raise _failed(f"{kept.where}the events cannot be accounted ({str(error)[:200]})") from None
+    if value is None or not math.isfinite(value):
+        raise _failed(f"{kept.where}the events give no finite epsilon")
+    return value
 
 
 def _check_estimates(found: Any, plan: Any) -> None:
     """What is said to be estimated was estimated: by a stage of the plan, with its noise; and where C is, it is said."""
     from sfumato.privacy.plan import DpSgd, Estimate
 
-    noise = {stage.name: stage.noise_std for stage in _stages(plan) if isinstance(stage, Estimate)}
+    noise = {stage.name: stage.noise_std for stage in ledgers.stages(plan) if isinstance(stage, Estimate)}
     keys = {"of", "name", "value", "std", "low", "high", "confidence", "covered_by"}
     if not isinstance(found, list) or not all(isinstance(one, dict) and set(one) == keys for one in found):
         raise _failed(f"estimates: each must have {', '.join(sorted(keys))}")
@@ -430,7 +449,9 @@ def _check_estimates(found: Any, plan: Any) -> None:
             raise _failed("estimates: value, std, low, high and confidence must be numbers")
         if one["covered_by"] != "charged" or one["of"] not in noise or one["std"] != noise[one["of"]]:
             raise _failed(f"estimates: {str(one['of'])[:60]!r} is not an estimate of the plan, with its noise")
-    waiting = [stage for stage in _stages(plan) if isinstance(stage, DpSgd) and stage.max_grad_norm == "estimated"]
+    waiting = [
+        stage for stage in ledgers.stages(plan) if isinstance(stage, DpSgd) and stage.max_grad_norm == "estimated"
+    ]
     if waiting and len(found) != 1:
         raise _failed(f"estimates: {len(found)} are said, the plan estimates one max_grad_norm")
 
@@ -441,11 +462,6 @@ def _parts(values: dict[str, Any]) -> Any:
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return parts
     return [[part.get(key) for key in ("name", "modules", "max_grad_norm")] for part in parts]
-
-
-def _same(key: str, claimed: Any, kept: Any) -> None:
-    if claimed != kept or isinstance(claimed, bool) != isinstance(kept, bool):
-        raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {str(kept)[:40]}")
 
 
 def _walk(folder: Path) -> dict[str, int]:

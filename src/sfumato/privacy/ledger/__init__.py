@@ -12,7 +12,7 @@
 """
 
 from sfumato.privacy.ledger.export import events_of_jsonl, export_jsonl, plan_of_jsonl, read_jsonl
-from sfumato.privacy.ledger.reading import show, trajectory, verify, verify_chain
+from sfumato.privacy.ledger.reading import other_runs, show, trajectory, verify, verify_chain
 from sfumato.privacy.ledger.run import Ledger, Sign
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Sign",
     "events_of_jsonl",
     "export_jsonl",
+    "other_runs",
     "plan_of_jsonl",
     "read_jsonl",
     "show",

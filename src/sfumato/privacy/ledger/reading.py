@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sfumato.errors import LedgerError, VerificationFailed
 from sfumato.privacy import accounting
-from sfumato.privacy.ledger.account import ACCOUNT_FORMAT, show_account
+from sfumato.privacy.ledger.account import ACCOUNT_FORMAT, account_runs, show_account
 from sfumato.privacy.ledger.chain import History, head_statement
 from sfumato.privacy.ledger.run import clock_notes
 from sfumato.privacy.ledger.storage import connect_to_read, existing, header_text, replay, signatures, translated
@@ -65,6 +65,15 @@ def show(path: Path | str) -> dict[str, Any]:
         "valid": True,
         "detail": f"{history.sequence} entries, the chain is whole",
     }
+
+
+def other_runs(path: Path | str, account: Path | str) -> list[dict[str, Any]]:
+    """The runs on an account but the one whose ledger this is, as ``Ledger.other_runs`` has them of one that is open."""
+    own, path = Path(path), existing(account)
+    with translated(own), contextlib.closing(connect_to_read(own)) as connection:
+        name = replay(connection, own).header["ledger"]
+    with translated(path), contextlib.closing(connect_to_read(path)) as connection:
+        return [run for run in account_runs(connection) if run["ledger"] != name]
 
 
 def verify(path: Path | str, keys: Mapping[str, Accepts]) -> dict[str, Any]:

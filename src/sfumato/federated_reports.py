@@ -1,0 +1,189 @@
+"""What a federated run says of itself: its rounds and sites, what it cost, and the claim of all sites. [shell: reads the ledgers]"""
+
+import os
+import platform
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import pretraining, stages, warming
+from sfumato.errors import PrivacyRefused
+from sfumato.privacy import ledger
+from sfumato.privacy.events import Event
+from sfumato.privacy.guarantee import guarantee
+from sfumato.privacy.joint import MOST_CURVES, Spent, of_sites
+from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, PrivacyPlan, SiteUpdates
+from sfumato.recipe import Recipe
+from sfumato.reports import CostReport, Guarantee, to_dict
+from sfumato.training.folder import RunFolder
+
+if TYPE_CHECKING:
+    from sfumato.federation.local import Site, Work
+    from sfumato.federation.mechanisms import Promise
+    from sfumato.federation.simulate import FederationResult
+
+SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """A federation that has ended, or was interrupted.
+
+    Attributes: members: with the paths of their ledgers; stated: the plan that the run's folder has.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    members: "Sequence[Site]"
+    work: "Work"
+    promise: "Promise"
+    stated: PrivacyPlan
+    result: "FederationResult"
+
+
+def rounds_of(run: Federated) -> dict[str, Any]:
+    """``reports/federation.json``: every round with its sites, and every site with its units."""
+    from sfumato.evaluation import watching
+    from sfumato.federation import history
+    from sfumato.federation.rounds import is_secret
+
+    result = run.result
+    described = result.to_dict()
+    del described["rounds_detail"]
+    sites = [{**site, "units": site["population"]} for site in described["sites"]]
+    rounds = history.told(
+        result.rounds,
+        run.members,
+        run.promise,
+        run.work.public,
+        local_steps=run.recipe.federation.steps_per_round,
+        epsilons={site.name: site.epsilon for site in result.sites},
+        looks=watching.history(run.folder.path),
+    )
+    report = {**described, "sites": sites, "rounds": rounds, "left_out": history.left_out(rounds)}
+    if not is_secret(run.promise, run.work.public):
+        return report
+    hidden = dict.fromkeys(("rounds", "steps", "refused"))
+    return {
+        **report,
+        "sites": [{**site, **hidden} for site in sites],
+        "bytes_up": None,
+        "bytes_down": None,
+        "not_told": "The guarantee counts on nobody's knowing which sites were asked: who was, and what would tell it, is left out.",
+    }
+
+
+def require_any(result: "FederationResult") -> None:
+    """Raises PrivacyRefused, with every site's reason, if nobody trained: there is no model then."""
+    refusals = [
+        {"code": no.code, "message": f"site {site.name}, round {no.round}: {no.message}", "next": ""}
+        for site in result.sites
+        for no in site.refused
+    ]
+    if any(round.sites for round in result.rounds) or not refusals:  # of a draw by coins perhaps nobody was asked
+        return
+    raise PrivacyRefused(
+        f"sites = {len(result.sites)} · none of them took part in any round; the first reason: {refusals[0]['message']}",
+        next="Change what the sites refuse; nothing was trained.",
+        code="no_site",
+        refusals=refusals,
+    )
+
+
+def write(run: Federated, model: Any, *, seconds: float, processor_seconds: float, one_process: bool) -> None:
+    """Cost and claim of a finished federation. The claim comes last: with it the training counts as finished."""
+    from sfumato.federation import rounds
+
+    where = ", all sites in one process" if one_process else "; sites in other processes are not in it"
+    cost = _cost(run, model, seconds, processor_seconds, where)
+    if rounds.is_secret(run.promise, run.work.public):  # all of these grow with how many sites were drawn
+        cost = replace(cost, steps=None, bytes_sent=None, seconds=None, processor_seconds=None, units_per_second=None)
+    run.folder.write_json("reports/cost.json", to_dict(cost))
+    run.folder.write_json("reports/privacy.json", to_dict(claim_of(run, model)))
+
+
+def _cost(run: Federated, model: Any, seconds: float, processor_seconds: float, where: str) -> CostReport:
+    """Of this process; ``where``: what is to be said of the others."""
+    result = run.result
+    steps = {site.name: site.steps for site in result.sites}
+    expected_units = sum(steps[site.name] * site.plan.expected_batch_size for site in run.members)
+    return CostReport(
+        seconds=seconds,
+        processor_seconds=processor_seconds,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        steps=sum(round.steps for round in result.rounds),
+        units_per_second=expected_units / max(seconds, 1e-9),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        bytes_sent=result.bytes_up + result.bytes_down,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{where}",
+    )
+
+
+def claim_of(run: Federated, model: Any) -> Guarantee:
+    """Of the server's ledger, where the server adds the noise and is trusted; else of the ledgers of all sites."""
+    recipe, promise = run.recipe, run.promise
+    inside = stages.boundary(
+        recipe,
+        family=model.boundary(),
+        start=() if recipe.public_start is None else pretraining.boundary(run.folder, recipe, model),
+    )
+    if isinstance(run.stated, NotPrivate):
+        return guarantee(run.stated, [], boundary=inside)
+    over_rounds = f"Over the rounds: {promise.composition}."
+    if promise.at_site is None and promise.at_server is not None:
+        spent = _events_in(run.folder.path / SERVER / "ledger.db")
+        return guarantee(
+            run.stated,
+            spent,
+            boundary=[*inside, over_rounds, f"Silent sites: {promise.dropouts}"],
+            trust_model=promise.trust,
+            trusted="the machines of the server and the sites while they train",
+        )
+
+    opened = any(site.opening is not None for site in run.members)
+    elsewhere = any(site.elsewhere for site in run.members)
+    return of_sites(
+        {site.name: _spent_by(site, run) for site in run.members},
+        boundary=[
+            *inside,
+            *(warming.boundary(recipe, by="each site, of its own records") if opened else ()),
+            "Public at every site: its number of units, its sampling rate, its local steps.",
+            over_rounds,
+            *(
+                ["The sites' ledgers are theirs: counted is every round that a site was asked for."]
+                if elsewhere
+                else []
+            ),
+        ],
+        trust_model=promise.trust,
+        composed_with=_other_runs(run.members),
+    )
+
+
+def _spent_by(site: "Site", run: Federated) -> Spent:
+    from sfumato.federation.simulate import events_asked
+
+    plan = site.whole if run.promise.at_site is None else run.promise.at_site
+    assert isinstance(plan, DpSgd | Composition | SiteUpdates)  # or nothing is private
+    if site.elsewhere:
+        events = list(events_asked(site, run.promise, run.result.rounds, run.recipe.federation.steps_per_round))
+    else:  # where no ledger could be opened, nothing was charged and no data touched
+        events = _events_in(site.ledger) if site.ledger.is_file() else []
+    return Spent(plan=plan, events=events, ledger=f"ledgers/{site.ledger.parent.name}.jsonl")
+
+
+def _events_in(path: Path) -> list[Event]:
+    return ledger.events_of_jsonl(ledger.export_jsonl(path))
+
+
+def _other_runs(members: "Sequence[Site]") -> list[dict[str, Any]]:
+    """Earlier runs on the same people, of every site whose account is here."""
+    here = [site for site in members if not site.elsewhere and site.account is not None and site.ledger.is_file()]
+    return [
+        {**other, "site": site.name}
+        for site in here[:MOST_CURVES]
+        if site.account is not None
+        for other in ledger.other_runs(site.ledger, site.account)
+    ]

@@ -1,0 +1,234 @@
+"""The bundle of a federation: the ledger of every site, each held against its row of the claim, and all against the recipe."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.release.test_verify import change, failed, names, resign, rewrite_card
+
+from sfumato import recipe, reports
+from sfumato.errors import PrivacyRefused
+from sfumato.federation.settings import FederationSettings
+from sfumato.federation.site_plans import site_plans
+from sfumato.privacy.joint import Spent, of_sites
+from sfumato.privacy.ledger import Ledger, export_jsonl
+from sfumato.privacy.plan import Composition, DpSgd
+from sfumato.privacy.settings import PrivacySettings, WarmStartSettings
+from sfumato.recipes import named
+from sfumato.release import bundle, card, gate, keys, page, verify
+from sfumato.release.settings import ReleaseSettings
+
+UNITS = {"north": 12_000, "river": 9_000, "hill": 800, "idle": 400}
+WIDTH = 50
+SETTINGS = PrivacySettings(
+    unit="person",
+    records_per_unit=4,
+    epsilon=8.0,
+    warm_start=WarmStartSettings(share=0.6),
+)
+ROUNDS = FederationSettings(sites=4, rounds=4, local_steps=20)
+
+
+@pytest.fixture(scope="session")
+def _federated(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
+    return make(make_run(tmp_path_factory.mktemp("federated") / "case" / "v1", federation=True))
+
+
+@pytest.fixture
+def federated(_federated: Path, tmp_path: Path) -> Path:
+    """A finished federated run, to be changed at will."""
+    return Path(shutil.copytree(_federated, tmp_path / "case" / "v1"))
+
+
+@pytest.fixture(scope="session")
+def _bundle(_federated: Path, tmp_path_factory: pytest.TempPathFactory, signer: Path) -> Path:
+    return bundle.write(_federated, tmp_path_factory.mktemp("bundle") / "bundle", keys.own(signer))
+
+
+@pytest.fixture
+def released(_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_bundle, tmp_path / "bundle"))
+
+
+def make(folder: Path, *, late: str = "hill", idle: str = "idle") -> Path:
+    """Makes of a run one of four sites. Args: late: silent before the first round; idle: never took part."""
+    (folder / "ledger.db").unlink()
+    whole = recipe.to_mapping(named("hospitals"))
+    whole["training"]["expected_batch_size"] = 400
+    whole["privacy"] = recipe_section(PrivacySettings, SETTINGS)
+    whole["federation"] = recipe_section(FederationSettings, ROUNDS)
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(whole))
+    plans = site_plans(SETTINGS, ROUNDS, UNITS, expected_batch_size=400, released=dict.fromkeys(UNITS, WIDTH))
+    spent = {}
+    for number, (name, plan) in enumerate(plans.items(), start=1):
+        assert isinstance(plan, Composition) and isinstance(plan.stages[1], DpSgd)
+        events = () if name == idle else plan.events()[1:] if name == late else plan.events()
+        place = folder / "sites" / f"site-{number}" / "ledger.db"
+        if events:
+            place.parent.mkdir(parents=True)
+            with Ledger.open(place, run="v1", plan=plan) as ledger:
+                for event in events:
+                    ledger.commit(ledger.reserve(event, step=0))
+        spent[name] = Spent(plan=plan, events=events, ledger=f"ledgers/site-{number}.jsonl")
+    claim = of_sites(
+        spent, boundary=["Inside: every step at every site."], trust_model="local: each site adds its noise"
+    )
+    (folder / "reports/privacy.json").write_text(json.dumps(reports.to_dict(claim)))
+    cost = json.loads((folder / "reports/cost.json").read_text())
+    (folder / "reports/cost.json").write_text(json.dumps({**cost, "steps": 240}))
+    return folder
+
+
+def recipe_section(kind: Any, value: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).dump_python(value, mode="json")
+
+
+def test_every_sites_ledger_is_in_the_bundle_and_a_stranger_recomputes_each(released: Path, public_key: Path) -> None:
+    result = verify.verify(released, key_file=public_key)
+    assert failed(result) == {}
+    assert [name for name in names(released) if "ledger" in name] == [f"ledgers/site-{n}.jsonl" for n in (1, 2, 3)]
+    claim = json.loads((released / "privacy.json").read_text())
+    assert result["epsilon"] == claim["epsilon"] == max(row["epsilon"] or 0 for row in claim["sites"])
+    assert claim["population"] == sum(UNITS.values()) and claim["delta"] < 1 / claim["population"]
+    details = {check["name"]: check["detail"] for check in result["checks"]}
+    assert details["ledger"] == "242 events of 243 planned, in 3 ledgers of 4 sites; every chain is whole"
+    assert "the largest of the sites'" in details["epsilon"]
+    text = (released / "README.md").read_text()
+    assert (
+        "It was trained at 4 sites" in text and "| hill | 800 |" in text and "| idle | 400 | nothing | none |" in text
+    )
+    assert json.loads((released / "cost.json").read_text())["expected_units_processed"] is None
+
+
+def _epsilon_of_hill(value: Any) -> None:
+    value["sites"][2]["epsilon"] -= 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "check", "says"),
+    [
+        ("privacy.json", _epsilon_of_hill, "epsilon", "ledgers/site-3.jsonl: the claim is"),
+        ("privacy.json", lambda v: v["sites"][0].update(epsilon=v["epsilon"] + 1), "reports", "at most the claim"),
+        ("privacy.json", lambda v: v["sites"][0].update(epsilon=None, ledger=None), "reports", "its own ledger among"),
+        ("privacy.json", lambda v: v["sites"][3].update(epsilon=0.1), "reports", "an epsilon of at most the claim and a ledger"),
+        ("privacy.json", lambda v: v["sites"].pop(3), "ledger", "population"),
+        ("privacy.json", lambda v: v["sites"].pop(0), "reports", "among the files"),
+        ("privacy.json", lambda v: v["sites"].clear(), "reports", "among the files"),
+        ("privacy.json", lambda v: v.pop("sites"), "reports", "among the files"),
+        ("privacy.json", lambda v: v["sites"][1].update(name="north"), "reports", "its own name"),
+        ("privacy.json", lambda v: v["sites"][1].update(name=""), "reports", "a name"),
+        ("privacy.json", lambda v: v["sites"][1].update(ledger="ledgers/site-1.jsonl"), "reports", "its own ledger"),
+        ("privacy.json", lambda v: v["sites"][1].update(ledger=7), "reports", "a ledger"),
+        ("privacy.json", lambda v: v["sites"][1].update(population=9_001), "ledger", "site-2.jsonl: population"),
+        ("privacy.json", lambda v: v["sites"][1].update(population="9000"), "reports", "population of site"),
+        ("privacy.json", lambda v: v["sites"][1].update(steps=3), "reports", "each of the sites must have"),
+        ("privacy.json", lambda v: v["sites"][1]["mechanism"].update(events_spent=1), "ledger", "site-2.jsonl: events_spent"),
+        ("privacy.json", lambda v: v["sites"][1].update(mechanism=None), "reports", "a mechanism"),
+        ("privacy.json", lambda v: v.update(sites=[7]), "reports", "each of the sites"),
+        ("privacy.json", lambda v: v.update(sites={}), "reports", "each of the sites"),
+        ("privacy.json", lambda v: v.update(population=sum(UNITS.values()) + 1), "ledger", "population"),
+        ("privacy.json", lambda v: v.update(delta=v["delta"] * 1.01), "ledger", "delta"),
+        ("privacy.json", lambda v: v["curve"][3].__setitem__(1, v["curve"][3][1] - 0.1), "epsilon", "curve"),
+        ("privacy.json", lambda v: v["mechanism"]["stages"][1].update(noise_multiplier=9.0), "ledger", "mechanism"),
+        ("cost.json", lambda v: v.update(steps=241), "ledger", "241 steps were trained"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(rounds=5), "recipe", "site 'north'"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(sites=3), "recipe", "other sites"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(populations=[9, 8, 7, 6]), "recipe", "other numbers of units"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(populations=list(UNITS.values())), "recipe", "population_from_data"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(mechanism={"kind": "central"}), "recipe", "no plans"),
+        ("provenance.json", lambda v: v["recipe"]["federation"].update(surprise=1), "recipe", "federation.surprise"),
+        ("provenance.json", lambda v: v["recipe"].pop("federation"), "recipe", "no section of a recipe"),
+        ("provenance.json", lambda v: v["recipe"]["training"].update(expected_batch_size=800), "recipe", "expected_batch_size"),
+        ("provenance.json", lambda v: v["recipe"]["privacy"]["warm_start"].update(share=0.5), "recipe", "noise_multiplier"),
+    ],
+)  # fmt: skip
+def test_a_false_claim_of_a_site_is_refused_even_when_it_is_signed(
+    name: str, edit: Callable[[Any], None], check: str, says: str, released: Path, signer: Path, public_key: Path
+) -> None:
+    change(released, name, edit)
+    with contextlib.suppress(KeyError, AttributeError, TypeError, ValueError):  # some claims cannot even be printed
+        rewrite_card(released)  # so that what is found is not merely that the card differs
+    resign(released, signer)
+    wrong = failed(verify.verify(released, key_file=public_key))
+    assert says in wrong.get(check, ""), wrong
+
+
+def test_the_card_must_have_the_sites_of_the_claim_and_no_others(
+    released: Path, signer: Path, public_key: Path
+) -> None:
+    text = (released / "README.md").read_text()
+    (released / "README.md").write_text(text.replace("| river | 9,000 |", "| river | 90,000 |"))
+    resign(released, signer)
+    assert "its table of sites" in failed(verify.verify(released, key_file=public_key))["card"]
+    start, end = text.index(card.SITES_START), text.index(card.SITES_END)
+    (released / "README.md").write_text(text[:start] + text[end + len(card.SITES_END) :])
+    resign(released, signer)
+    assert "its table of sites" in failed(verify.verify(released, key_file=public_key))["card"]
+
+
+def test_a_ledger_that_lacks_events_that_nobody_signed_or_that_is_anothers_is_refused(
+    released: Path, federated: Path, signer: Path, public_key: Path
+) -> None:
+    file = released / "ledgers" / "site-2.jsonl"
+    kept = file.read_text()
+    lines = kept.split("\n")
+    file.write_text("\n".join([*lines[:-2], ""]))
+    resign(released, signer)
+    assert "site-2.jsonl" in failed(verify.verify(released, key_file=public_key))["ledger"]
+    file.write_text(export_jsonl(federated / "sites" / "site-2" / "ledger.db"))  # whole, but without a signature
+    resign(released, signer)
+    assert "nobody signed the ledger of site 'river'" in failed(verify.verify(released, key_file=public_key))["ledger"]
+    file.write_text((released / "ledgers" / "site-1.jsonl").read_text())
+    resign(released, signer)
+    assert "site-2.jsonl: " in failed(verify.verify(released, key_file=public_key))["ledger"]
+
+
+def test_a_bundle_has_one_ledger_or_those_of_sites_and_no_third_kind(
+    released: Path, signer: Path, public_key: Path
+) -> None:
+    shutil.copy(released / "ledgers" / "site-1.jsonl", released / "ledger.jsonl")
+    resign(released, signer)
+    assert "must hold ledger.jsonl, or in its place" in failed(verify.verify(released, key_file=public_key))["layout"]
+    (released / "ledger.jsonl").unlink()
+    shutil.copy(released / "ledgers" / "site-1.jsonl", released / "ledgers" / "site-0.jsonl")
+    resign(released, signer)
+    assert "site-0.jsonl" in failed(verify.verify(released, key_file=public_key))["layout"]
+
+
+def test_the_gate_looks_at_every_ledger(federated: Path) -> None:
+    def codes() -> list[str]:
+        return [reason["code"] for reason in gate.check(federated, ReleaseSettings())[1]]
+
+    assert codes() == []
+    claim = json.loads((federated / "reports/privacy.json").read_text())
+    lower = {**claim, "sites": [{**row, "epsilon": row["epsilon"] and row["epsilon"] / 2} for row in claim["sites"]]}
+    (federated / "reports/privacy.json").write_text(json.dumps(lower))
+    assert codes() == ["ledger_above_claim"] * 3
+    (federated / "reports/privacy.json").write_text(json.dumps(claim))
+    (federated / "sites/site-2/ledger.db").unlink()
+    assert codes() == ["no_ledger"]
+    whole = {**claim["mechanism"], "name": "site_updates"}
+    (federated / "reports/privacy.json").write_text(json.dumps({**claim, "mechanism": whole, "unit": "site"}))
+    assert codes() == ["unit_site", "no_ledger"]
+
+
+def test_nothing_is_written_where_a_site_gave_its_claim_away(federated: Path, tmp_path: Path, signer: Path) -> None:
+    claim = json.loads((federated / "reports/privacy.json").read_text())
+    claim["sites"][0]["population"] += 1
+    (federated / "reports/privacy.json").write_text(json.dumps(claim))
+    with pytest.raises(PrivacyRefused, match=r"own verification: ledger: ledgers/site-1\.jsonl: population"):
+        bundle.write(federated, tmp_path / "out", keys.own(signer))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_the_steps_of_the_site_that_spent_most(federated: Path) -> None:
+    values = page.as_json(federated, public=True)
+    assert values["trajectory"][-1][1] == pytest.approx(values["guarantee"]["epsilon"], abs=1e-6)
+    assert values["guarantee"]["sites"][0]["name"] == "north"
