@@ -8,20 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import pretraining, stages, warming
+from sfumato import pretraining, site_ledgers, stages, warming
 from sfumato.errors import PrivacyRefused
-from sfumato.privacy import ledger
+from sfumato.privacy import accounting, ledger
 from sfumato.privacy.events import Event
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.joint import MOST_CURVES, Spent, of_sites
 from sfumato.privacy.plan import Composition, DpSgd, NotPrivate, PrivacyPlan, SiteUpdates
 from sfumato.recipe import Recipe
 from sfumato.reports import CostReport, Guarantee, to_dict
+from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from sfumato.federation.local import Site, Work
     from sfumato.federation.mechanisms import Promise
+    from sfumato.federation.serving import Exchange
     from sfumato.federation.simulate import FederationResult
 
 SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
@@ -52,7 +54,7 @@ def rounds_of(run: Federated) -> dict[str, Any]:
     result = run.result
     described = result.to_dict()
     del described["rounds_detail"]
-    sites = [{**site, "units": site["population"]} for site in described["sites"]]
+    sites = [{**site, "units": site["population"], **_of_its_ledger(site["name"], run)} for site in described["sites"]]
     rounds = history.told(
         result.rounds,
         run.members,
@@ -73,6 +75,16 @@ def rounds_of(run: Federated) -> dict[str, Any]:
         "bytes_down": None,
         "not_told": "The guarantee counts on nobody's knowing which sites were asked: who was, and what would tell it, is left out.",
     }
+
+
+def _of_its_ledger(name: str, run: Federated) -> dict[str, float | None]:
+    """The epsilon of a site elsewhere by the ledger that it gave; the rounds that it was asked for say it till then."""
+    site = next(site for site in run.members if site.name == name)
+    if not (site.elsewhere and kept_of(site).is_file()):
+        return {}
+    plan = _plan_of(site, run)
+    events = site_ledgers.load(kept_of(site), plan).events
+    return {"epsilon": accounting.epsilon(events, plan.delta, adjacency=plan.adjacency)}
 
 
 def require_any(result: "FederationResult") -> None:
@@ -100,7 +112,10 @@ def write(run: Federated, model: Any, *, seconds: float, processor_seconds: floa
     cost = _cost(run, model, seconds, processor_seconds, where)
     if rounds.is_secret(run.promise, run.work.public):  # all of these grow with how many sites were drawn
         cost = replace(cost, steps=None, bytes_sent=None, seconds=None, processor_seconds=None, units_per_second=None)
-    run.folder.write_json("reports/cost.json", to_dict(cost))
+    if not run.folder.report(
+        "cost"
+    ).is_file():  # of the call that ended the training, not of one that asked for a ledger again
+        run.folder.write_json("reports/cost.json", to_dict(cost))
     run.folder.write_json("reports/privacy.json", to_dict(claim_of(run, model)))
 
 
@@ -143,17 +158,20 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
         )
 
     opened = any(site.opening is not None for site in run.members)
-    elsewhere = any(site.elsewhere for site in run.members)
+    spent = {site.name: _spent_by(site, run) for site in run.members}
+    counted = [site.name for site in run.members if site.elsewhere and spent[site.name].ledger is None]
     return of_sites(
-        {site.name: _spent_by(site, run) for site in run.members},
+        spent,
         boundary=[
             *inside,
             *(warming.boundary(recipe, by="each site, of its own records") if opened else ()),
             "Public at every site: its number of units, its sampling rate, its local steps.",
             over_rounds,
             *(
-                ["The sites' ledgers are theirs: counted is every round that a site was asked for."]
-                if elsewhere
+                [
+                    f"Without a ledger from {', '.join(counted)}: every round that it was asked for is counted as charged."
+                ]
+                if counted
                 else []
             ),
         ],
@@ -162,16 +180,56 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
     )
 
 
+def gather(run: Federated, exchange: "Exchange", progress: Progress) -> None:
+    """Asks every site elsewhere for its ledger, and keeps what it gives in the run's folder; what it did not give is said."""
+    from sfumato.federation.simulate import events_asked
+
+    away = {site.name: site for site in run.members if site.elsewhere and not kept_of(site).is_file()}
+    if not away or isinstance(run.stated, NotPrivate):
+        return
+    steps = run.recipe.federation.steps_per_round
+    last = max((result.round for result in run.result.rounds), default=0)
+    replies = exchange(site_ledgers.asks(list(away), run=run.folder.name, round=last + 1))
+    for name, site in away.items():
+        least = events_asked(site, run.promise, run.result.rounds, steps, used=True)
+        if not any(event.count for event in least):
+            continue  # nothing of it is in the model
+        found = site_ledgers.read(replies.get(name), _plan_of(site, run), least=sum(event.count for event in least))
+        if isinstance(found, str):
+            progress(f"site {name} gave no ledger: {found}; every round that it was asked for is counted as charged")
+            continue
+        run.folder.write_json(str(kept_of(site).relative_to(run.folder.path)), {"key": found.key, "ledger": found.text})
+
+
+def lacks_ledgers(folder: RunFolder) -> bool:
+    """Whether the training is finished, and a site elsewhere has not given its ledger: it is asked again on ``resume``."""
+    sites = folder.read_json("reports/privacy.json").get("sites", []) if folder.finished else []
+    return any(site["epsilon"] is not None and site["ledger"] is None for site in sites)
+
+
+def kept_of(site: "Site") -> Path:
+    """Where the ledger lies that a site elsewhere gave."""
+    return site.ledger.with_name(site_ledgers.FILE)
+
+
+def _plan_of(site: "Site", run: Federated) -> DpSgd | Composition | SiteUpdates:
+    plan = site.whole if run.promise.at_site is None else run.promise.at_site
+    assert isinstance(plan, DpSgd | Composition | SiteUpdates)  # or nothing is private
+    return plan
+
+
 def _spent_by(site: "Site", run: Federated) -> Spent:
     from sfumato.federation.simulate import events_asked
 
-    plan = site.whole if run.promise.at_site is None else run.promise.at_site
-    assert isinstance(plan, DpSgd | Composition | SiteUpdates)  # or nothing is private
-    if site.elsewhere:
-        events = list(events_asked(site, run.promise, run.result.rounds, run.recipe.federation.steps_per_round))
-    else:  # where no ledger could be opened, nothing was charged and no data touched
-        events = _events_in(site.ledger) if site.ledger.is_file() else []
-    return Spent(plan=plan, events=events, ledger=f"ledgers/{site.ledger.parent.name}.jsonl")
+    plan, name = _plan_of(site, run), f"ledgers/{site.ledger.parent.name}.jsonl"
+    if not site.elsewhere:  # where no ledger could be opened, nothing was charged and no data touched
+        return Spent(plan=plan, events=_events_in(site.ledger) if site.ledger.is_file() else [], ledger=name)
+    if kept_of(site).is_file():
+        found = site_ledgers.load(kept_of(site), plan)
+        return Spent(plan=plan, events=found.events, ledger=name, key=found.key)
+    return Spent(
+        plan=plan, events=events_asked(site, run.promise, run.result.rounds, run.recipe.federation.steps_per_round)
+    )
 
 
 def _events_in(path: Path) -> list[Event]:

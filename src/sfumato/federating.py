@@ -100,7 +100,7 @@ def run(
     stages.mark_begun(folder, recipe)
     progress(f"{recipe.name}: writing to {folder.path}")
     result, seconds, processor, start = None, 0.0, 0.0, None
-    if not folder.finished:
+    if not folder.finished or federated_reports.lacks_ledgers(folder):
         if recipe.public_start is not None:
             if pretraining.begin(folder, recipe, prepared, model, progress) == "interrupted":
                 return {**_answer(folder, _NOTHING_YET), "quality": {}, "stopped": "interrupted"}
@@ -120,10 +120,12 @@ def run(
                 exchange=exchange,
                 opened=_Opened(recipe, folder, model, prepared, work.public, progress, shown.look),
             )
+            run = Federated(
+                recipe=recipe, folder=folder, members=members, work=work, promise=promise, stated=stated, result=result
+            )
+            if result.finished:
+                federated_reports.gather(run, exchange, progress)
         seconds, processor = time.monotonic() - began, time.process_time() - processor
-        run = Federated(
-            recipe=recipe, folder=folder, members=members, work=work, promise=promise, stated=stated, result=result
-        )
         report = federated_reports.rounds_of(run)
         folder.write_json("reports/federation.json", report)
         if not result.finished:

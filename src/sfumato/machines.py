@@ -20,7 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import deploying, federating, prompting, stages
+from sfumato import deploying, federating, prompting, site_ledgers, stages
 from sfumato import recipe as recipes_file
 from sfumato.data.settings import OWN
 from sfumato.errors import PrivacyRefused, UsageError
@@ -290,6 +290,8 @@ class Member:
             if ask.kind == BEGIN:
                 self._begin(ask)
                 return Reply.to(ask, self.name, Part())
+            if ask.kind == site_ledgers.KIND:
+                return Reply.to(ask, self.name, Part(values=self._ledger(ask.run)))
             site, work = self._work(ask.run)
         except PolicyRefused as no:
             self._told.say(refused=f"{no.message} · {no.next}")  # what to do is for this site's administrator
@@ -380,6 +382,23 @@ class Member:
         self._joined = {**self._joined, "run": ask.run, "populations": populations}
         self._home.write_json(JOINED, self._joined)
         self._work(ask.run)  # a plan that cannot be made is refused now
+
+    def _ledger(self, run: str) -> dict[str, Any]:
+        """This site's ledger of a run, signed; a key is made for that if there is none."""
+        from sfumato.privacy import ledger
+        from sfumato.release import keys
+
+        if "ledger" not in policies.load(self._policy_file).may_say:
+            raise PolicyRefused(
+                "may_say · of this site's policy has no ledger",
+                next="Add it, if the server may have it.",
+                code="may_not_say",
+            )
+        site, _ = self._work(run)
+        if not site.ledger.is_file():
+            raise PolicyRefused("ledger · nothing was charged here", next="Ask for nothing.", code="no_ledger")
+        key = keys.own()
+        return dict(site_ledgers.values_of(ledger.export_jsonl(site.ledger, sign=keys.signer(key)), key.public))
 
     def _work(self, run: str) -> "tuple[Site, Work]":
         if self._at_work is None or self._at_work[0] != run:

@@ -9,7 +9,7 @@ A policy is a YAML file at the site (``load``), read by nobody else:
     allowed_recipes: [9f2c...]   # sha256 of resolved.yaml; left out, any
     allowed_mechanisms: [record_level]
     allow_not_private: false
-    may_say: [steps, charged]    # beside the update itself
+    may_say: [steps, charged, ledger]    # beside the update itself
     identities: {north: 3b6a...} # public keys of all sites, for secure aggregation: from these sites, not from the server
     colluders: 1                 # so many other sites might work with a hostile server
 """
@@ -29,7 +29,7 @@ from sfumato.privacy.plan import DpSgd, SiteUpdates, TrainingPlan
 
 # Those that need no trust in the server; central does, and has to be named.
 WITHOUT_TRUST = ("record_level", "update_level", "fed_lora", "local_and_global", "ldp_fl", "distributed")
-Sayable = Literal["steps", "charged", "loss"]
+Sayable = Literal["steps", "charged", "ledger", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +42,9 @@ class SitePolicy:
     allowed_recipes: sha256 of the resolved recipes that may be trained here; None: any.
     allowed_mechanisms: by name; None: any.
     allow_not_private: whether a round without any guarantee may be trained here at all.
-    may_say: what a reply may hold beside the update: local steps and charged events (functions of the plan), and a loss,
-      which is noised and charged. Nothing else leaves, whatever is asked; what went wrong stays in the site's own log.
+    may_say: what a reply may hold beside the update: local steps and charged events (functions of the plan), after the last round the
+      site's signed ledger (the plan, its events, when it was open), without which no bundle can be made, and a loss, which is
+      noised and charged. Nothing else leaves, whatever is asked; what went wrong stays in the site's own log.
     identities: by site, Ed25519 public keys in 64 hexadecimal digits, under secure aggregation the ones that are believed; None:
       those of the federation's public constants, so that whoever wrote them first is trusted with not being all other sites (over
       several machines `machines.Member` remembers them).
@@ -59,7 +60,7 @@ class SitePolicy:
     allowed_recipes: tuple[str, ...] | None = None
     allowed_mechanisms: tuple[str, ...] | None = WITHOUT_TRUST
     allow_not_private: bool = False
-    may_say: tuple[Sayable, ...] = ("steps", "charged")
+    may_say: tuple[Sayable, ...] = ("steps", "charged", "ledger")
     identities: Mapping[str, str] | None = None
     colluders: int = 0
 

@@ -358,12 +358,16 @@ def _site_result(
 
 
 def events_asked(
-    site: Site, promise: mechanisms.Promise, results: Sequence[RoundResult], steps: int
+    site: Site, promise: mechanisms.Promise, results: Sequence[RoundResult], steps: int, *, used: bool = False
 ) -> tuple[Event, ...]:
     """What a site has charged at most, as its ledger is on another machine: every round that it was asked for, whether it
-    answered or not. What it did charge, its own ledger says. Args: steps: charged in a round."""
-    asked = sum(site.name in result.asked for result in results if result.round)
-    opened = any(site.name in result.asked for result in results if not result.round)
+    answered or not. What it did charge, its own ledger says.
+
+    Args: steps: charged in a round. used: only rounds whose update of this site was used; so much it has charged at least.
+    """
+    took = [site.name in (result.sites if used else result.asked) for result in results]
+    asked = sum(took[i] for i, result in enumerate(results) if result.round)
+    opened = any(took[i] for i, result in enumerate(results) if not result.round)
     before = site.opening.events() if site.opening is not None and opened else ()
     charged = promise.at_site or site.plan
     assert isinstance(charged, DpSgd | SiteUpdates)

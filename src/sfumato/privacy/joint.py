@@ -25,11 +25,16 @@ MOST_CURVES = 20  # sites that have spent differently, of which other accountant
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What one site has spent. Attributes: plan: that its ledger was kept under; ledger: its file in a bundle; None without one."""
+    """What one site has spent.
+
+    Attributes: plan: that its ledger was kept under; ledger: its file in a bundle, None without one; key: the public key (64 hexadecimal
+      digits) that signed it at the site, None where the signer of the bundle signs it.
+    """
 
     plan: DpSgd | Composition | SiteUpdates
     events: Sequence[Event]
     ledger: str | None = None
+    key: str | None = None
 
 
 def of_sites(
@@ -101,8 +106,8 @@ def of_one_kind(spent: Sequence[Spent]) -> None:
 
 
 def _rows(spent: Mapping[str, Spent]) -> tuple[list[dict[str, Any]], str]:
-    """Of every site its name, units, epsilon (None where nothing was spent, or there is none), mechanism and ledger; the site
-    with the largest."""
+    """Of every site its name, units, epsilon (None where nothing was spent, or there is none), mechanism, ledger and key; the
+    site with the largest."""
     rows, largest = [], {}
     for name, one in spent.items():
         value = accounting.epsilon(one.events, one.plan.delta, adjacency=one.plan.adjacency) if one.events else 0.0
@@ -115,6 +120,7 @@ def _rows(spent: Mapping[str, Spent]) -> tuple[list[dict[str, Any]], str]:
                 "epsilon": value if one.events and math.isfinite(value) else None,
                 "mechanism": one.plan.mechanism(one.events),
                 "ledger": one.ledger if one.events else None,
+                "key": one.key if one.events and one.ledger is not None else None,
             }
         )
     return rows, max(largest, key=lambda name: largest[name])

@@ -82,14 +82,12 @@ def reports(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fill(folder: Path, run_dir: Path, key: SigningKey) -> None:
-    from sfumato.privacy import ledger
-
     values = reports(run_dir)
     files: dict[str, FileEntry] = {}
     for name, value in values.items():
         files[name] = _write(folder / name, canonical.encode_readable(value))
     for name, path in gate.ledgers_of(run_dir, values["privacy.json"]).items():
-        events = ledger.export_jsonl(path, sign=keys.signer(key))
+        events = gate.ledger_text(path, keys.signer(key))
         files[name] = _write(folder / name, events.encode("utf-8"))
     files["README.md"] = _write(folder / "README.md", card.render(values).encode("utf-8"))
     for source in sorted((run_dir / "model").rglob("*")):

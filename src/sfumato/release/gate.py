@@ -1,10 +1,11 @@
 """Whether a run may be released, and every reason why not."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import SfumatoError, UsageError
 from sfumato.release import ledgers, provenance
 from sfumato.release.settings import ReleaseSettings
 
@@ -109,6 +110,12 @@ def _check_federated(privacy: dict[str, Any], refuse: Any) -> None:
             f"unit = {privacy.get('unit')} · a plan of whole updates cannot yet be made anew from a bundle",
             "Keep the ledgers with the run; a federation of federation.mechanism: {kind: record_level} can be released.",
         )
+    elif lacking := [site["name"] for site in sites if site["epsilon"] is not None and site["ledger"] is None]:
+        refuse(
+            "no_ledger",
+            f"sites = {', '.join(lacking[:5])} · gave no ledger: what they charged is known to them only",
+            "Ask their administrators (may_say in the policy must have ledger), and federate again with --resume.",
+        )
     elif not sites:
         refuse(
             "no_sites",
@@ -122,7 +129,22 @@ def ledgers_of(run_dir: Path, privacy: dict[str, Any]) -> dict[str, Path]:
     sites = [site["ledger"] for site in privacy.get("sites") or [] if site["ledger"] is not None]
     if not sites:
         return {ledgers.ONE: run_dir / "ledger.db"}
-    return {name: run_dir / "sites" / Path(name).stem / "ledger.db" for name in sites}
+    own = {site["ledger"] for site in privacy["sites"] if site.get("key") is not None}
+    return {
+        name: run_dir / "sites" / Path(name).stem / ("ledger.json" if name in own else "ledger.db") for name in sites
+    }
+
+
+def ledger_text(path: Path, sign: Callable[[bytes], dict[str, str]] | None = None) -> str:
+    """A ledger as a bundle has it: of this machine exported, and signed now; of a site elsewhere as it came."""
+    from sfumato.privacy import ledger
+
+    if path.suffix == ".db":
+        return ledger.export_jsonl(path, sign=sign)
+    value = (provenance.read_json(path) or {}).get("ledger")
+    if not isinstance(value, str):
+        raise UsageError(f"{path} · holds no ledger", next="Federate again with --resume.")
+    return value
 
 
 def _claims(run_dir: Path, privacy: dict[str, Any]) -> list[tuple[dict[str, Any], Path]]:
@@ -132,15 +154,30 @@ def _claims(run_dir: Path, privacy: dict[str, Any]) -> list[tuple[dict[str, Any]
     return [(site, places[site["ledger"]]) for site in sites] or [(privacy, places[ledgers.ONE])]
 
 
-def _check_ledger(path: Path, claim: dict[str, Any], delta: float | None, refuse: Any) -> None:
-    from sfumato.privacy import ledger
+def _shown(path: Path) -> dict[str, Any]:
+    """Of a ledger whether its chain is whole, delta and epsilon."""
+    from sfumato.privacy import accounting, ledger
+    from sfumato.privacy.private_plan import PrivatePlan
 
+    if path.suffix == ".db":
+        return ledger.show(path)
+    try:
+        exported = ledger.read_jsonl(ledger_text(path))
+    except SfumatoError:
+        return {"valid": False}
+    if not isinstance(exported.plan, PrivatePlan) or not exported.events:
+        return {"valid": True}
+    value = accounting.epsilon(exported.events, exported.plan.delta, adjacency=exported.plan.adjacency)
+    return {"valid": True, "delta": exported.plan.delta, "epsilon": value}
+
+
+def _check_ledger(path: Path, claim: dict[str, Any], delta: float | None, refuse: Any) -> None:
     of = f" of site {claim['name']}" if "name" in claim else ""
     epsilon = claim["epsilon"]
     if not path.is_file():
         refuse("no_ledger", f"ledger.db{of} · is not there", "A run without its ledger cannot show what it spent.")
         return
-    spent = ledger.show(path)
+    spent = _shown(path)
     if not spent.get("valid"):
         refuse(
             "ledger_invalid",

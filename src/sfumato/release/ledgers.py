@@ -4,6 +4,7 @@ Each is a chain of entries, its head signed, kept under a plan; its events are o
 claimed of it, a report says: of one ledger ``privacy.json`` itself, of a site its row there. Pure functions of bytes and values; no torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 MAX_EVENTS = 100_000
 ONE = "ledger.jsonl"  # of one training
 SITES = "ledgers/"  # of a federation: ledgers/site-1.jsonl, ...
-ROW = ("name", "population", "epsilon", "mechanism", "ledger")  # what a claim says of a site (``privacy.joint``)
+ROW = ("name", "population", "epsilon", "mechanism", "ledger", "key")  # what a claim says of a site (``privacy.joint``)
 
+_HEX64 = re.compile(r"[0-9a-f]{64}")
 _LATER = {"clipping": "flat", "parts": []}  # entries of a mechanism that older bundles were written without
 _OF_ALL = ("delta", "unit", "records_per_unit", "adjacency")  # what one claim says of every ledger
 
@@ -107,6 +109,8 @@ def check_rows(rows: Any, files: Sequence[str], epsilon: float) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(ROW) for row in rows):
         raise _failed(f"privacy.json: each of the sites must have {', '.join(ROW)}")
     for row in rows:
+        if not (row["key"] is None or (isinstance(row["key"], str) and _HEX64.fullmatch(row["key"]))):
+            raise _failed("privacy.json: the key of a site must be 64 lower-case hexadecimal digits, or null")
         if (
             not isinstance(row["name"], str)
             or not 0 < len(row["name"]) <= 200
@@ -125,6 +129,11 @@ def check_rows(rows: Any, files: Sequence[str], epsilon: float) -> None:
         raise _failed("privacy.json: every site must have its own name, and its own ledger among the files")
     if rows and max((row["epsilon"] or 0.0) for row in rows) != epsilon:
         raise _failed("privacy.json: the claim is not the largest epsilon of its sites")
+
+
+def key_of(row: Mapping[str, Any]) -> PublicKey | None:
+    """The key that signed a site's ledger at the site; None where it was the signer of the bundle."""
+    return None if row.get("key") is None else PublicKey(bytes.fromhex(row["key"]))
 
 
 def stages(plan: Any) -> Sequence[Any]:

@@ -298,7 +298,7 @@ class _Bundle:
         privacy = self.json["privacy.json"]
         total = planned = 0
         for row in self._claims():
-            kept = ledgers.read(row["ledger"], self.text[row["ledger"]], self._signers(), site=row["name"])
+            kept = ledgers.read(row["ledger"], self.text[row["ledger"]], self._signers(row), site=row["name"])
             total += ledgers.check(kept, row, privacy)
             planned += sum(kept.plan.allowance().values())
             self.kept.append(kept)
@@ -314,7 +314,8 @@ class _Bundle:
         ledgers.same("population", privacy.get("population"), units)
         largest = max(self._claims(), key=lambda row: row["epsilon"])
         ledgers.same("mechanism", privacy["mechanism"], largest["mechanism"])
-        return f"{total} events of {planned} planned, in {len(self.kept)} ledgers of {len(self.rows)} sites; every chain is whole"
+        where = f"in {len(self.kept)} ledgers of {len(self.rows)} sites"
+        return f"{total} events of {planned} planned, {where}; every chain is whole{self._own_keys()}"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -331,9 +332,16 @@ class _Bundle:
         }
         return [row for row in self.rows if row["ledger"] is not None] if self.rows else [one]
 
-    def _signers(self) -> dict[str, PublicKey]:
+    def _signers(self, row: Mapping[str, Any]) -> dict[str, PublicKey]:
+        """Who may have signed a ledger: a site elsewhere with its own key, which the signer of the bundle vouches for."""
         assert self.signer is not None  # nothing is read before its signature was checked
-        return {self.signer: self.trusted[self.signer]}
+        own = ledgers.key_of(row)
+        return {self.signer: self.trusted[self.signer]} if own is None else {own.id: own}
+
+    def _own_keys(self) -> str:
+        own = [kept for kept in self.kept if kept.signer != self.signer]
+        known = [kept for kept in own if kept.signer in self.trusted]
+        return f"; {len(own)} signed by their sites, {len(known)} of them with keys that you trust" if own else ""
 
     def epsilon(self) -> str:
         delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
