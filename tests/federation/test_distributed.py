@@ -12,6 +12,7 @@ from tests.federation.making import HOSTILE, filled, mechanism, one_round, publi
 
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as of
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Received, distributed
 from sfumato.privacy import accounting
 from sfumato.randomness import TestRandom
@@ -70,7 +71,7 @@ def test_a_rounded_vector_keeps_its_bound(kind, beta):
         "spike": torch.nn.functional.one_hot(torch.tensor(3), 64) * 4.5,
         "almost whole": torch.full((64,), 1 - 1e-12),
     }[kind].double()
-    bound = distributed.rounded_bound(max(float(vector_.norm()), 1e-9), 64, beta)
+    bound = update_plans.rounded_bound(max(float(vector_.norm()), 1e-9), 64, beta)
     chance = TestRandom(1)
     for _ in range(300):
         whole = distributed.rounded(vector_, bound, chance)
@@ -83,8 +84,8 @@ def test_the_bound_is_the_smaller_of_the_papers_two():
     for norm, d, beta in ((3.0, 16, 0.6), (100.0, 4096, 0.01), (0.01, 64, 0.5)):
         root = math.sqrt(d)
         narrow = norm**2 + d / 4 + math.sqrt(2 * math.log(1 / beta)) * (norm + root / 2)
-        assert distributed.rounded_bound(norm, d, beta) == pytest.approx(min(math.sqrt(narrow), norm + root))
-    assert distributed.rounded_bound(3.0, 16, 1e-300) == pytest.approx(7.0)
+        assert update_plans.rounded_bound(norm, d, beta) == pytest.approx(min(math.sqrt(narrow), norm + root))
+    assert update_plans.rounded_bound(3.0, 16, 1e-300) == pytest.approx(7.0)
 
 
 def test_a_rounding_is_right_on_average_where_nothing_is_drawn_again():
@@ -195,7 +196,7 @@ def test_numbers_wrap_around_as_seldom_as_was_asked():
     """A sum of whole length n S on one number, rotated by 400 sets of signs, with the noise: asked for 1e-2 at most in a round, so
     more than 15 of 400 have probability below 1e-4. On a grid that is eight times finer it happens in every round."""
     settings = replace(SETTINGS, wrap=1e-2, bits=12, noise_multiplier=0.3)
-    grid = distributed.grid_of(settings, 4, 64, 0.3)
+    grid = update_plans.grid_of(settings, 4, 64, 0.3)
     chance, spike = TestRandom(5), torch.zeros(64, dtype=torch.float64)
     spike[0] = 4 * S
 
@@ -231,7 +232,7 @@ def test_a_site_with_hostile_data_still_sends_a_bounded_update_and_noise(kind):
 
 def test_what_one_site_moves_is_the_bound_at_most_over_all_roundings():
     """Without noise, all 2^4 roundings of the worst vector: none is longer than B, which is above S times the scale."""
-    grid = distributed.grid_of(replace(SETTINGS, bits=6, rounding=0.6, noise_multiplier=0.0), 2, 4, 0.0)
+    grid = update_plans.grid_of(replace(SETTINGS, bits=6, rounding=0.6, noise_multiplier=0.0), 2, 4, 0.0)
     x = torch.full((4,), S * grid.scale / 2, dtype=torch.float64)
     assert float(x.norm()) == pytest.approx(S * grid.scale)
     assert grid.bound > S * grid.scale

@@ -11,6 +11,7 @@ from sfumato.federation import selection, simulate
 from sfumato.federation.mechanism_settings import Central
 from sfumato.federation.messages import Part
 from sfumato.federation.policy import SitePolicy
+from sfumato.federation.rates import rates
 from sfumato.federation.settings import ByChargedLoss, BySize, Everyone, FederationSettings, Uniform
 from sfumato.privacy.ledger import Ledger, show
 from sfumato.privacy.plan import DpSgd
@@ -22,13 +23,13 @@ SIZES = {"a": 100, "b": 300, "c": 100}
 
 
 def test_rates_of_everyone_uniform_and_by_size():
-    assert selection.rates(Everyone(), SIZES) == {"a": 1, "b": 1, "c": 1}
-    assert selection.rates(Uniform(rate=0.25), SIZES) == {"a": 0.25, "b": 0.25, "c": 0.25}
-    assert selection.rates(BySize(expected_sites=1), SIZES) == pytest.approx({"a": 0.2, "b": 0.6, "c": 0.2})
-    assert selection.rates(BySize(expected_sites=2), SIZES) == pytest.approx({"a": 0.5, "b": 1.0, "c": 0.5})
-    assert selection.rates(BySize(expected_sites=3), SIZES) == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0})
+    assert rates(Everyone(), SIZES) == {"a": 1, "b": 1, "c": 1}
+    assert rates(Uniform(rate=0.25), SIZES) == {"a": 0.25, "b": 0.25, "c": 0.25}
+    assert rates(BySize(expected_sites=1), SIZES) == pytest.approx({"a": 0.2, "b": 0.6, "c": 0.2})
+    assert rates(BySize(expected_sites=2), SIZES) == pytest.approx({"a": 0.5, "b": 1.0, "c": 0.5})
+    assert rates(BySize(expected_sites=3), SIZES) == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0})
     with pytest.raises(UsageError, match="expected_sites = 4"):
-        selection.rates(BySize(expected_sites=4), SIZES)
+        rates(BySize(expected_sites=4), SIZES)
 
 
 def test_every_site_is_drawn_by_its_own_coin_as_often_as_its_rate_says():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ import yaml
 from tests.release.test_verify import change, failed, names, resign, rewrite_card
 
 from sfumato import recipe, reports
-from sfumato.errors import PrivacyRefused
-from sfumato.federation.settings import FederationSettings
+from sfumato.errors import PrivacyRefused, UsageError
+from sfumato.federation import mechanism_settings as of
+from sfumato.federation import mechanisms, rounds
+from sfumato.federation.settings import BySize, Everyone, FederationSettings, Uniform
 from sfumato.federation.site_plans import site_plans
+from sfumato.federation.update_plans import remade
+from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.joint import Spent, of_sites
 from sfumato.privacy.ledger import Ledger, export_jsonl
 from sfumato.privacy.plan import Composition, DpSgd
 from sfumato.privacy.settings import PrivacySettings, WarmStartSettings
+from sfumato.privacy.site_updates import SiteUpdates
 from sfumato.recipes import named
 from sfumato.release import bundle, card, gate, keys, page, verify
 from sfumato.release.settings import ReleaseSettings
@@ -214,9 +220,10 @@ def test_the_gate_looks_at_every_ledger(federated: Path) -> None:
     (federated / "reports/privacy.json").write_text(json.dumps(claim))
     (federated / "sites/site-2/ledger.db").unlink()
     assert codes() == ["no_ledger"]
-    whole = {**claim["mechanism"], "name": "site_updates"}
-    (federated / "reports/privacy.json").write_text(json.dumps({**claim, "mechanism": whole, "unit": "site"}))
-    assert codes() == ["unit_site", "no_ledger"]
+    values = yaml.safe_load((federated / "resolved.yaml").read_text())
+    values["model"]["objective"] = {"kind": "prompts"}
+    (federated / "resolved.yaml").write_text(yaml.safe_dump(values))
+    assert codes() == ["prompts", "no_ledger"]
 
 
 def test_nothing_is_written_where_a_site_gave_its_claim_away(federated: Path, tmp_path: Path, signer: Path) -> None:
@@ -232,3 +239,107 @@ def test_the_page_shows_the_steps_of_the_site_that_spent_most(federated: Path) -
     values = page.as_json(federated, public=True)
     assert values["trajectory"][-1][1] == pytest.approx(values["guarantee"]["epsilon"], abs=1e-6)
     assert values["guarantee"]["sites"][0]["name"] == "north"
+
+
+# ---- whole sites as the unit ----
+
+FORMS = {
+    "update_level": of.UpdateLevel(epsilon=8.0, max_update_norm=0.5),
+    "fed_lora": of.FedLora(noise_multiplier=12.0),
+    "central": of.Central(epsilon=8.0, max_update_norm=0.5),
+    "local_and_global": of.LocalAndGlobal(epsilon=8.0, server_epsilon=6.0),
+    "ldp_fl": of.LdpFl(epsilon=8.0),
+    "distributed": of.Distributed(epsilon=8.0, dropouts=1),
+}
+SITES = {"north": 12_000, "river": 9_000, "hill": 800}
+
+
+def settings_of(form: str) -> FederationSettings:
+    drawn = Uniform(rate=0.5) if form == "central" else Everyone()
+    return FederationSettings(sites=3, rounds=4, local_steps=5, mechanism=FORMS[form], selection=drawn, weights="equal")
+
+
+def plan_of(form: str) -> SiteUpdates:
+    """As the mechanism itself makes it, of a model of 1,000 numbers in eight matrices."""
+    names = [f"layer{number}.lora_{side}" for number in range(4) for side in "AB"]
+    held = {site: dict.fromkeys(names, (25, 5)) for site in SITES}
+    settings = settings_of(form)
+    promise = mechanisms.build(settings).promise(rounds.make_public(settings, SITES, held))
+    plan = promise.at_site or promise.at_server
+    assert plan is not None
+    return plan
+
+
+@pytest.fixture
+def whole_sites(make_run: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """make(form): a finished run of three sites."""
+
+    def write(form: str) -> Path:
+        folder = make_run(tmp_path / form / "v1", federation=True)
+        (folder / "ledger.db").unlink()
+        values = recipe.to_mapping(named("hospitals"))
+        values["privacy"] = recipe_section(PrivacySettings, PrivacySettings(mechanism="none"))
+        values["federation"] = recipe_section(FederationSettings, settings_of(form))
+        (folder / "resolved.yaml").write_text(yaml.safe_dump(values))
+        plan, spent = plan_of(form), {}
+        places = (
+            {"": "server"} if form == "central" else {name: f"sites/site-{n}" for n, name in enumerate(SITES, start=1)}
+        )
+        for name, place in places.items():
+            (folder / place).mkdir(parents=True)
+            with Ledger.open(folder / place / "ledger.db", run="v1", plan=plan) as ledger:
+                ledger.commit(ledger.reserve(plan.event(), step=0))
+            spent[name] = Spent(plan=plan, events=plan.events(), ledger=f"ledgers/{Path(place).name}.jsonl")
+        claim = (
+            guarantee(plan, plan.events(), boundary=["Inside: the sum of every round."], trust_model="central")
+            if form == "central"
+            else of_sites(spent, boundary=["Inside: every update."], trust_model="local")
+        )
+        (folder / "reports/privacy.json").write_text(json.dumps(reports.to_dict(claim)))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_federation_whose_unit_is_the_site_is_verified_from_its_recipe_too(
+    form: str, whole_sites: Callable[[str], Path], signer: Path, public_key: Path, tmp_path: Path
+) -> None:
+    out = bundle.write(whole_sites(form), tmp_path / "out", keys.own(signer))
+    result = verify.verify(out, key_file=public_key)
+    assert failed(result) == {}
+    assert result["epsilon"] == pytest.approx(plan_of(form).epsilon(), abs=1e-6)
+    assert (out / "ledger.jsonl").is_file() == (form == "central")
+    kept = (out / "provenance.json").read_bytes()
+    noise = "noise_multiplier" if form == "fed_lora" else "epsilon"
+    for where, edit in {
+        "rounds": lambda v: v["recipe"]["federation"].update(rounds=5),
+        "noise": lambda v: v["recipe"]["federation"]["mechanism"].update({noise: 9.0}),
+        "adjacency": lambda v: v["recipe"]["federation"]["mechanism"].update(
+            adjacency="replace_one" if form == "central" else "zero_out"
+        ),
+        "delta": lambda v: v["recipe"]["federation"]["mechanism"].update(delta=2e-5),
+        "sites": lambda v: v["recipe"]["federation"].update(sites=4),
+        "kind": lambda v: v["recipe"]["federation"].update(mechanism={"kind": "record_level"}),
+        "bound": lambda v: v["recipe"]["federation"]["mechanism"].update(BOUNDS.get(form, {"max_update_norm": 0.7})),
+        "rate": lambda v: v["recipe"]["federation"].update(selection={"kind": "uniform", "rate": 0.4}),
+    }.items():
+        if (form, where) in SAYS_NOTHING:
+            continue
+        (out / "provenance.json").write_bytes(kept)
+        change(out, "provenance.json", edit)
+        resign(out, signer)
+        wrong = failed(verify.verify(out, key_file=public_key))
+        assert "plan" in wrong or "recipe" in wrong, where
+
+
+BOUNDS = {"ldp_fl": {"epsilon": 7.0}}
+# A plan of fed_lora has a bound of its own for each matrix and says their number only; rates are of the central mechanism.
+SAYS_NOTHING = {("fed_lora", "bound"), *((form, "rate") for form in FORMS if form != "central")}
+
+
+def test_of_a_selection_by_size_the_recipe_must_say_the_sizes() -> None:
+    by_size = replace(settings_of("central"), selection=BySize(expected_sites=2))
+    with pytest.raises(UsageError, match="by_size · asks by numbers of units that the recipe does not say"):
+        remade(by_size, plan_of("central"), None)
+    assert remade(by_size, plan_of("central"), {"a": 1, "b": 1, "c": 2}).sampling_rate == 1.0

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import DataError, SfumatoError, UsageError
-from sfumato.federation import averaging, collecting, mechanisms, opening, robust, selection
+from sfumato.federation import averaging, collecting, mechanisms, opening, rates, robust, selection
 from sfumato.federation.averaging import check_update
 from sfumato.federation.compression import decompressed
 from sfumato.federation.mechanism_settings import ROBUST_UNDER, LdpFl
@@ -143,7 +143,7 @@ def make_public(
         populations=dict(populations),
         rounds=settings.rounds,
         holders={name: tuple(sorted(site for site in held if name in held[site])) for name in names},
-        rates=selection.rates(settings.selection, populations),
+        rates=rates.rates(settings.selection, populations),
         weights={site: float(n) if settings.weights == "population" else 1.0 for site, n in populations.items()},
         shapes={name: shapes[name] for name in names},
     )

@@ -32,7 +32,7 @@ def _check_run(run_dir: Path, settings: ReleaseSettings, reasons: list[dict[str,
 
     claimed = provenance.read_json(run_dir / "reports" / "privacy.json") or {}
     if (run_dir / "reports" / "federation.json").is_file() and claimed.get("definition") != "none":
-        _check_federated(claimed, refuse)
+        _check_federated(claimed, provenance.read_recipe(run_dir), refuse)
     if not (run_dir / "resolved.yaml").is_file():
         refuse("no_recipe", "resolved.yaml · is not there", "Release from the folder that `sfumato train` wrote.")
     for report, needed, how in (
@@ -102,13 +102,13 @@ def _check_claim(run_dir: Path, privacy: dict[str, Any], settings: ReleaseSettin
         _check_ledger(path, claim, delta, refuse)
 
 
-def _check_federated(privacy: dict[str, Any], refuse: Any) -> None:
+def _check_federated(privacy: dict[str, Any], recipe: dict[str, Any], refuse: Any) -> None:
     sites = privacy.get("sites") or []
-    if any((one.get("mechanism") or {}).get("name") == "site_updates" for one in (privacy, *sites)):
+    if ((recipe.get("model") or {}).get("objective") or {}).get("kind") == "prompts":
         refuse(
-            "unit_site",
-            f"unit = {privacy.get('unit')} · a plan of whole updates cannot yet be made anew from a bundle",
-            "Keep the ledgers with the run; a federation of federation.mechanism: {kind: record_level} can be released.",
+            "prompts",
+            "model.objective.kind = prompts · a prompt is of no use without its encoders, and no attack on it is known here",
+            "Keep the ledgers with the run.",
         )
     elif lacking := [site["name"] for site in sites if site["epsilon"] is not None and site["ledger"] is None]:
         refuse(
@@ -116,7 +116,9 @@ def _check_federated(privacy: dict[str, Any], refuse: Any) -> None:
             f"sites = {', '.join(lacking[:5])} · gave no ledger: what they charged is known to them only",
             "Ask their administrators (may_say in the policy must have ledger), and federate again with --resume.",
         )
-    elif not sites:
+    elif (
+        not sites and (privacy.get("mechanism") or {}).get("name") != "site_updates"
+    ):  # of which the server has the one ledger
         refuse(
             "no_sites",
             "reports/privacy.json · says of no site what it has spent: it was written by an older version",
@@ -128,7 +130,10 @@ def ledgers_of(run_dir: Path, privacy: dict[str, Any]) -> dict[str, Path]:
     """Where a run has the ledgers that its bundle is to hold, by their names there: one, or that of every site."""
     sites = [site["ledger"] for site in privacy.get("sites") or [] if site["ledger"] is not None]
     if not sites:
-        return {ledgers.ONE: run_dir / "ledger.db"}
+        own = run_dir / "ledger.db"
+        return {
+            ledgers.ONE: own if own.is_file() else run_dir / "server" / "ledger.db"
+        }  # of a server that adds the noise
     own = {site["ledger"] for site in privacy["sites"] if site.get("key") is not None}
     return {
         name: run_dir / "sites" / Path(name).stem / ("ledger.json" if name in own else "ledger.db") for name in sites

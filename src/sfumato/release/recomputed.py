@@ -24,10 +24,13 @@ _FOUND = ("noise_multiplier", "noise_std", "noise")  # by the search
 
 def problems(recipe: Mapping[str, Any], plan: "PrivatePlan") -> list[str]:
     """Where the plan is another than the recipe's, in words; empty if it is that."""
+    from sfumato.privacy.plan import SiteUpdates
     from sfumato.privacy.plan_json import plan_to_dict
     from sfumato.privacy.planning import make_plan
     from sfumato.privacy.settings import PrivacySettings
 
+    if isinstance(plan, SiteUpdates):
+        return _problems_of_updates(recipe, plan)
     try:
         asked, training = _section(recipe, "privacy", PrivacySettings), recipe.get("training")
         training = training if isinstance(training, dict) else {}
@@ -51,9 +54,16 @@ def problems_of_sites(
     """The same of the plan of every site. Args: populations: of all sites, also of those that have no ledger."""
     from sfumato.federation.settings import FederationSettings
     from sfumato.federation.site_plans import site_plans
+    from sfumato.privacy.plan import SiteUpdates
     from sfumato.privacy.plan_json import plan_to_dict
     from sfumato.privacy.settings import PrivacySettings
 
+    if all(isinstance(plan, SiteUpdates) for plan in plans.values()):
+        return [
+            f"site {site[:60]!a}: {problem}"
+            for site, plan in plans.items()
+            for problem in _problems_of_updates(recipe, plan)
+        ]
     try:
         privacy = _section(recipe, "privacy", PrivacySettings)
         federation = _section(recipe, "federation", FederationSettings)
@@ -85,6 +95,23 @@ def problems_of_sites(
             "",
         )
     ]
+
+
+def _problems_of_updates(recipe: Mapping[str, Any], plan: Any) -> list[str]:
+    """Of a plan whose unit is the site."""
+    from sfumato.federation.settings import FederationSettings
+    from sfumato.federation.update_plans import remade
+    from sfumato.privacy.plan_json import plan_to_dict
+
+    try:
+        federation = _section(recipe, "federation", FederationSettings)
+        given = federation.populations
+        populations = {str(number): units for number, units in enumerate(given)} if given else None
+        made = remade(federation, plan, populations)
+    except (SfumatoError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        return [f"the recipe makes no plan ({str(error)[:200]})"]
+    tolerance = 1e-9 if getattr(federation.mechanism, "epsilon", None) is None else CALIBRATION
+    return _differences(plan_to_dict(made), plan_to_dict(plan), tolerance, "")
 
 
 def _section(recipe: Mapping[str, Any], name: str, settings: type[_Settings]) -> _Settings:

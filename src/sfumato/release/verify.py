@@ -259,6 +259,8 @@ class _Bundle:
         """The recipe, the plan and the claim speak of one mechanism."""
         privacy, recipe = self.json["privacy.json"], self.json["provenance.json"]["recipe"]
         asked = recipe.get("privacy")
+        if privacy["mechanism"].get("name") == "site_updates":
+            return self._plan_of_updates(recipe)
         if not isinstance(asked, dict) or asked.get("mechanism", "none") == "none":
             raise _failed("provenance.json: the recipe has no private mechanism")
         for key in ("unit", "records_per_unit", "adjacency"):
@@ -279,19 +281,46 @@ class _Bundle:
             raise _failed(
                 f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
             )
+        target = asked.get("epsilon")
+        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
+            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
+        self._check_public(recipe)
+        return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
+
+    def _plan_of_updates(self, recipe: Mapping[str, Any]) -> str:
+        """Of a federation whose unit is the site: what a recipe says of it stands under federation.mechanism."""
+        privacy, federation = self.json["privacy.json"], recipe.get("federation")
+        asked = federation.get("mechanism") if isinstance(federation, dict) else None
+        if not isinstance(federation, dict) or not isinstance(asked, dict):
+            raise _failed("provenance.json: the recipe has no federation.mechanism")
+        form = privacy["mechanism"].get("form")
+        if asked.get("kind") != form or (form == "central") == bool(self.rows):
+            raise _failed(f"mechanism: the recipe says {str(asked.get('kind'))[:40]!r}, the claim {str(form)[:40]!r}")
+        if privacy.get("unit") != "site" or privacy.get("population") != federation.get("sites"):
+            raise _failed(f"unit, population: the recipe has {str(federation.get('sites'))[:40]} sites, each a unit")
+        for key in ("delta", "adjacency"):
+            if asked.get(key) != privacy.get(key):
+                raise _failed(
+                    f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
+                )
+        target = asked.get("epsilon")
+        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
+            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
+        self._check_public(recipe)
+        return f"the claim is that of the recipe: per site, {privacy.get('adjacency')}, {form}"
+
+    def _check_public(self, recipe: Mapping[str, Any]) -> None:
+        """What is declared public: the number of units, and records that training began with."""
+        privacy = self.json["privacy.json"]
         if recipe.get("public_start") is not None and not any(map(boundary.says_public_start, privacy["boundary"])):
             raise _failed(
                 "boundary: the recipe begins at public weights, the claim does not name what they were trained on"
             )
-        target = asked.get("epsilon")
-        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
-            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
         population = privacy.get("population")
         if not (type(population) is int and 0 < population < 2**53):
             raise _failed("population must be a whole number > 0")
         if privacy["delta"] >= 1 / population:
             raise _failed(f"delta = {privacy['delta']} must be below 1/N = {1 / population:.3g}")
-        return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
 
     def ledger(self) -> str:
         """Every ledger's chain, its plan and its events are those of the claim; of a federation, that of every site."""

@@ -18,13 +18,12 @@ the noise and the denominator stay, so the step is shorter and not less private.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sfumato import checks
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
-from sfumato.federation.mechanisms.update_level import with_noise
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
 from sfumato.privacy.adaptive import AdaptiveClip
@@ -45,7 +44,7 @@ class Central:
     robust: ClassVar[bool] = False
 
     def plan(self, public: Public) -> SiteUpdates:
-        return planned(self.settings, len(public.sites), public.rounds, public.largest_rate)
+        return update_plans.central(self.settings, len(public.sites), public.rounds, public.largest_rate)
 
     def adaptive(self) -> AdaptiveClip:
         return AdaptiveClip(
@@ -170,17 +169,3 @@ def noisy_count(short: list[bool], *, std: float, noise: NoiseSource, chance: "R
             parts, number=len(parts), count=1, std=std, bound=0.5, source=source_named(noise), chance=chance
         )
     )
-
-
-@lru_cache(maxsize=64)
-def planned(settings: settings.Central, sites: int, rounds: int, rate: float) -> SiteUpdates:
-    values: dict[str, Any] = {
-        "form": "central",
-        "population": sites,
-        "rounds": rounds,
-        "delta": settings.delta,
-        "adjacency": settings.adjacency,
-        "max_update_norm": settings.max_update_norm,
-        "sampling_rate": rate,
-    }
-    return with_noise(values, settings.noise_multiplier, settings.epsilon)

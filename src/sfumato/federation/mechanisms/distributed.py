@@ -33,14 +33,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
-from sfumato.privacy.site_updates import SMOOTH, SiteUpdates, slack_of_sum
+from sfumato.federation.update_plans import Grid
+from sfumato.privacy.site_updates import SiteUpdates
 from sfumato.randomness import TestRandom
 
 if TYPE_CHECKING:
@@ -48,34 +50,9 @@ if TYPE_CHECKING:
 
     from sfumato.randomness import Random
 
-LARGEST = 2.0**31  # B and s, in steps
 TRIALS = 200  # of a rounding; each fails with probability beta at most
 
 _VECTOR = "sum"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The public numbers of a round.
-
-    Attributes:
-      dimension: D, padded.
-      scale: steps of the grid in a unit of the update.
-      bound: B, in steps.
-      share_std: s, in steps.
-      noise_multiplier: z.
-    """
-
-    dimension: int
-    scale: float
-    bound: float
-    share_std: float
-    noise_multiplier: float
-    shares: int
-
-    @property
-    def slack(self) -> float | None:
-        return slack_of_sum(self.shares, self.share_std, self.dimension) if self.noise_multiplier > 0 else None
 
 
 @dataclass(frozen=True)
@@ -93,7 +70,7 @@ class Distributed:
 
     def _numbers(self, public: Public) -> tuple[SiteUpdates, Grid]:
         updates.check_shapes(public)
-        return _planned(self.settings, len(public.sites), public.rounds, public.dimension)
+        return update_plans.distributed(self.settings, len(public.sites), public.rounds, public.dimension)
 
     def promise(self, public: Public) -> Promise:
         if public.largest_rate < 1 or min(public.rates.values()) < 1 or len(set(public.weights.values())) > 1:
@@ -172,92 +149,6 @@ class Distributed:
             f"{plan.delta:g})-private ({plan.adjacency}) against the server and everybody, with {self.settings.dropouts} sites silent and "
             f"{self.settings.colluders} others colluding."
         )
-
-
-# ---- the numbers of the grid ----
-
-
-def rounded_bound(norm: float, dimension: int, beta: float) -> float:
-    """B: the norm that a random rounding to whole numbers keeps with probability 1 - beta at least. arXiv:2102.06387, Theorem 1."""
-    narrow = norm**2 + dimension / 4 + math.sqrt(2 * math.log(1 / beta)) * (norm + math.sqrt(dimension) / 2)
-    return math.sqrt(min(narrow, (norm + math.sqrt(dimension)) ** 2))
-
-
-def grid_of(settings: settings.Distributed, sites: int, dimension: int, noise_multiplier: float) -> Grid:
-    """The finest grid on which a round's sum wraps around with probability ``wrap`` at most.
-
-    A number of the sum: the rotated sum of the updates, sub-Gaussian over the signs with variance (n S scale)^2 / D (Hoeffding);
-    n roundings, each off by less than 1; n shares, sub-Gaussian with variance s^2 each (Canonne, Kamath & Steinke 2020, arXiv:2004.00010).
-    """
-    silent = settings.dropouts + settings.colluders
-    if sites - silent < 1:
-        raise UsageError(
-            f"dropouts + colluders = {silent} · of {sites} sites nobody is left whose noise counts",
-            next="Allow for fewer, or take more sites.",
-        )
-    padded_dimension = 1 << max(0, dimension - 1).bit_length()
-    half = 2.0 ** (settings.bits - 1)
-    deviations = math.sqrt(2 * math.log(2 * padded_dimension / settings.wrap))
-
-    def at(scale: float) -> Grid:
-        bound = rounded_bound(settings.max_update_norm * scale, padded_dimension, settings.rounding)
-        extra = SMOOTH**2 if noise_multiplier > 0 else 0.0
-        share_std = math.sqrt(((noise_multiplier * bound) ** 2 + extra) / (sites - silent))
-        return Grid(
-            dimension=padded_dimension,
-            scale=scale,
-            bound=bound,
-            share_std=share_std,
-            noise_multiplier=noise_multiplier,
-            shares=sites,
-        )
-
-    def fits(grid: Grid) -> bool:
-        signal = (sites * settings.max_update_norm * grid.scale) ** 2 / padded_dimension
-        if max(grid.bound, grid.share_std) >= LARGEST:  # what is squared, and drawn, in 64 bits
-            return False
-        return deviations * math.sqrt(signal + sites * grid.share_std**2) + sites < half
-
-    low, high = 2.0**-60 / settings.max_update_norm, 2.0**60 / settings.max_update_norm
-    if not fits(at(low)):
-        raise UsageError(
-            f"bits = {settings.bits} · too few: the noise of {sites} sites on {padded_dimension:,} numbers alone wraps around",
-            next="Use more bits.",
-        )
-    while high / low > 1.0001:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if fits(at(middle)) else (low, middle)
-    return at(low)
-
-
-@lru_cache(maxsize=16)
-def _planned(settings: settings.Distributed, sites: int, rounds: int, dimension: int) -> tuple[SiteUpdates, Grid]:
-    values: dict[str, Any] = {
-        "form": "distributed",
-        "population": sites,
-        "rounds": rounds,
-        "delta": settings.delta,
-        "adjacency": settings.adjacency,
-        "max_update_norm": settings.max_update_norm,
-    }
-    if settings.noise_multiplier is not None:
-        grid = grid_of(settings, sites, dimension, settings.noise_multiplier)
-        return SiteUpdates(**values, noise_multiplier=grid.noise_multiplier, slack=grid.slack), grid
-    assert settings.epsilon is not None  # the settings say one of them
-    slack = None
-    for _ in range(8):  # the slack of one noise is a little more than that of the next
-        sought = SiteUpdates.calibrated(epsilon=settings.epsilon, slack=slack, **values)
-        grid = grid_of(settings, sites, dimension, sought.noise_multiplier)
-        plan = replace(sought, slack=grid.slack)
-        if plan.epsilon() <= settings.epsilon:
-            return plan, grid
-        slack = 1.1 * (grid.slack or 0.0)
-        if 2 * slack * rounds >= settings.epsilon:
-            break
-    raise UsageError(
-        f"bits = {settings.bits} · too few for epsilon = {settings.epsilon:g}: on so coarse a grid the shares' sum is no Gaussian",
-        next="Use more bits.",
-    )
 
 
 # ---- what a site does to its vector, and what the server undoes ----

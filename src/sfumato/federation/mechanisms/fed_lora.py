@@ -25,16 +25,14 @@ are as large as one adapter. The paper's server stacks the sites' noisy factors,
 noise are in each of them, and what is sent back grows with the number of sites.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
-from sfumato.federation.mechanisms.update_level import with_noise
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
 from sfumato.privacy.site_updates import SiteUpdates
@@ -53,7 +51,7 @@ class FedLora:
     robust: ClassVar[bool] = True
 
     def plan(self, public: Public) -> SiteUpdates:
-        return planned(self.settings, len(public.sites), public.rounds, len(self.bounds(public)))
+        return update_plans.fed_lora(self.settings, len(public.sites), public.rounds, len(self.bounds(public)))
 
     def bounds(self, public: Public) -> dict[str, float]:
         """The bound of every matrix that is exchanged. Raises UsageError for what is no A and no B."""
@@ -144,19 +142,3 @@ def noise_of_product(b: "Tensor", a: "Tensor", std_b: float, std_a: float) -> di
         "N_B A": std_b**2 * p * float(a.double().square().sum()),
         "N_B N_A": p * r * q * std_a**2 * std_b**2,
     }
-
-
-@lru_cache(maxsize=64)
-def planned(settings: settings.FedLora, sites: int, rounds: int, matrices: int) -> SiteUpdates:
-    """Of all matrices together: the update of matrices over their bounds has norm sqrt(matrices) at most."""
-    norm = math.sqrt(matrices)
-    values: dict[str, Any] = {
-        "form": "fed_lora",
-        "population": sites,
-        "rounds": rounds,
-        "delta": settings.delta,
-        "adjacency": settings.adjacency,
-        "max_update_norm": norm,
-    }
-    z = settings.noise_multiplier
-    return with_noise(values, None if z is None else z / norm, settings.epsilon)

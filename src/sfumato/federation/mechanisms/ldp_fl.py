@@ -26,12 +26,12 @@ adaptive rule is not the paper's, which sets c and r of a layer from the weights
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from sfumato import checks
 from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
@@ -62,7 +62,7 @@ class LdpFl:
                 "shuffled = true · a number that may be anyone's has no weight of its own, and these sites have different ones",
                 next="Set federation.weights: equal, and a selection that asks all alike.",
             )
-        return _planned(self.settings, len(public.sites), public.rounds, public.dimension)
+        return update_plans.ldp_fl(self.settings, len(public.sites), public.rounds, public.dimension)
 
     def epsilon_per_weight(self, public: Public) -> float:
         one = self.plan(public).epsilon_per_weight
@@ -144,30 +144,6 @@ class LdpFl:
             f"{plan.pure_epsilon():,.6g} in "
             f"all at delta 0, ({plan.epsilon():,.6g}, {plan.delta:g}) by composition ({plan.adjacency})."
         )
-
-
-@lru_cache(maxsize=64)
-def _planned(settings: settings.LdpFl, sites: int, rounds: int, dimension: int) -> SiteUpdates:
-    def of(epsilon_per_weight: float) -> SiteUpdates:
-        return SiteUpdates(
-            form="ldp_fl",
-            population=sites,
-            rounds=rounds,
-            delta=settings.delta,
-            adjacency=settings.adjacency,
-            target_epsilon=settings.epsilon,
-            noise_multiplier=2 / (math.exp(epsilon_per_weight) + 1),
-            weights_per_round=dimension,
-        )
-
-    if settings.epsilon_per_weight is not None:
-        return of(settings.epsilon_per_weight)
-    assert settings.epsilon is not None  # the settings say one of them
-    low, high = settings.epsilon / (rounds * dimension), settings.epsilon  # spends at most that, without any delta
-    while high / low > 1.0001:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if of(middle).epsilon() <= settings.epsilon else (low, middle)
-    return of(low)
 
 
 def amplitude(radius: float, epsilon: float) -> float:

@@ -21,13 +21,12 @@ The denominator is public; a silent site takes its part and its own noise away, 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from sfumato.errors import UsageError
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
-from sfumato.federation.mechanisms.update_level import privatised, with_noise
+from sfumato.federation.mechanisms.update_level import privatised
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
 from sfumato.privacy.site_updates import SiteUpdates
@@ -47,11 +46,11 @@ class LocalAndGlobal:
 
     def plan(self, public: Public) -> SiteUpdates:
         """Against everybody: at the site."""
-        return _planned(self.settings, len(public.sites), public.rounds)[0]
+        return update_plans.local_and_global(self.settings, len(public.sites), public.rounds)[0]
 
     def plan_of_readers(self, public: Public) -> SiteUpdates:
         """Against readers of the model: at the server, of the joint variance."""
-        return _planned(self.settings, len(public.sites), public.rounds)[1]
+        return update_plans.local_and_global(self.settings, len(public.sites), public.rounds)[1]
 
     def server_noise_multiplier(self, public: Public) -> float:
         """z, that makes the site's noise up to what readers are promised."""
@@ -113,27 +112,3 @@ class LocalAndGlobal:
             f"({readers.epsilon():.4g}, {readers.delta:g})-private against readers of the model, if the server adds its noise too. "
             "Two readers, not a composition."
         )
-
-
-@lru_cache(maxsize=64)
-def _planned(settings: settings.LocalAndGlobal, sites: int, rounds: int) -> tuple[SiteUpdates, SiteUpdates]:
-    """(at the site, against everybody; at the server, against readers of the model)."""
-    values: dict[str, Any] = {
-        "form": "local_and_global",
-        "population": sites,
-        "rounds": rounds,
-        "delta": settings.delta,
-        "adjacency": settings.adjacency,
-        "max_update_norm": settings.max_update_norm,
-    }
-    site = with_noise(values, settings.noise_multiplier, settings.epsilon)
-    if settings.server_noise_multiplier is not None:
-        both = math.hypot(site.noise_multiplier, settings.server_noise_multiplier)
-        return site, SiteUpdates(**values, noise_multiplier=both)
-    readers = with_noise(values, None, settings.server_epsilon)
-    if readers.noise_multiplier < site.noise_multiplier:
-        raise UsageError(
-            f"server_epsilon = {settings.server_epsilon} · the sites' noise alone gives readers {site.epsilon():.4g}",
-            next="Ask for less, or take update_level: the server need not add noise.",
-        )
-    return site, readers

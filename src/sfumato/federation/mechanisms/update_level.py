@@ -12,10 +12,10 @@ Silent sites change nothing for the others; a round that is discarded stays char
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sfumato.federation import mechanism_settings as settings
+from sfumato.federation import update_plans
 from sfumato.federation.mechanisms import Combine, Promise, Received, updates
 from sfumato.federation.messages import Json, Part, State
 from sfumato.federation.public import Public
@@ -36,7 +36,7 @@ class UpdateLevel:
     robust: ClassVar[bool] = True
 
     def plan(self, public: Public) -> SiteUpdates:
-        return planned(self.settings, len(public.sites), public.rounds)
+        return update_plans.update_level(self.settings, len(public.sites), public.rounds)
 
     def promise(self, public: Public) -> Promise:
         return Promise(
@@ -89,24 +89,3 @@ def privatised(vector: "Tensor", plan: SiteUpdates, noise: NoiseSource, chance: 
         source=source_named(noise),
         chance=chance,
     )
-
-
-@lru_cache(maxsize=64)
-def planned(settings: settings.UpdateLevel, sites: int, rounds: int) -> SiteUpdates:
-    values: dict[str, Any] = {
-        "form": "update_level",
-        "population": sites,
-        "rounds": rounds,
-        "delta": settings.delta,
-        "adjacency": settings.adjacency,
-        "max_update_norm": settings.max_update_norm,
-    }
-    return with_noise(values, settings.noise_multiplier, settings.epsilon)
-
-
-def with_noise(values: dict[str, Any], noise_multiplier: float | None, epsilon: float | None) -> SiteUpdates:
-    """The plan with the noise that is given, or that an epsilon needs; the settings say exactly one of them."""
-    if noise_multiplier is not None:
-        return SiteUpdates(**values, noise_multiplier=noise_multiplier)
-    assert epsilon is not None
-    return SiteUpdates.calibrated(epsilon=epsilon, **values)
