@@ -48,7 +48,7 @@ def reply(values: dict[str, Any]) -> Reply:
 
 def test_a_ledger_of_the_right_plan_that_its_site_signed_is_taken(exported):
     text, key = exported(4)
-    found = site_ledgers.read(reply(dict(site_ledgers.values_of(text, key))), PLAN, least=4)
+    found = site_ledgers.read(reply(dict(site_ledgers.values_of(text, key))), PLAN, run="r/v1", least=[PLAN.event(4)])
     assert isinstance(found, site_ledgers.Given)
     assert found.events == [PLAN.event(4)] and found.key == key.raw.hex() and found.text == text
 
@@ -58,8 +58,13 @@ def test_one_that_charges_less_than_was_used_is_unsigned_changed_or_of_another_p
     unsigned, _ = exported(4, sign=False)
     other, its = exported(4, plan=replace(PLAN, noise_multiplier=1.0))
     named = dict(site_ledgers.values_of(text, key))
+    earlier = [
+        PLAN.event(1),
+        replace(PLAN.event(1), noise_multiplier=9.0),
+    ]  # a release that was used and is not in the ledger
     for values, least, why in (
-        (named, 5, "charges 4 events, and 5 were used"),
+        (named, 5, "charges 4 events (poisson_gaussian), and 5 were used"),
+        (named, earlier, "charges 0 events (poisson_gaussian), and 1 were used"),
         ({**named, "ledger": unsigned}, 4, "not signed"),
         ({**named, "ledger": text.replace('"count":4', '"count":3')}, 1, "ledger.jsonl"),
         ({**named, "key": its.raw.hex()}, 4, "key"),
@@ -68,21 +73,24 @@ def test_one_that_charges_less_than_was_used_is_unsigned_changed_or_of_another_p
         ({**named, "ledger": "x" * (site_ledgers.MAX_TEXT + 1)}, 4, "no text of at most"),
         ({}, 4, "no text of at most"),
     ):
-        found = site_ledgers.read(reply(values), PLAN, least=least)
+        used = [PLAN.event(least)] if isinstance(least, int) else least
+        found = site_ledgers.read(reply(values), PLAN, run="r/v1", least=used)
         assert isinstance(found, str) and why in found, (why, found)
-    assert site_ledgers.read(None, PLAN, least=1) == "it was silent"
+    found = site_ledgers.read(reply(named), PLAN, run="r/v2", least=[])
+    assert isinstance(found, str) and "of another run, 'r/v1'" in found
+    assert site_ledgers.read(None, PLAN, run="r/v1", least=[]) == "it was silent"
     ask = Ask(run="r/v1", round=4, exchange=0, kind=site_ledgers.KIND)
-    assert site_ledgers.read(Reply.no(ask, "north", "may_not_say", "no"), PLAN, least=1) == "no"
+    assert site_ledgers.read(Reply.no(ask, "north", "may_not_say", "no"), PLAN, run="r/v1", least=[]) == "no"
 
 
 def test_a_kept_ledger_that_was_changed_is_said_to_be_so(exported, tmp_path):
     text, key = exported(4)
     file = tmp_path / "ledger.json"
     file.write_text(json.dumps(site_ledgers.values_of(text, key)))
-    assert site_ledgers.load(file, PLAN).events == [PLAN.event(4)]
+    assert site_ledgers.load(file, PLAN, run="r/v1").events == [PLAN.event(4)]
     file.write_text(file.read_text().replace("repeat", "repaat"))
     with pytest.raises(LedgerError, match="is not the ledger that the site gave"):
-        site_ledgers.load(file, PLAN)
+        site_ledgers.load(file, PLAN, run="r/v1")
 
 
 class Network:
@@ -239,3 +247,73 @@ def test_a_site_that_keeps_its_ledger_costs_the_bundle_not_the_run_and_may_give_
     with pytest.raises(PrivacyRefused, match=r"own verification: ledger: ledgers/site-2\.jsonl"):
         bundle.write(run, run / "bundle", keys.own(run / "key"), settings=RELEASE)
     assert not (run / "bundle").exists()
+
+
+def of_updates(network: Network, kind: str, *, rate: float = 1.0) -> None:
+    """The federation of the network has a mechanism whose unit is the site."""
+    mechanism = {"kind": kind, "noise_multiplier": 3.0, "delta": 0.01}
+    network.recipe = recipes_file.from_mapping(
+        {
+            **recipes_file.to_mapping(network.recipe),
+            "privacy": {"mechanism": "none"},
+            "federation": {
+                **VALUES["federation"],
+                "mechanism": mechanism,
+                "selection": {"kind": "uniform", "rate": rate},
+                "weights": "equal",
+            },
+        }
+    )
+    for name in NAMES:
+        network.policy(name, allowed_mechanisms=[kind])
+
+
+def test_where_the_server_of_machines_adds_the_noise_its_ledger_is_the_one_and_no_site_is_asked_for_another(
+    network, tmp_path
+):
+    of_updates(network, "central")
+    run = network.federate()
+    assert reasons(run) == [] and not any("gave no ledger" in line for line in network.said)
+    key = keys.own(tmp_path / "key")
+    out = bundle.write(run, tmp_path / "bundle", key, settings=RELEASE)
+    assert verify.verify_with(out, {key.public.id: key.public})["valid"]
+    # of all sites together, so steps x the batch of all would be too many
+    assert json.loads((out / "cost.json").read_text())["expected_units_processed"] is None
+
+
+def test_a_site_elsewhere_that_no_coin_drew_has_spent_nothing(network):
+    of_updates(network, "update_level", rate=1e-9)
+    run = network.federate()
+    claim = json.loads((run / "reports/privacy.json").read_text())
+    assert [(row["epsilon"], row["ledger"]) for row in claim["sites"]] == [(None, None), (None, None)]
+    assert claim["definition"] == "none" and not federated_reports.lacks_ledgers(RunFolder(run))
+
+
+def test_a_site_that_answered_no_round_says_in_its_ledger_that_it_spent_nothing(network):
+    network.policy("south", max_epsilon=1e-4)  # its ledger is opened, and the round refused
+    run = network.federate()
+    claim = json.loads((run / "reports/privacy.json").read_text())
+    assert [(row["epsilon"] is None, row["ledger"]) for row in claim["sites"]] == [
+        (False, "ledgers/site-1.jsonl"),
+        (True, None),
+    ]
+    assert not any("counted as charged" in sentence for sentence in claim["boundary"]) and reasons(run) == []
+    told = json.loads((run / "reports/federation.json").read_text())
+    assert [site["epsilon"] for site in told["sites"]] == [claim["epsilon"], 0.0]
+    assert told["epsilon"] == claim["epsilon"]
+    assert told["rounds"][-1]["epsilons"]["south"] == 0.0
+
+
+def test_a_site_cannot_give_the_ledger_of_another(network):
+    answer = network.members["south"].answer
+    network.members["south"].answer = lambda ask: (
+        network.members["north"].answer(ask) if ask.kind == site_ledgers.KIND else answer(ask)
+    )
+    recipe = {**VALUES["federation"], "populations": [150, 150]}  # or their plans would differ
+    network.recipe = recipes_file.from_mapping({**recipes_file.to_mapping(network.recipe), "federation": recipe})
+    for name, member in network.members.items():
+        member._population = 150
+        assert member.name in (name, "site")
+    run = network.federate()
+    assert any("site south gave no ledger: it sent that of site north" in line for line in network.said)
+    assert reasons(run) == ["no_ledger"]

@@ -55,13 +55,16 @@ def rounds_of(run: Federated) -> dict[str, Any]:
     described = result.to_dict()
     del described["rounds_detail"]
     sites = [{**site, "units": site["population"], **_of_its_ledger(site["name"], run)} for site in described["sites"]]
+    epsilons = {site["name"]: site["epsilon"] for site in sites}
+    known = [value for value in epsilons.values() if value is not None]
+    described["epsilon"] = max(known) if len(known) == len(sites) else None
     rounds = history.told(
         result.rounds,
         run.members,
         run.promise,
         run.work.public,
         local_steps=run.recipe.federation.steps_per_round,
-        epsilons={site.name: site.epsilon for site in result.sites},
+        epsilons=epsilons,
         looks=watching.history(run.folder.path),
     )
     report = {**described, "sites": sites, "rounds": rounds, "left_out": history.left_out(rounds)}
@@ -83,7 +86,7 @@ def _of_its_ledger(name: str, run: Federated) -> dict[str, float | None]:
     if not (site.elsewhere and kept_of(site).is_file()):
         return {}
     plan = _plan_of(site, run)
-    events = site_ledgers.load(kept_of(site), plan).events
+    events = site_ledgers.load(kept_of(site), plan, run=run.folder.name).events
     return {"epsilon": accounting.epsilon(events, plan.delta, adjacency=plan.adjacency)}
 
 
@@ -185,18 +188,27 @@ def gather(run: Federated, exchange: "Exchange", progress: Progress) -> None:
     from sfumato.federation.simulate import events_asked
 
     away = {site.name: site for site in run.members if site.elsewhere and not kept_of(site).is_file()}
-    if not away or isinstance(run.stated, NotPrivate):
+    charged_here = run.promise.at_site is None and run.promise.at_server is not None  # the server's ledger is the one
+    if not away or charged_here or isinstance(run.stated, NotPrivate):
         return
     steps = run.recipe.federation.steps_per_round
     last = max((result.round for result in run.result.rounds), default=0)
     replies = exchange(site_ledgers.asks(list(away), run=run.folder.name, round=last + 1))
+    taken = {
+        site_ledgers.load(kept_of(site), _plan_of(site, run), run=run.folder.name).ledger: site.name
+        for site in run.members
+        if site.elsewhere and kept_of(site).is_file()
+    }
     for name, site in away.items():
         least = events_asked(site, run.promise, run.result.rounds, steps, used=True)
-        if not any(event.count for event in least):
-            continue  # nothing of it is in the model
-        found = site_ledgers.read(replies.get(name), _plan_of(site, run), least=sum(event.count for event in least))
+        found = site_ledgers.read(replies.get(name), _plan_of(site, run), run=run.folder.name, least=least)
+        if not isinstance(found, str) and taken.setdefault(found.ledger, name) != name:
+            found = f"it sent that of site {taken[found.ledger]}"
         if isinstance(found, str):
-            progress(f"site {name} gave no ledger: {found}; every round that it was asked for is counted as charged")
+            if events_asked(site, run.promise, run.result.rounds, steps):
+                progress(
+                    f"site {name} gave no ledger: {found}; every round that it was asked for is counted as charged"
+                )
             continue
         run.folder.write_json(str(kept_of(site).relative_to(run.folder.path)), {"key": found.key, "ledger": found.text})
 
@@ -225,7 +237,7 @@ def _spent_by(site: "Site", run: Federated) -> Spent:
     if not site.elsewhere:  # where no ledger could be opened, nothing was charged and no data touched
         return Spent(plan=plan, events=_events_in(site.ledger) if site.ledger.is_file() else [], ledger=name)
     if kept_of(site).is_file():
-        found = site_ledgers.load(kept_of(site), plan)
+        found = site_ledgers.load(kept_of(site), plan, run=run.folder.name)
         return Spent(plan=plan, events=found.events, ledger=name, key=found.key)
     return Spent(
         plan=plan, events=events_asked(site, run.promise, run.result.rounds, run.recipe.federation.steps_per_round)

@@ -12,7 +12,7 @@ people; this notices the plain cases, not a site that lies about when it trained
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato.errors import LedgerError, SfumatoError
@@ -29,10 +29,11 @@ MAX_TEXT = 2**20  # bytes of a ledger: run-length encoded, some kB
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """A site's ledger. Attributes: text: as exported and signed; key: its public key, 64 hexadecimal digits."""
+    """A site's ledger. Attributes: text: as exported and signed; key: its public key, 64 hexadecimal digits; ledger: its random id."""
 
     text: str
     key: str
+    ledger: str
     events: Sequence[Event]
 
 
@@ -41,7 +42,7 @@ def asks(sites: Sequence[str], *, run: str, round: int) -> dict[str, Ask]:
     return {site: Ask(run=run, round=round, exchange=0, kind=KIND) for site in sites}
 
 
-def read(reply: Reply | None, plan: PrivacyPlan, *, least: int) -> "Given | str":
+def read(reply: Reply | None, plan: PrivacyPlan, *, run: str, least: Sequence[Event]) -> "Given | str":
     """The ledger that came, or why none was taken. Args: plan: that the recipe makes for this site; least: events it must charge."""
     if reply is None:
         return "it was silent"
@@ -51,30 +52,33 @@ def read(reply: Reply | None, plan: PrivacyPlan, *, least: int) -> "Given | str"
     if not isinstance(text, str) or not isinstance(key, str) or len(text) > MAX_TEXT:
         return f"it sent no text of at most {MAX_TEXT} characters and no key"
     try:
-        return given(text, key, plan, least=least)
+        return given(text, key, plan, run=run, least=least)
     except (SfumatoError, ValueError, RecursionError) as error:
         return str(error)[:300]
 
 
-def given(text: str, key: str, plan: PrivacyPlan, *, least: int = 0) -> Given:
-    """Raises SfumatoError or ValueError for a ledger that is not that of this plan, or is not signed by this key."""
+def given(text: str, key: str, plan: PrivacyPlan, *, run: str, least: Sequence[Event] = ()) -> Given:
+    """Raises SfumatoError or ValueError for a ledger that is not that of this plan and run, or is not signed by this key."""
     public = key_of(key)
     exported = ledger.read_jsonl(text)
     if exported.signer({public.id: public}) is None:
         raise ValueError("its head is not signed")
     if exported.plan != plan:
         raise ValueError("it was kept under another plan than the recipe makes")
-    charged = sum(event.count for event in exported.events)
-    if charged < least:
-        raise ValueError(f"it charges {charged} events, and {least} were used")
-    return Given(text=text, key=key, events=exported.events)
+    if exported.run != run:
+        raise ValueError(f"it is of another run, {exported.run[:60]!a}")
+    charged = {replace(event, count=1): event.count for event in exported.events}
+    for event in least:
+        if (found := charged.get(replace(event, count=1), 0)) < event.count:
+            raise ValueError(f"it charges {found} events ({event.mechanism}), and {event.count} were used")
+    return Given(text=text, key=key, ledger=exported.ledger, events=exported.events)
 
 
-def load(path: Path, plan: PrivacyPlan) -> Given:
+def load(path: Path, plan: PrivacyPlan, *, run: str) -> Given:
     """What `federated_reports.gather` kept. Raises LedgerError for a file that was changed since."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        return given(value["ledger"], value["key"], plan)
+        return given(value["ledger"], value["key"], plan, run=run)
     except (OSError, KeyError, TypeError, ValueError, SfumatoError) as error:
         raise LedgerError(
             f"{path} · is not the ledger that the site gave ({str(error)[:200]})",

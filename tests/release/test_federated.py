@@ -61,23 +61,34 @@ def released(_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_bundle, tmp_path / "bundle"))
 
 
-def make(folder: Path, *, late: str = "hill", idle: str = "idle") -> Path:
-    """Makes of a run one of four sites. Args: late: silent before the first round; idle: never took part."""
+def make(folder: Path) -> Path:
+    """Makes of a run one of four sites."""
     (folder / "ledger.db").unlink()
     whole = recipe.to_mapping(named("hospitals"))
     whole["training"]["expected_batch_size"] = 400
     whole["privacy"] = recipe_section(PrivacySettings, SETTINGS)
     whole["federation"] = recipe_section(FederationSettings, ROUNDS)
     (folder / "resolved.yaml").write_text(yaml.safe_dump(whole))
-    plans = site_plans(SETTINGS, ROUNDS, UNITS, expected_batch_size=400, released=dict.fromkeys(UNITS, WIDTH))
+    make_sites(folder, UNITS)
+    cost = json.loads((folder / "reports/cost.json").read_text())
+    (folder / "reports/cost.json").write_text(json.dumps({**cost, "steps": 240}))
+    return folder
+
+
+def make_sites(
+    folder: Path, units: dict[str, int], *, run: str = "v1", late: str = "hill", idle: str = "idle", only: str = ""
+) -> None:
+    """Ledgers and claim. Args: late: silent before the first round; idle: never took part; only: of it alone."""
+    shutil.rmtree(folder / "sites", ignore_errors=True)
+    plans = site_plans(SETTINGS, ROUNDS, units, expected_batch_size=400, released=dict.fromkeys(units, WIDTH))
     spent = {}
     for number, (name, plan) in enumerate(plans.items(), start=1):
         assert isinstance(plan, Composition) and isinstance(plan.stages[1], DpSgd)
         events = () if name == idle else plan.events()[1:] if name == late else plan.events()
         place = folder / "sites" / f"site-{number}" / "ledger.db"
-        if events:
+        if events and only in ("", name):
             place.parent.mkdir(parents=True)
-            with Ledger.open(place, run="v1", plan=plan) as ledger:
+            with Ledger.open(place, run=run, plan=plan) as ledger:
                 for event in events:
                     ledger.commit(ledger.reserve(event, step=0))
         spent[name] = Spent(plan=plan, events=events, ledger=f"ledgers/site-{number}.jsonl")
@@ -85,9 +96,6 @@ def make(folder: Path, *, late: str = "hill", idle: str = "idle") -> Path:
         spent, boundary=["Inside: every step at every site."], trust_model="local: each site adds its noise"
     )
     (folder / "reports/privacy.json").write_text(json.dumps(reports.to_dict(claim)))
-    cost = json.loads((folder / "reports/cost.json").read_text())
-    (folder / "reports/cost.json").write_text(json.dumps({**cost, "steps": 240}))
-    return folder
 
 
 def recipe_section(kind: Any, value: Any) -> Any:
@@ -194,6 +202,29 @@ def test_a_ledger_that_lacks_events_that_nobody_signed_or_that_is_anothers_is_re
     file.write_text((released / "ledgers" / "site-1.jsonl").read_text())
     resign(released, signer)
     assert "site-2.jsonl: " in failed(verify.verify(released, key_file=public_key))["ledger"]
+
+
+def test_two_sites_cannot_show_one_ledger_nor_one_that_is_of_another_run(
+    federated: Path, signer: Path, public_key: Path, tmp_path: Path
+) -> None:
+    units = {"north": 9_000, "river": 9_000, "hill": 800, "idle": 400}  # so that the plans of two are the same
+    make_sites(federated, units)
+    out = bundle.write(federated, tmp_path / "out", keys.own(signer))
+    kept = (out / "ledgers/site-2.jsonl").read_bytes()
+    (out / "ledgers/site-2.jsonl").write_bytes((out / "ledgers/site-1.jsonl").read_bytes())
+    resign(out, signer)
+    wrong = failed(verify.verify(out, key_file=public_key))
+    assert "site-2.jsonl: is the same ledger as ledgers/site-1.jsonl" in wrong["ledger"]
+    (out / "ledgers/site-2.jsonl").write_bytes(kept)
+    resign(out, signer)
+    assert failed(verify.verify(out, key_file=public_key)) == {}
+    shutil.rmtree(federated / "sites")
+    make_sites(federated, units, run="v2", only="river")
+    text = export_jsonl(federated / "sites/site-2/ledger.db", sign=keys.signer(keys.own(signer)))
+    (out / "ledgers/site-2.jsonl").write_text(text)
+    resign(out, signer)
+    wrong = failed(verify.verify(out, key_file=public_key))
+    assert "site-2.jsonl: is of run 'v2', ledgers/site-1.jsonl of 'v1'" in wrong["ledger"]
 
 
 def test_a_bundle_has_one_ledger_or_those_of_sites_and_no_third_kind(
@@ -331,6 +362,28 @@ def test_a_federation_whose_unit_is_the_site_is_verified_from_its_recipe_too(
         resign(out, signer)
         wrong = failed(verify.verify(out, key_file=public_key))
         assert "plan" in wrong or "recipe" in wrong, where
+
+
+def test_of_whole_sites_none_can_be_left_out(
+    whole_sites: Callable[[str], Path], signer: Path, public_key: Path, tmp_path: Path
+) -> None:
+    """The others say that there were three; the one that spent most is gone, and with it the claim that it was less private."""
+    out = bundle.write(whole_sites("update_level"), tmp_path / "out", keys.own(signer))
+    (out / "ledgers/site-3.jsonl").unlink()
+    change(out, "privacy.json", lambda v: v["sites"].pop(2))
+    rewrite_card(out)
+    resign(out, signer)
+    assert "number of sites: the claim says 2" in failed(verify.verify(out, key_file=public_key))["ledger"]
+    change(
+        out,
+        "privacy.json",
+        lambda v: v["sites"].append(
+            {**v["sites"][1], "name": "hill", "ledger": None, "epsilon": None, "population": 7}
+        ),
+    )
+    rewrite_card(out)
+    resign(out, signer)
+    assert "population of 'hill': the claim says 7" in failed(verify.verify(out, key_file=public_key))["ledger"]
 
 
 BOUNDS = {"ldp_fl": {"epsilon": 7.0}}

@@ -372,7 +372,7 @@ def events_asked(
     charged = promise.at_site or site.plan
     assert isinstance(charged, DpSgd | SiteUpdates)
     if isinstance(charged, SiteUpdates):
-        return (charged.event(asked),)
+        return (charged.event(asked),) if asked else ()
     steps_asked = min(charged.event().count, asked * charged.events_of(steps))
     return (*before, *((charged.event(steps_asked),) if steps_asked else ()))
 

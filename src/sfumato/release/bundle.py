@@ -72,7 +72,7 @@ def reports(run_dir: Path) -> dict[str, dict[str, Any]]:
         "privacy.json": {**told, "taint": _taint(run_dir), "covered_by": "charged"},
         "quality.json": boundary.quality(_report(run_dir, "quality", needed=False)),
         "audit.json": boundary.audit(_report(run_dir, "audit", needed=False) or None, recipe, guarantee),
-        "cost.json": boundary.cost(_report(run_dir, "cost"), recipe, federated=bool(sites)),
+        "cost.json": boundary.cost(_report(run_dir, "cost"), recipe, federated=_is_federated(run_dir)),
         "provenance.json": {
             **everything,
             "recipe": boundary.recipe(recipe),
@@ -117,6 +117,10 @@ def _check(folder: Path, key: PublicKey) -> None:
             code="own_verification",
             refusals=reasons,
         )
+
+
+def _is_federated(run_dir: Path) -> bool:
+    return (run_dir / "reports" / "federation.json").is_file()
 
 
 def _taint(run_dir: Path) -> dict[str, Any]:

@@ -28,10 +28,13 @@ _OF_ALL = ("delta", "unit", "records_per_unit", "adjacency")  # what one claim s
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A ledger that was read. Attributes: site: whose; "" of one training. signer: the key that signed its head, if any did."""
+    """A ledger that was read. Attributes: site: whose; "" of one training. ledger: its random id. run: that it was kept for. signer:
+    the key that signed its head, if any did."""
 
     file: str
     site: str
+    ledger: str
+    run: str
     plan: "PrivatePlan"
     events: "Sequence[Event]"
     signer: str | None
@@ -57,7 +60,15 @@ def read(file: str, text: bytes, trusted: Mapping[str, PublicKey], *, site: str 
         raise _failed(f"{file} has {len(exported.events)} kinds of events; between 1 and {MAX_EVENTS} were expected")
     if site and signer is None:
         raise _failed(f"{file}: nobody signed the ledger of site {site[:60]!a}")
-    return Kept(file=file, site=site, plan=exported.plan, events=exported.events, signer=signer)
+    return Kept(
+        file=file,
+        site=site,
+        ledger=exported.ledger,
+        run=exported.run,
+        plan=exported.plan,
+        events=exported.events,
+        signer=signer,
+    )
 
 
 def check(kept: Kept, claim: Mapping[str, Any], privacy: Mapping[str, Any]) -> int:
@@ -83,6 +94,23 @@ def check(kept: Kept, claim: Mapping[str, Any], privacy: Mapping[str, Any]) -> i
     if missing:
         raise _failed(f"released, but not in the ledger: {', '.join(missing[:5])}")
     return sum(spent.values())
+
+
+def check_sites(kept: Sequence[Kept], rows: Sequence[Mapping[str, Any]], privacy: Mapping[str, Any]) -> None:
+    """Raises VerificationFailed unless the ledgers are those of different sites in one run, and N is the number of their units; of
+    sites as the unit, of all the sites that there are."""
+    seen: dict[str, str] = {}
+    for one in kept:
+        if seen.setdefault(one.ledger, one.file) != one.file:
+            raise _failed(f"{one.where}is the same ledger as {seen[one.ledger]}: every site has its own")
+        if one.run != kept[0].run:
+            raise _failed(f"{one.where}is of run {one.run[:60]!a}, {kept[0].file} of {kept[0].run[:60]!a}")
+    if privacy["unit"] != "site":
+        return same("population", privacy.get("population"), sum(row["population"] for row in rows))
+    same("population", privacy.get("population"), kept[0].plan.population)
+    same("number of sites", len(rows), kept[0].plan.population)
+    for row in rows:
+        same(f"population of {row['name'][:60]!a}", row["population"], kept[0].plan.population)
 
 
 def check_steps(kept: Sequence[Kept], trained: Any) -> None:

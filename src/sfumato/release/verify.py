@@ -337,10 +337,7 @@ class _Bundle:
             return f"{total} events of {planned} planned, the chain is whole"
         if privacy.get("estimates", []):
             raise _failed("estimates: sites have none")
-        units = (
-            self.kept[0].plan.population if privacy["unit"] == "site" else sum(row["population"] for row in self.rows)
-        )
-        ledgers.same("population", privacy.get("population"), units)
+        ledgers.check_sites(self.kept, self.rows, privacy)
         largest = max(self._claims(), key=lambda row: row["epsilon"])
         ledgers.same("mechanism", privacy["mechanism"], largest["mechanism"])
         where = f"in {len(self.kept)} ledgers of {len(self.rows)} sites"

@@ -59,10 +59,12 @@ def export_jsonl(path: Path | str, sign: Callable[[bytes], dict[str, str]] | Non
 class Exported:
     """What an exported ledger says, its chain checked.
 
-    Attributes: events: merged; plan: that it was kept under; sequence, head: of its last entry.
+    Attributes: ledger: its random id; run: whose it is; events: merged; plan: that it was kept under; sequence, head: of its last
+      entry.
     """
 
     ledger: str
+    run: str
     plan: PrivacyPlan | None
     events: list[Event]
     sequence: int
@@ -82,8 +84,8 @@ class Exported:
 def read_jsonl(text: str) -> Exported:
     """Reads what ``export_jsonl`` wrote. Raises VerificationFailed unless every line and the chain are right."""
     history, signature = _read(text)
-    name = history.header["ledger"]
-    return Exported(name, history.plan, history.spent(), history.sequence, history.head, signature)
+    name, run = history.header["ledger"], history.header["run"]
+    return Exported(name, run, history.plan, history.spent(), history.sequence, history.head, signature)
 
 
 def events_of_jsonl(text: str) -> list[Event]:
