@@ -114,7 +114,8 @@ def write(run: Federated, model: Any, *, seconds: float, processor_seconds: floa
     where = ", all sites in one process" if one_process else "; sites in other processes are not in it"
     cost = _cost(run, model, seconds, processor_seconds, where)
     if rounds.is_secret(run.promise, run.work.public):  # all of these grow with how many sites were drawn
-        cost = replace(cost, steps=None, bytes_sent=None, seconds=None, processor_seconds=None, units_per_second=None)
+        told = dict.fromkeys(("steps", "bytes_sent", "seconds", "processor_seconds", "units_per_second", "peak_bytes"))
+        cost = replace(cost, **told)
     if not run.folder.report(
         "cost"
     ).is_file():  # of the call that ended the training, not of one that asked for a ledger again

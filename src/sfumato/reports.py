@@ -91,7 +91,7 @@ class CostReport:
 
     seconds: float | None
     processor_seconds: float | None
-    peak_bytes: int
+    peak_bytes: int | None
     steps: int | None
     units_per_second: float | None
     parameters: int

@@ -1,5 +1,6 @@
 """What a report says of each round: epsilon as the ledgers have it, and who was left out; nothing of secret coins."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from sfumato.federation.policy import SitePolicy
 from sfumato.federation.rounds import LeftOut, is_secret
 from sfumato.federation.settings import Uniform
 from sfumato.privacy import accounting
+from sfumato.privacy.ledger import export_jsonl, show
 
 
 def ran(sites, build, train_steps, *, folder=None, **settings):
@@ -88,6 +90,11 @@ def test_updates_are_counted_by_rounds(make_site, build, train_steps):
     )
 
 
+def times(ledger):
+    lines = [json.loads(line) for line in export_jsonl(ledger).splitlines()]
+    return {line["time"] for line in lines if "time" in line}
+
+
 def test_who_was_drawn_by_secret_coins_is_not_told(make_site, build, train_steps, tmp_path):
     sites = [make_site(name, 1.0, private=False) for name in "abcd"]
     mechanism, coins = Central(noise_multiplier=3.0), Uniform(rate=0.5)
@@ -104,8 +111,14 @@ def test_who_was_drawn_by_secret_coins_is_not_told(make_site, build, train_steps
     assert rounds[1]["epsilon"] == pytest.approx(expected, rel=1e-9)
 
     assert not any(round_.lengths or round_.cosines for round_ in result.rounds)  # nor what a single site sent
+    # The server's ledger is published: without times, since a round takes the longer the more were drawn.
+    ledger = tmp_path / "server" / "ledger.db"
+    assert times(ledger) == {0}
+    simulate.server_ledger(work, "r", ledger.parent).close()  # as on resume
+    assert times(ledger) == {0} and show(ledger)["valid"] and show(ledger)["attempts"] == 2
     everyone, result, promise = ran(sites, build, train_steps, mechanism=mechanism, folder=tmp_path / "again")
     assert not is_secret(promise, everyone.public)
+    assert min(times(tmp_path / "again" / "ledger.db")) > 0
 
 
 def test_without_a_guarantee_no_epsilon_is_told(make_site, build, train_steps):

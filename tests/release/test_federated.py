@@ -391,6 +391,18 @@ BOUNDS = {"ldp_fl": {"epsilon": 7.0}}
 SAYS_NOTHING = {("fed_lora", "bound"), *((form, "rate") for form in FORMS if form != "central")}
 
 
+def test_what_a_run_does_not_tell_its_card_does_not_either(
+    whole_sites: Callable[[str], Path], signer: Path, tmp_path: Path
+) -> None:
+    """Of a draw by secret coins: steps, seconds and memory are what more sites would make more."""
+    folder = whole_sites("central")
+    cost = json.loads((folder / "reports/cost.json").read_text())
+    hidden = dict.fromkeys(("steps", "seconds", "processor_seconds", "peak_bytes", "units_per_second", "bytes_sent"))
+    (folder / "reports/cost.json").write_text(json.dumps({**cost, **hidden}))
+    text = (bundle.write(folder, tmp_path / "out", keys.own(signer)) / "README.md").read_text()
+    assert "a number of steps that is not told, " in text and "None" not in text
+
+
 def test_of_a_selection_by_size_the_recipe_must_say_the_sizes() -> None:
     by_size = replace(settings_of("central"), selection=BySize(expected_sites=2))
     with pytest.raises(UsageError, match="by_size · asks by numbers of units that the recipe does not say"):

@@ -256,7 +256,8 @@ def work_of(
 
 def server_ledger(work: Work, run: str, folder: Path | None) -> "Any":
     """The server's ledger, open, where the mechanism charges one; as a context manager."""
-    plan = mechanisms.build(work.settings).promise(work.public).at_server
+    promise = mechanisms.build(work.settings).promise(work.public)
+    plan = promise.at_server
     if plan is None:
         return nullcontext(None)
     if folder is None:
@@ -264,7 +265,8 @@ def server_ledger(work: Work, run: str, folder: Path | None) -> "Any":
             f"mechanism = {work.settings.mechanism.kind} · is charged to the server's ledger, and the server has no folder",
             next="Give simulate(folder=...).",
         )
-    return Ledger.open(folder / "ledger.db", run=run, plan=plan)
+    # a round takes the longer the more sites were drawn, and this ledger is published
+    return Ledger.open(folder / "ledger.db", run=run, plan=plan, clock=not rounds.is_secret(promise, work.public))
 
 
 def result_of(server: ServerState, sites: Sequence[Site], folder: Path | None) -> FederationResult:

@@ -71,13 +71,20 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path, lock: Lock, connection: sqlite3.Connection, account: Account | None, sign: Sign | None
+        self,
+        path: Path,
+        lock: Lock,
+        connection: sqlite3.Connection,
+        account: Account | None,
+        sign: Sign | None,
+        clock: bool = True,
     ) -> None:
         self.path = path
         self._lock = lock
         self._connection = connection
         self._account = account
         self._sign = sign
+        self._clocked = clock
         self._guard = threading.RLock()
         self._process = os.getpid()
         self._pending: list[int] = []  # committed, not yet written
@@ -101,6 +108,7 @@ class Ledger:
         account_limit: tuple[float, float] | None = None,
         create: bool = True,
         sign: Sign | None = None,
+        clock: bool = True,
     ) -> "Ledger":
         """Opens a run's ledger for writing, and makes it at the first time.
 
@@ -113,6 +121,7 @@ class Ledger:
             account has, and binds every later run as well.
           create: whether a missing ledger is made; give False when resuming, when a missing one is a loss.
           sign: signs the head at a clean end (``release.keys.signer``).
+          clock: False writes down no time (0), where how long something took would tell what the guarantee keeps secret.
 
         Raises: LedgerError (busy, torn, not this run's), PrivacyRefused (a limit of the account), OutsideError (disk).
         """
@@ -146,7 +155,7 @@ class Ledger:
                     undo.callback(path.unlink, missing_ok=True)  # where it is refused, nothing is in it
                 connection = connect(path)
                 undo.callback(connection.close)
-                ledger = cls(path, lock, connection, book, sign)
+                ledger = cls(path, lock, connection, book, sign, clock)
                 ledger._check_identity(run, plan)
                 ledger._begin(ledger._lost(account_limit))
                 undo.pop_all()
@@ -394,7 +403,7 @@ class Ledger:
     def _clock(self) -> list[str]:
         """A mark of the time, if the last one is more than a minute from now."""
         before = self._history.time
-        if before is None or abs(time.time() - before) < CLOCK_STEP:
+        if before is None or abs(self._time() - before) < CLOCK_STEP:
             return []
         return [self._timed({"kind": "time"})]
 
@@ -402,7 +411,10 @@ class Ledger:
         return [] if self._history.first_format else [self._timed({"kind": "close"})]
 
     def _timed(self, entry: dict[str, Any]) -> str:
-        return canonical(entry if self._history.first_format else {**entry, "time": max(0, int(time.time()))})
+        return canonical(entry if self._history.first_format else {**entry, "time": self._time()})
+
+    def _time(self) -> int:
+        return max(0, int(time.time())) if self._clocked else self._history.time or 0
 
     def _ready(self) -> None:
         if self._closed:
