@@ -13,7 +13,8 @@ from sfumato import recipe as recipes_file
 from sfumato.errors import UsageError
 from sfumato.federation.messages import Ask, Reply
 from sfumato.federation.processes import Status, status
-from sfumato.privacy.ledger import show
+from sfumato.privacy.ledger import Ledger, show
+from sfumato.privacy.plan import DpSgd
 
 VALUES: dict[str, Any] = {
     "name": "tiny-federated",
@@ -277,3 +278,16 @@ def test_a_site_releases_before_the_first_round_once_and_its_plan_has_both(make_
         if code(reply) != "replayed":
             assert all(tensor.equal(released.tensors[name]) for name, tensor in reply.tensors.items()) and reply.tensors
     assert show(book)["steps"] == 1
+
+
+def test_a_server_gets_no_ledger_of_an_earlier_run_that_had_the_name(make_member, tmp_path):
+    """It joins with a recipe of its own, and begins what was begun before, for another server perhaps."""
+    member = make_member({})
+    number = join(member).values["population"]
+    assert code(begin(member, number)) is None
+    assert code(member.answer(ask("ledger"))) == "no_ledger"
+    place = tmp_path / "site" / "runs" / RUN / "ledger.db"
+    old = DpSgd(population=9, expected_batch_size=1.0, steps=6, noise_multiplier=2.0, delta=1e-4, unit="person")
+    Ledger.open(place, run=RUN, plan=old).close()
+    assert code(member.answer(ask("ledger"))) == "other_run"
+    assert code(member.answer(ask("ledger", run="../../x/v1"))) == "other_run"

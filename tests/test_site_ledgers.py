@@ -189,6 +189,9 @@ def test_a_federation_of_machines_is_released_with_the_ledgers_that_its_sites_si
         kept = json.loads((run / "sites" / f"site-{number}" / "ledger.json").read_text())
         assert read_jsonl(kept["ledger"]).head == read_jsonl(export_jsonl(at_site)).head
     assert not any("counted as charged" in sentence for sentence in claim["boundary"])
+    assert any(
+        sentence.startswith("Outside: other runs on the same people at north, south;") for sentence in claim["boundary"]
+    )
     sites = json.loads((run / "reports/federation.json").read_text())["sites"]
     assert [site["epsilon"] for site in sites] == [row["epsilon"] for row in claim["sites"]]
     assert reasons(run) == []
@@ -277,6 +280,10 @@ def test_where_the_server_of_machines_adds_the_noise_its_ledger_is_the_one_and_n
     key = keys.own(tmp_path / "key")
     out = bundle.write(run, tmp_path / "bundle", key, settings=RELEASE)
     assert verify.verify_with(out, {key.public.id: key.public})["valid"]
+    assert (
+        "Declared public: the number of units of every site."
+        in json.loads((out / "privacy.json").read_text())["boundary"]
+    )
     # of all sites together, so steps x the batch of all would be too many
     assert json.loads((out / "cost.json").read_text())["expected_units_processed"] is None
 

@@ -156,7 +156,12 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
         return guarantee(
             run.stated,
             spent,
-            boundary=[*inside, over_rounds, f"Silent sites: {promise.dropouts}"],
+            boundary=[
+                *inside,
+                "Declared public: the number of units of every site.",
+                over_rounds,
+                f"Silent sites: {promise.dropouts}",
+            ],
             trust_model=promise.trust,
             trusted="the machines of the server and the sites while they train",
         )
@@ -178,6 +183,7 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
                 if counted
                 else []
             ),
+            *_not_known_of_other_runs(run.members),
         ],
         trust_model=promise.trust,
         composed_with=_other_runs(run.members),
@@ -247,6 +253,18 @@ def _spent_by(site: "Site", run: Federated) -> Spent:
 
 def _events_in(path: Path) -> list[Event]:
     return ledger.events_of_jsonl(ledger.export_jsonl(path))
+
+
+def _not_known_of_other_runs(members: "Sequence[Site]") -> list[str]:
+    """Whose other runs ``composed_with`` does not have."""
+    here = [site for site in members if not site.elsewhere and site.account is not None and site.ledger.is_file()]
+    away = [site.name for site in members if site.elsewhere] + [site.name for site in here[MOST_CURVES:]]
+    if not away:
+        return []
+    names = ", ".join(away[:MOST_CURVES]) + (f" and {len(away) - MOST_CURVES} more" if len(away) > MOST_CURVES else "")
+    return [
+        f"Outside: other runs on the same people at {names}; these sites' own accounts hold them, and they are not listed here."
+    ]
 
 
 def _other_runs(members: "Sequence[Site]") -> list[dict[str, Any]]:

@@ -385,6 +385,7 @@ class Member:
 
     def _ledger(self, run: str) -> dict[str, Any]:
         """This site's ledger of a run, signed; a key is made for that if there is none."""
+        from sfumato.federation import mechanisms
         from sfumato.privacy import ledger
         from sfumato.release import keys
 
@@ -394,11 +395,18 @@ class Member:
                 next="Add it, if the server may have it.",
                 code="may_not_say",
             )
-        site, _ = self._work(run)
+        site, work = self._work(run)
         if not site.ledger.is_file():
             raise PolicyRefused("ledger · nothing was charged here", next="Ask for nothing.", code="no_ledger")
         key = keys.own()
-        return dict(site_ledgers.values_of(ledger.export_jsonl(site.ledger, sign=keys.signer(key)), key.public))
+        text = ledger.export_jsonl(site.ledger, sign=keys.signer(key))
+        if ledger.plan_of_jsonl(text) != (mechanisms.build(work.settings).promise(work.public).at_site or site.whole):
+            raise PolicyRefused(
+                "ledger · is of an earlier run of this name, of another recipe",
+                next="Federate under a new name.",
+                code="other_run",
+            )
+        return dict(site_ledgers.values_of(text, key.public))
 
     def _work(self, run: str) -> "tuple[Site, Work]":
         if self._at_work is None or self._at_work[0] != run:

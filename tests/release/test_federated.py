@@ -18,7 +18,7 @@ from sfumato.federation import mechanism_settings as of
 from sfumato.federation import mechanisms, rounds
 from sfumato.federation.settings import BySize, Everyone, FederationSettings, Uniform
 from sfumato.federation.site_plans import site_plans
-from sfumato.federation.update_plans import remade
+from sfumato.federation.update_plans import ldp_fl, remade
 from sfumato.privacy.guarantee import guarantee
 from sfumato.privacy.joint import Spent, of_sites
 from sfumato.privacy.ledger import Ledger, export_jsonl
@@ -27,6 +27,7 @@ from sfumato.privacy.settings import PrivacySettings, WarmStartSettings
 from sfumato.privacy.site_updates import SiteUpdates
 from sfumato.recipes import named
 from sfumato.release import bundle, card, gate, keys, page, verify
+from sfumato.release.recomputed import problems_of_sites
 from sfumato.release.settings import ReleaseSettings
 
 UNITS = {"north": 12_000, "river": 9_000, "hill": 800, "idle": 400}
@@ -389,6 +390,21 @@ def test_of_whole_sites_none_can_be_left_out(
 BOUNDS = {"ldp_fl": {"epsilon": 7.0}}
 # A plan of fed_lora has a bound of its own for each matrix and says their number only; rates are of the central mechanism.
 SAYS_NOTHING = {("fed_lora", "bound"), *((form, "rate") for form in FORMS if form != "central")}
+
+
+def test_all_sites_have_one_plan_of_whole_updates_also_where_the_recipe_does_not_say_it() -> None:
+    """How many numbers an update has is taken from the ledgers: a site that says fewer would have spent less."""
+    settings = settings_of("ldp_fl")
+    values = {"federation": recipe_section(FederationSettings, settings)}
+    plan = plan_of("ldp_fl")
+    assert isinstance(settings.mechanism, of.LdpFl)
+    fewer = ldp_fl(settings.mechanism, 3, 4, 1)
+    assert problems_of_sites(values, dict.fromkeys(SITES, plan), SITES) == []
+    assert (
+        problems_of_sites(values, dict.fromkeys(SITES, fewer), SITES) == []
+    )  # which nobody can know without the model
+    (wrong,) = problems_of_sites(values, {**dict.fromkeys(SITES, plan), "hill": fewer}, SITES)
+    assert wrong == "site 'hill': its plan is another than that of 'north', and all have one"
 
 
 def test_what_a_run_does_not_tell_its_card_does_not_either(

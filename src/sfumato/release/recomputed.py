@@ -59,6 +59,10 @@ def problems_of_sites(
     from sfumato.privacy.settings import PrivacySettings
 
     if all(isinstance(plan, SiteUpdates) for plan in plans.values()):
+        first = next(iter(plans))
+        other = [site for site, plan in plans.items() if plan != plans[first]]
+        if other:  # what depends on the model, too
+            return [f"site {other[0][:60]!a}: its plan is another than that of {first[:60]!a}, and all have one"]
         return [
             f"site {site[:60]!a}: {problem}"
             for site, plan in plans.items()

@@ -406,6 +406,10 @@ class _Bundle:
         for point in curve:
             if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
                 return ["curve: a point must be [delta, epsilon]"]
+        for kept in self.kept:  # one after another: a distribution is made once for all deltas, and few are kept
+            for point in curve:
+                _epsilon(kept, point[0])
+        for point in curve:
             expected = self._largest(point[0])
             if expected is None or point[1] + TOLERANCE < expected:
                 return [f"curve: at delta = {point[0]:.3g} it says {point[1]}, the events give {expected}"]
