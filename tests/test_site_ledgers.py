@@ -216,6 +216,10 @@ def _exchanged(out: Path, key: keys.SigningKey) -> None:
     claim = json.loads((out / "privacy.json").read_text())
     ids = {keys.PublicKey(bytes.fromhex(row["key"])).id for row in claim["sites"]}
     assert len(ids) == 2 and key.public.id not in ids
+    details = {
+        check["name"]: check["detail"] for check in verify.verify_with(out, {key.public.id: key.public})["checks"]
+    }
+    assert "with 1 key" not in details["ledger"]
     change(out, "privacy.json", lambda v: v["sites"][0].update(key=v["sites"][1]["key"]))
     folder = out.parent / "key"
     resign(out, folder)
@@ -307,6 +311,7 @@ def test_a_site_that_answered_no_round_says_in_its_ledger_that_it_spent_nothing(
     assert not any("counted as charged" in sentence for sentence in claim["boundary"]) and reasons(run) == []
     told = json.loads((run / "reports/federation.json").read_text())
     assert [site["epsilon"] for site in told["sites"]] == [claim["epsilon"], 0.0]
+    assert [site["steps"] for site in told["sites"]] == [2, 0]
     assert told["epsilon"] == claim["epsilon"]
     assert told["rounds"][-1]["epsilons"]["south"] == 0.0
 
@@ -324,3 +329,27 @@ def test_a_site_cannot_give_the_ledger_of_another(network):
     run = network.federate()
     assert any("site south gave no ledger: it sent that of site north" in line for line in network.said)
     assert reasons(run) == ["no_ledger"]
+
+
+def test_a_site_that_says_no_loss_is_charged_for_none_and_its_ledger_is_taken(network):
+    """The plan of a choice by charged losses has a step more in a round; what the policy keeps is not asked of the data."""
+    chosen = {**VALUES["federation"], "selection": {"kind": "by_charged_loss", "asked": 2}}
+    network.recipe = recipes_file.from_mapping({**recipes_file.to_mapping(network.recipe), "federation": chosen})
+    network.policy("south", may_say=["steps", "charged", "ledger", "loss"])
+    run = network.federate()
+    claim = json.loads((run / "reports/privacy.json").read_text())
+    assert [row["mechanism"]["steps_spent"] for row in claim["sites"]] == [2, 4] and reasons(run) == []
+    assert claim["epsilon"] == claim["sites"][1]["epsilon"] > claim["sites"][0]["epsilon"]
+
+
+def test_a_ledger_of_this_machine_that_is_gone_is_no_site_that_spent_nothing(network, monkeypatch):
+    gather = federated_reports.gather
+
+    def lost(run, exchange, progress):
+        run.members[0].ledger.unlink()
+        gather(run, exchange, progress)
+
+    monkeypatch.setattr(federated_reports, "gather", lost)
+    network.at("server")
+    with pytest.raises(LedgerError, match=r"of site .* · charges 0 events \(poisson_gaussian\), and 2 were used"):
+        federating.run(network.recipe, out=network.folder / "runs", progress=network.said.append)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import pretraining, site_ledgers, stages, warming
-from sfumato.errors import PrivacyRefused
+from sfumato.errors import LedgerError, PrivacyRefused
 from sfumato.privacy import accounting, ledger
 from sfumato.privacy.events import Event
 from sfumato.privacy.guarantee import guarantee
@@ -81,13 +81,22 @@ def rounds_of(run: Federated) -> dict[str, Any]:
 
 
 def _of_its_ledger(name: str, run: Federated) -> dict[str, float | None]:
-    """The epsilon of a site elsewhere by the ledger that it gave; the rounds that it was asked for say it till then."""
+    """Epsilon and charged steps of a site elsewhere by the ledger that it gave; the rounds that it was asked for say it till then."""
+    from sfumato.federation.local import steps_of
+
     site = next(site for site in run.members if site.name == name)
     if not (site.elsewhere and kept_of(site).is_file()):
         return {}
     plan = _plan_of(site, run)
     events = site_ledgers.load(kept_of(site), plan, run=run.folder.name).events
-    return {"epsilon": accounting.epsilon(events, plan.delta, adjacency=plan.adjacency)}
+    epsilon = accounting.epsilon(events, plan.delta, adjacency=plan.adjacency)
+    if not isinstance(site.plan, DpSgd):
+        return {"epsilon": epsilon}
+    one = site.plan.event(1)
+    return {
+        "epsilon": epsilon,
+        "steps": steps_of(site.plan, sum(event.count for event in events if replace(event, count=1) == one)),
+    }
 
 
 def require_any(result: "FederationResult") -> None:
@@ -207,8 +216,7 @@ def gather(run: Federated, exchange: "Exchange", progress: Progress) -> None:
         if site.elsewhere and kept_of(site).is_file()
     }
     for name, site in away.items():
-        least = events_asked(site, run.promise, run.result.rounds, steps, used=True)
-        found = site_ledgers.read(replies.get(name), _plan_of(site, run), run=run.folder.name, least=least)
+        found = site_ledgers.read(replies.get(name), _plan_of(site, run), run=run.folder.name, least=_used(site, run))
         if not isinstance(found, str) and taken.setdefault(found.ledger, name) != name:
             found = f"it sent that of site {taken[found.ledger]}"
         if isinstance(found, str):
@@ -237,12 +245,27 @@ def _plan_of(site: "Site", run: Federated) -> DpSgd | Composition | SiteUpdates:
     return plan
 
 
+def _used(site: "Site", run: Federated) -> tuple[Event, ...]:
+    """What a site has charged at least: the rounds whose update of it is in the model. One that says no loss (``may_say``) is charged
+    the local steps of a round alone."""
+    from sfumato.federation.simulate import events_asked
+
+    return events_asked(site, run.promise, run.result.rounds, run.recipe.federation.local_steps, used=True)
+
+
 def _spent_by(site: "Site", run: Federated) -> Spent:
     from sfumato.federation.simulate import events_asked
 
     plan, name = _plan_of(site, run), f"ledgers/{site.ledger.parent.name}.jsonl"
     if not site.elsewhere:  # where no ledger could be opened, nothing was charged and no data touched
-        return Spent(plan=plan, events=_events_in(site.ledger) if site.ledger.is_file() else [], ledger=name)
+        events = _events_in(site.ledger) if site.ledger.is_file() else []
+        if lacks := site_ledgers.lacking(events, _used(site, run)):
+            raise LedgerError(
+                f"{site.ledger} of site {site.name} · {lacks}",
+                next="Restore the ledger that was kept while it trained, and run again with --resume.",
+                code="ledger_lost",
+            )
+        return Spent(plan=plan, events=events, ledger=name)
     if kept_of(site).is_file():
         found = site_ledgers.load(kept_of(site), plan, run=run.folder.name)
         return Spent(plan=plan, events=found.events, ledger=name, key=found.key)

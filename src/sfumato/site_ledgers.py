@@ -67,11 +67,18 @@ def given(text: str, key: str, plan: PrivacyPlan, *, run: str, least: Sequence[E
         raise ValueError("it was kept under another plan than the recipe makes")
     if exported.run != run:
         raise ValueError(f"it is of another run, {exported.run[:60]!a}")
-    charged = {replace(event, count=1): event.count for event in exported.events}
+    if lacks := lacking(exported.events, least):
+        raise ValueError(f"it {lacks}")
+    return Given(text=text, key=key, ledger=exported.ledger, events=exported.events)
+
+
+def lacking(events: Sequence[Event], least: Sequence[Event]) -> str:
+    """What a ledger does not charge, in words; "" if it charges ``least`` or more of each."""
+    charged = {replace(event, count=1): event.count for event in events}
     for event in least:
         if (found := charged.get(replace(event, count=1), 0)) < event.count:
-            raise ValueError(f"it charges {found} events ({event.mechanism}), and {event.count} were used")
-    return Given(text=text, key=key, ledger=exported.ledger, events=exported.events)
+            return f"charges {found} events ({event.mechanism}), and {event.count} were used"
+    return ""
 
 
 def load(path: Path, plan: PrivacyPlan, *, run: str) -> Given:

@@ -367,7 +367,9 @@ class _Bundle:
     def _own_keys(self) -> str:
         own = [kept for kept in self.kept if kept.signer != self.signer]
         known = [kept for kept in own if kept.signer in self.trusted]
-        return f"; {len(own)} signed by their sites, {len(known)} of them with keys that you trust" if own else ""
+        keys = len({kept.signer for kept in own})
+        few = f" with {keys} key{'s' * (keys > 1)}" if keys < len(own) else ""
+        return f"; {len(own)} signed by their sites{few}, {len(known)} of them with keys that you trust" if own else ""
 
     def epsilon(self) -> str:
         delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
