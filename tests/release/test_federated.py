@@ -146,6 +146,9 @@ def _epsilon_of_hill(value: Any) -> None:
         ("privacy.json", lambda v: v["sites"][1].update(steps=3), "reports", "each of the sites must have"),
         ("privacy.json", lambda v: v["sites"][1]["mechanism"].update(events_spent=1), "ledger", "site-2.jsonl: events_spent"),
         ("privacy.json", lambda v: v["sites"][1].update(mechanism=None), "reports", "a mechanism"),
+        ("privacy.json", lambda v: v["sites"][3]["mechanism"].update(events_spent=7), "recipe", "'idle', which has spent nothing"),
+        ("privacy.json", lambda v: v["sites"][3]["mechanism"]["stages"][1].update(noise_multiplier=9.0), "recipe", "noise_multiplier"),
+        ("privacy.json", lambda v: v["sites"][3].update(mechanism={"stages": 7}), "recipe", "'idle', which has spent nothing"),
         ("privacy.json", lambda v: v.update(sites=[7]), "reports", "each of the sites"),
         ("privacy.json", lambda v: v.update(sites={}), "reports", "each of the sites"),
         ("privacy.json", lambda v: v.update(population=sum(UNITS.values()) + 1), "ledger", "population"),
@@ -351,6 +354,7 @@ def test_a_federation_whose_unit_is_the_site_is_verified_from_its_recipe_too(
             adjacency="replace_one" if form == "central" else "zero_out"
         ),
         "delta": lambda v: v["recipe"]["federation"]["mechanism"].update(delta=2e-5),
+        "steps": lambda v: v["recipe"]["privacy"].update(mechanism="dp_sgd", epsilon=0.1),
         "sites": lambda v: v["recipe"]["federation"].update(sites=4),
         "kind": lambda v: v["recipe"]["federation"].update(mechanism={"kind": "record_level"}),
         "bound": lambda v: v["recipe"]["federation"]["mechanism"].update(BOUNDS.get(form, {"max_update_norm": 0.7})),
@@ -399,12 +403,50 @@ def test_all_sites_have_one_plan_of_whole_updates_also_where_the_recipe_does_not
     plan = plan_of("ldp_fl")
     assert isinstance(settings.mechanism, of.LdpFl)
     fewer = ldp_fl(settings.mechanism, 3, 4, 1)
-    assert problems_of_sites(values, dict.fromkeys(SITES, plan), SITES) == []
+    assert problems_of_sites(values, dict.fromkeys(SITES, plan), SITES, {}) == []
     assert (
-        problems_of_sites(values, dict.fromkeys(SITES, fewer), SITES) == []
+        problems_of_sites(values, dict.fromkeys(SITES, fewer), SITES, {}) == []
     )  # which nobody can know without the model
-    (wrong,) = problems_of_sites(values, {**dict.fromkeys(SITES, plan), "hill": fewer}, SITES)
+    (wrong,) = problems_of_sites(values, {**dict.fromkeys(SITES, plan), "hill": fewer}, SITES, {})
     assert wrong == "site 'hill': its plan is another than that of 'north', and all have one"
+
+
+def test_a_whole_site_that_was_never_drawn_is_idle(
+    whole_sites: Callable[[str], Path], signer: Path, public_key: Path, tmp_path: Path
+) -> None:
+    folder = whole_sites("update_level")
+    shutil.rmtree(folder / "sites/site-3")
+    plan = plan_of("update_level")
+    spent = {
+        name: Spent(plan=plan, events=plan.events(), ledger=f"ledgers/site-{n}.jsonl")
+        for n, name in enumerate(SITES, start=1)
+    }
+    claim = of_sites(
+        {**spent, "hill": replace(spent["hill"], events=())}, boundary=["Inside: every update."], trust_model="local"
+    )
+    (folder / "reports/privacy.json").write_text(json.dumps(reports.to_dict(claim)))
+    out = bundle.write(folder, tmp_path / "out", keys.own(signer))
+    assert failed(verify.verify(out, key_file=public_key)) == {}
+    change(out, "privacy.json", lambda v: v["sites"][2]["mechanism"].update(rounds_spent=3))
+    rewrite_card(out)
+    resign(out, signer)
+    wrong = failed(verify.verify(out, key_file=public_key))
+    assert "site 'hill', which has spent nothing: rounds_spent: the recipe makes 0" in wrong["recipe"]
+
+
+def test_keys_of_sites_that_are_one_are_counted_once(
+    released: Path, federated: Path, signer: Path, public_key: Path
+) -> None:
+    one = keys.SigningKey.generate()
+    for number in (1, 2):
+        text = export_jsonl(federated / f"sites/site-{number}/ledger.db", sign=keys.signer(one))
+        (released / f"ledgers/site-{number}.jsonl").write_text(text)
+    change(released, "privacy.json", lambda v: [row.update(key=one.public.raw.hex()) for row in v["sites"][:2]])
+    resign(released, signer)
+    result = verify.verify(released, key_file=public_key)
+    assert failed(result) == {}
+    details = {check["name"]: check["detail"] for check in result["checks"]}
+    assert details["ledger"].endswith("; 2 signed by their sites with 1 key, 0 of them with keys that you trust")
 
 
 def test_what_a_run_does_not_tell_its_card_does_not_either(

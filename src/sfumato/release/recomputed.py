@@ -49,9 +49,13 @@ def problems(recipe: Mapping[str, Any], plan: "PrivatePlan") -> list[str]:
 
 
 def problems_of_sites(
-    recipe: Mapping[str, Any], plans: Mapping[str, "PrivatePlan"], populations: Mapping[str, int]
+    recipe: Mapping[str, Any],
+    plans: Mapping[str, "PrivatePlan"],
+    populations: Mapping[str, int],
+    idle: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """The same of the plan of every site. Args: populations: of all sites, also of those that have no ledger."""
+    """The same of the plan of every site. Args: populations: of all sites; idle: what is claimed of those that have no ledger, by
+    site: the mechanism of a plan of which nothing was spent."""
     from sfumato.federation.settings import FederationSettings
     from sfumato.federation.site_plans import site_plans
     from sfumato.privacy.plan import SiteUpdates
@@ -63,11 +67,12 @@ def problems_of_sites(
         other = [site for site, plan in plans.items() if plan != plans[first]]
         if other:  # what depends on the model, too
             return [f"site {other[0][:60]!a}: its plan is another than that of {first[:60]!a}, and all have one"]
-        return [
+        found = [
             f"site {site[:60]!a}: {problem}"
             for site, plan in plans.items()
             for problem in _problems_of_updates(recipe, plan)
         ]
+        return found or _problems_of_idle(idle, dict.fromkeys(idle, plans[first]), 1e-9)
     try:
         privacy = _section(recipe, "privacy", PrivacySettings)
         federation = _section(recipe, "federation", FederationSettings)
@@ -98,7 +103,24 @@ def problems_of_sites(
             tolerance,
             "",
         )
+    ] or _problems_of_idle(idle, made, tolerance)
+
+
+def _problems_of_idle(idle: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any], tolerance: float) -> list[str]:
+    return [
+        f"site {site[:60]!a}, which has spent nothing: {problem}"
+        for site, claimed in idle.items()
+        for problem in _differences(_told(made[site].mechanism(())), _told(claimed), tolerance, "")
     ]
+
+
+def _told(mechanism: Any) -> Any:
+    """A mechanism without how it was computed, and how wide a release is, which is the model's."""
+    if not isinstance(mechanism, dict):
+        return mechanism
+    told = {key: value for key, value in mechanism.items() if key not in ("accountant", "grid", "dimension")}
+    stages = told.get("stages")
+    return {**told, "stages": [_told(stage) for stage in stages]} if isinstance(stages, list) else told
 
 
 def _problems_of_updates(recipe: Mapping[str, Any], plan: Any) -> list[str]:

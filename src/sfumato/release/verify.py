@@ -296,6 +296,9 @@ class _Bundle:
         form = privacy["mechanism"].get("form")
         if asked.get("kind") != form or (form == "central") == bool(self.rows):
             raise _failed(f"mechanism: the recipe says {str(asked.get('kind'))[:40]!r}, the claim {str(form)[:40]!r}")
+        steps = recipe.get("privacy")
+        if not isinstance(steps, dict) or steps.get("mechanism") != "none":
+            raise _failed(f"privacy.mechanism: the recipe must say none, or it could not be run with {form}")
         if privacy.get("unit") != "site" or privacy.get("population") != federation.get("sites"):
             raise _failed(f"unit, population: the recipe has {str(federation.get('sites'))[:40]} sites, each a unit")
         for key in ("delta", "adjacency"):
@@ -430,7 +433,10 @@ class _Bundle:
         recipe = self.json["provenance.json"]["recipe"]
         if self.rows:
             populations = {row["name"]: row["population"] for row in self.rows}
-            wrong = recomputed.problems_of_sites(recipe, {kept.site: kept.plan for kept in self.kept}, populations)
+            idle = {row["name"]: row["mechanism"] for row in self.rows if row["ledger"] is None}
+            wrong = recomputed.problems_of_sites(
+                recipe, {kept.site: kept.plan for kept in self.kept}, populations, idle
+            )
         else:
             wrong = recomputed.problems(recipe, self.kept[0].plan)
         if wrong:
