@@ -258,7 +258,8 @@ def test_a_site_that_keeps_its_ledger_costs_the_bundle_not_the_run_and_may_give_
 
 def of_updates(network: Network, kind: str, *, rate: float = 1.0) -> None:
     """The federation of the network has a mechanism whose unit is the site."""
-    mechanism = {"kind": kind, "noise_multiplier": 3.0, "delta": 0.01}
+    noise = "epsilon_per_weight" if kind == "ldp_fl" else "noise_multiplier"
+    mechanism = {"kind": kind, noise: 0.01 if kind == "ldp_fl" else 3.0, "delta": 0.01}
     network.recipe = recipes_file.from_mapping(
         {
             **recipes_file.to_mapping(network.recipe),
@@ -353,3 +354,12 @@ def test_a_ledger_of_this_machine_that_is_gone_is_no_site_that_spent_nothing(net
     network.at("server")
     with pytest.raises(LedgerError, match=r"of site .* · charges 0 events \(poisson_gaussian\), and 2 were used"):
         federating.run(network.recipe, out=network.folder / "runs", progress=network.said.append)
+
+
+def test_a_run_that_charges_every_number_is_released(network, tmp_path):
+    """What its plan charges is what its cost says was trained."""
+    of_updates(network, "ldp_fl")
+    run = network.federate()
+    key = keys.own(tmp_path / "key")
+    out = bundle.write(run, tmp_path / "bundle", key, settings=RELEASE)
+    assert verify.verify_with(out, {key.public.id: key.public})["valid"]

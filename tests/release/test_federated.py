@@ -331,6 +331,8 @@ def whole_sites(make_run: Callable[..., Path], tmp_path: Path) -> Callable[[str]
             else of_sites(spent, boundary=["Inside: every update."], trust_model="local")
         )
         (folder / "reports/privacy.json").write_text(json.dumps(reports.to_dict(claim)))
+        cost = json.loads((folder / "reports/cost.json").read_text())
+        (folder / "reports/cost.json").write_text(json.dumps({**cost, "parameters": 1_000}))
         return folder
 
     return write
@@ -441,12 +443,30 @@ def test_keys_of_sites_that_are_one_are_counted_once(
     for number in (1, 2):
         text = export_jsonl(federated / f"sites/site-{number}/ledger.db", sign=keys.signer(one))
         (released / f"ledgers/site-{number}.jsonl").write_text(text)
-    change(released, "privacy.json", lambda v: [row.update(key=one.public.raw.hex()) for row in v["sites"][:2]])
+    change(released, "privacy.json", lambda v: v["sites"][0].update(key=one.public.raw.hex()))
+    change(released, "privacy.json", lambda v: v["sites"][1].update(key=one.public.raw.hex()))
     resign(released, signer)
     result = verify.verify(released, key_file=public_key)
     assert failed(result) == {}
     details = {check["name"]: check["detail"] for check in result["checks"]}
     assert details["ledger"].endswith("; 2 signed by their sites with 1 key, 0 of them with keys that you trust")
+
+
+def test_where_every_number_is_charged_all_that_were_trained_must_be(
+    whole_sites: Callable[[str], Path], signer: Path, public_key: Path, tmp_path: Path
+) -> None:
+    """A plan of one number would claim a thousandth of what a thousand cost."""
+    out = bundle.write(whole_sites("ldp_fl"), tmp_path / "out", keys.own(signer))
+    change(out, "cost.json", lambda v: v.update(parameters=1_001))
+    rewrite_card(out)
+    resign(out, signer)
+    wrong = failed(verify.verify(out, key_file=public_key))
+    assert (
+        wrong == {"recipe": wrong["recipe"]} and "1001 numbers were trained, the plan charges 1000" in wrong["recipe"]
+    )
+    change(out, "provenance.json", lambda v: v["recipe"]["federation"].update(home=["layer0"]))
+    resign(out, signer)
+    assert failed(verify.verify(out, key_file=public_key)) == {}
 
 
 def test_what_a_run_does_not_tell_its_card_does_not_either(

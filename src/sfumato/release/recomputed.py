@@ -106,6 +106,21 @@ def problems_of_sites(
     ] or _problems_of_idle(idle, made, tolerance)
 
 
+def problems_of_numbers(recipe: Mapping[str, Any], plan: "PrivatePlan", cost: Mapping[str, Any]) -> list[str]:
+    """Where every number of an update is charged (ldp_fl): whether they are all that were trained. A recipe by which some stay at
+    their sites does not say how many."""
+    from sfumato.privacy.plan import SiteUpdates
+
+    federation = recipe.get("federation")
+    if not isinstance(plan, SiteUpdates) or plan.form != "ldp_fl" or not isinstance(federation, dict):
+        return []
+    if federation.get("holds") or federation.get("home") or cost.get("parameters") == plan.weights_per_round:
+        return []
+    return [
+        f"weights_per_round: {str(cost.get('parameters'))[:40]} numbers were trained, the plan charges {plan.weights_per_round}"
+    ]
+
+
 def _problems_of_idle(idle: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any], tolerance: float) -> list[str]:
     return [
         f"site {site[:60]!a}, which has spent nothing: {problem}"

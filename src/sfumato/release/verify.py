@@ -439,6 +439,7 @@ class _Bundle:
             )
         else:
             wrong = recomputed.problems(recipe, self.kept[0].plan)
+        wrong = wrong or recomputed.problems_of_numbers(recipe, self.kept[0].plan, self.json["cost.json"])
         if wrong:
             raise _failed("; ".join(wrong[:5]))
         if self.rows:
