@@ -545,7 +545,7 @@ def test_a_federation_charges_each_site_and_its_bundle_has_every_ledger(tmp_path
     assert (cost["steps"], cost["bytes_sent"]) == (8, answer["bytes_up"] + answer["bytes_down"])
     assert len(list(own_home.rglob("account-site-*.db"))) == 2
     (tmp_path / "policy.yaml").write_text("require_audit: false\nmax_epsilon: 100\n")
-    assert [reason["code"] for reason in workflow.release(run)["reasons"]][0] == "no_audit_report"
+    assert "no_audit_report" in [reason["code"] for reason in workflow.release(run)["reasons"]]
     released = workflow.release(run, policy=tmp_path / "policy.yaml")
     assert released["reasons"] == [] and len(list((run / "bundle" / "ledgers").iterdir())) == 2
     result = verify.verify(run / "bundle")
