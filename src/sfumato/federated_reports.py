@@ -21,10 +21,10 @@ from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
-    from sfumato.federation.local import Site, Work
     from sfumato.federation.mechanisms import Promise
     from sfumato.federation.serving import Exchange
     from sfumato.federation.simulate import FederationResult
+    from sfumato.federation.sites import Site, Work
 
 SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
 
@@ -82,7 +82,7 @@ def rounds_of(run: Federated) -> dict[str, Any]:
 
 def _of_its_ledger(name: str, run: Federated) -> dict[str, float | None]:
     """Epsilon and charged steps of a site elsewhere by the ledger that it gave; the rounds that it was asked for say it till then."""
-    from sfumato.federation.local import steps_of
+    from sfumato.federation.local_training import steps_of
 
     site = next(site for site in run.members if site.name == name)
     if not (site.elsewhere and kept_of(site).is_file()):
