@@ -363,3 +363,32 @@ def test_a_run_that_charges_every_number_is_released(network, tmp_path):
     key = keys.own(tmp_path / "key")
     out = bundle.write(run, tmp_path / "bundle", key, settings=RELEASE)
     assert verify.verify_with(out, {key.public.id: key.public})["valid"]
+
+
+def test_a_site_that_refused_every_round_before_a_ledger_was_there_does_not_cost_the_bundle(network):
+    """Its policy is changed after it joined: nothing was charged, no data read, and nothing of it used."""
+    answered = network.exchange
+
+    def exchange(asked):
+        if "train" in {ask.kind for ask in asked.values()}:
+            network.policy("south", allowed_mechanisms=["update_level"])
+        return answered(asked)
+
+    network.exchange = exchange
+    run = network.federate()
+    assert not list((network.folder / "south" / "runs").rglob("ledger.db"))
+    claim = json.loads((run / "reports/privacy.json").read_text())
+    south = claim["sites"][1]
+    assert (south["epsilon"], south["ledger"], south["key"]) == (None, None, None)
+    assert claim["sites"][0]["epsilon"] == claim["epsilon"] and reasons(run) == []
+    assert not any("Without a ledger" in sentence for sentence in claim["boundary"])
+    key = keys.own(network.folder / "key")
+    out = bundle.write(run, network.folder / "bundle", key, settings=RELEASE)
+    assert verify.verify_with(out, {key.public.id: key.public})["valid"]
+
+
+def test_a_site_cannot_say_that_it_charged_nothing_where_something_of_it_was_used(exported):
+    ask = Ask(run="r/v1", round=4, exchange=0, kind=site_ledgers.KIND)
+    no = Reply.no(ask, "north", site_ledgers.NO_LEDGER, "nothing was charged here")
+    assert site_ledgers.read(no, PLAN, run="r/v1", least=[]) == site_ledgers.NOTHING
+    assert site_ledgers.read(no, PLAN, run="r/v1", least=[PLAN.event(1)]) == "nothing was charged here"

@@ -217,7 +217,7 @@ def gather(run: Federated, exchange: "Exchange", progress: Progress) -> None:
     }
     for name, site in away.items():
         found = site_ledgers.read(replies.get(name), _plan_of(site, run), run=run.folder.name, least=_used(site, run))
-        if not isinstance(found, str) and taken.setdefault(found.ledger, name) != name:
+        if not isinstance(found, str) and found.ledger and taken.setdefault(found.ledger, name) != name:
             found = f"it sent that of site {taken[found.ledger]}"
         if isinstance(found, str):
             if events_asked(site, run.promise, run.result.rounds, steps):
@@ -268,7 +268,7 @@ def _spent_by(site: "Site", run: Federated) -> Spent:
         return Spent(plan=plan, events=events, ledger=name)
     if kept_of(site).is_file():
         found = site_ledgers.load(kept_of(site), plan, run=run.folder.name)
-        return Spent(plan=plan, events=found.events, ledger=name, key=found.key)
+        return Spent(plan=plan, events=found.events, ledger=name, key=found.key or None)
     return Spent(
         plan=plan, events=events_asked(site, run.promise, run.result.rounds, run.recipe.federation.steps_per_round)
     )

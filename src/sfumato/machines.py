@@ -397,7 +397,9 @@ class Member:
             )
         site, work = self._work(run)
         if not site.ledger.is_file():
-            raise PolicyRefused("ledger · nothing was charged here", next="Ask for nothing.", code="no_ledger")
+            raise PolicyRefused(
+                "ledger · nothing was charged here", next="Ask for nothing.", code=site_ledgers.NO_LEDGER
+            )
         key = keys.own()
         text = ledger.export_jsonl(site.ledger, sign=keys.signer(key))
         if ledger.plan_of_jsonl(text) != (mechanisms.build(work.settings).promise(work.public).at_site or site.whole):

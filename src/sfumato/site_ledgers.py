@@ -23,6 +23,7 @@ from sfumato.privacy.plan import PrivacyPlan
 from sfumato.release.keys import PublicKey
 
 KIND = "ledger"
+NO_LEDGER = "no_ledger"  # a site's word for: nothing was charged here
 FILE = "ledger.json"  # beside where the ledger of a site on this machine would be: the text and the key
 MAX_TEXT = 2**20  # bytes of a ledger: run-length encoded, some kB
 
@@ -37,17 +38,26 @@ class Given:
     events: Sequence[Event]
 
 
+NOTHING = Given(
+    text="", key="", ledger="", events=()
+)  # of a site that says that it charged nothing, and of which nothing was used
+
+
 def asks(sites: Sequence[str], *, run: str, round: int) -> dict[str, Ask]:
     """Args: round: after the last."""
     return {site: Ask(run=run, round=round, exchange=0, kind=KIND) for site in sites}
 
 
 def read(reply: Reply | None, plan: PrivacyPlan, *, run: str, least: Sequence[Event]) -> "Given | str":
-    """The ledger that came, or why none was taken. Args: plan: that the recipe makes for this site; least: events it must charge."""
+    """The ledger that came, or why none was taken; `NOTHING` where a site that refused every round has none.
+
+    Args: plan: that the recipe makes for this site; least: events it must charge.
+    """
     if reply is None:
         return "it was silent"
     if reply.refused is not None:
-        return reply.refused.message
+        none = reply.refused.code == NO_LEDGER and not any(event.count for event in least)
+        return NOTHING if none else reply.refused.message
     text, key = reply.values.get("ledger"), reply.values.get("key")
     if not isinstance(text, str) or not isinstance(key, str) or len(text) > MAX_TEXT:
         return f"it sent no text of at most {MAX_TEXT} characters and no key"
@@ -85,6 +95,8 @@ def load(path: Path, plan: PrivacyPlan, *, run: str) -> Given:
     """What `federated_reports.gather` kept. Raises LedgerError for a file that was changed since."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if value["ledger"] == value["key"] == "":
+            return NOTHING
         return given(value["ledger"], value["key"], plan, run=run)
     except (OSError, KeyError, TypeError, ValueError, SfumatoError) as error:
         raise LedgerError(
