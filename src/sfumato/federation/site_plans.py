@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.errors import UsageError
+from sfumato.errors import PrivacyRefused, UsageError
 from sfumato.federation.settings import FederationSettings
 from sfumato.privacy.plan import NotPrivate, PrivacyPlan
 from sfumato.privacy.planning import automatic_delta, make_plan, training_plan
@@ -36,16 +36,25 @@ def site_plans(
     total = sum(populations.values())
     if privacy.delta == "auto":
         privacy = replace(privacy, delta=automatic_delta(max(total, 3)))
-    return {
-        name: site_plan(
-            privacy,
-            federation,
-            expected_batch_size=max(1.0, expected_batch_size * population / total),
-            population=population,
-            released=None if released is None else released[name],
-        )
-        for name, population in populations.items()
-    }
+    plans = {}
+    for name, population in populations.items():
+        try:
+            plans[name] = site_plan(
+                privacy,
+                federation,
+                expected_batch_size=max(1.0, expected_batch_size * population / total),
+                population=population,
+                released=None if released is None else released[name],
+            )
+        except PrivacyRefused as refused:
+            raise _of_site(name, refused) from None
+    return plans
+
+
+def _of_site(name: str, refused: PrivacyRefused) -> PrivacyRefused:
+    """The same refusal, saying whose plan it is: numbers of a site are not those of the recipe."""
+    every = [{**one, "message": f"site {name}: {one['message']}"} for one in refused.refusals]
+    return PrivacyRefused(f"site {name}: {refused.message}", next=refused.next, code=refused.code, refusals=every)
 
 
 def site_plan(
