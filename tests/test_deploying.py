@@ -182,7 +182,7 @@ def test_a_site_whose_records_are_not_there_says_so_before_it_asks(tmp_path):
 
     for name in ("policy.yaml", "authority.pem"):
         (tmp_path / name).write_text("max_epsilon: 8\n")
-    with pytest.raises(UsageError, match="data = .*gone · is not there"):
+    with pytest.raises(UsageError, match="gone · is not there"):
         workflow.federate_site(
             policy=tmp_path / "policy.yaml",
             data=tmp_path / "gone",

@@ -58,7 +58,7 @@ def test_a_delta_that_is_too_large_for_a_site_is_refused():
 def test_a_refusal_says_whose_plan_it_is():
     with pytest.raises(PrivacyRefused, match="site small: population = 64 persons") as refused:
         plans_of(PrivacySettings(unit="person", epsilon=8.0), {"large": 12_000, "small": 64})
-    assert [one["message"] for one in refused.value.refusals][0] == refused.value.message
+    assert refused.value.refusals[0]["message"] == refused.value.message
 
 
 @pytest.mark.parametrize(("bands", "local_steps"), [(4, 6), (8, 4)])
