@@ -40,7 +40,7 @@ import psutil
 import torch
 
 from sfumato import building, deploying, federating, stages, workflow
-from sfumato.federation import credentials, local, rounds, simulate
+from sfumato.federation import credentials, local, rounds, server_state, simulate, sites
 from sfumato.federation.deployment import Node, Server
 from sfumato.federation.keeping import read_part
 from sfumato.federation.messages import Ask, Reply
@@ -267,7 +267,7 @@ def ratios(found: dict[str, Any]) -> list[tuple[str, int, float, float]]:
 # -- the same numbers in one process and in many --
 
 
-def _work(run: Path) -> tuple[list[local.Site], local.Work]:
+def _work(run: Path) -> tuple[list[sites.Site], sites.Work]:
     """Everybody's records and plans, with chance of (site, round) in place of the system's."""
     recipe = workflow.federated("hospitals", json.loads((run / "settings.json").read_text()))
     prepared = stages.load(recipe)
@@ -284,7 +284,7 @@ def _work(run: Path) -> tuple[list[local.Site], local.Work]:
 
 
 @lru_cache(maxsize=1)
-def _here(run: Path) -> tuple[list[local.Site], local.Work]:
+def _here(run: Path) -> tuple[list[sites.Site], sites.Work]:
     return _work(run)
 
 
@@ -319,11 +319,13 @@ def same(folder: Path, settings: list[str]) -> dict[str, Any]:
     return {"case": "same", "settings": settings, "difference": difference, "moved": moved, "wrong": wrong}
 
 
-def _serve_here(begun: rounds.ServerState, members: list[local.Site], work: local.Work) -> rounds.ServerState:
+def _serve_here(
+    begun: server_state.ServerState, members: list[sites.Site], work: sites.Work
+) -> server_state.ServerState:
     return serve(begun, simulate.exchange_here(members, work), chance=TestRandom(0))
 
 
-def _serve_there(begun: rounds.ServerState, members: list[local.Site], place: Path) -> rounds.ServerState:
+def _serve_there(begun: server_state.ServerState, members: list[sites.Site], place: Path) -> server_state.ServerState:
     server = Server(place / "server" / "link", place / "server" / "keys", hosts=[LOOPBACK])
     keys = {site.name: credentials.for_site(site.folder / deploying.KEY) for site in members}
     own = [str(place), f"{LOOPBACK}:{server.port}", str(server.authority)]
@@ -340,7 +342,7 @@ def _serve_there(begun: rounds.ServerState, members: list[local.Site], place: Pa
     return after
 
 
-def _start(members: list[local.Site], work: local.Work) -> dict[str, torch.Tensor]:
+def _start(members: list[sites.Site], work: sites.Work) -> dict[str, torch.Tensor]:
     return {name: t for name, t in simulate.start_of(members, work).items() if name in work.public.holders}
 
 

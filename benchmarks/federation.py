@@ -19,7 +19,7 @@ import federation_emoji
 import torch
 
 from sfumato import building
-from sfumato.federation.local import load_trained, trained_state
+from sfumato.federation.local_training import load_trained, trained_state
 
 BENCHES: tuple[Any, ...] = (federation_clinic, federation_emoji)
 ROWS = {f"{bench.PREFIX}{name}": (bench, name) for bench in BENCHES for name in (*bench.ROWS, bench.NOISE)}

@@ -20,7 +20,7 @@ from sfumato.evaluation import agreement, pairing, readers, report
 from sfumato.evaluation.figures import Maker
 from sfumato.evaluation.settings import EvaluationSettings
 from sfumato.federation import mechanism_settings as of
-from sfumato.federation.local import trained_state
+from sfumato.federation.local_training import trained_state
 from sfumato.models.settings import Cosine, HashedWords, Mlp, ModelSettings
 from sfumato.privacy.settings import PrivacySettings
 from sfumato.recipe import Recipe

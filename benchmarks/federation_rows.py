@@ -17,7 +17,7 @@ import torch
 from hostile import Hostile
 
 from sfumato import building, federating
-from sfumato.federation import local, mechanisms, simulate
+from sfumato.federation import local_training, mechanisms, simulate
 from sfumato.federation import mechanism_settings as of
 from sfumato.federation.messages import State
 from sfumato.federation.policy import WITHOUT_TRUST, SitePolicy
@@ -136,7 +136,7 @@ def train(
     result = simulate.simulate(members, task, run=name, folder=folder / "server", exchange=exchange, start=start)
     seconds, processor = time.monotonic() - began, time.process_time() - processor
     model = building.build(recipe)
-    local.load_trained(model, result.state, home={})
+    local_training.load_trained(model, result.state, home={})
     promise = mechanisms.build(federation).promise(task.public)
     shutil.rmtree(folder)
     return model.eval(), {
@@ -165,8 +165,10 @@ def of_noise(model: Any, draw: int) -> Any:
     """The model with weights that say nothing: normal ones, of standard deviation 1.5, about what
     ``update_level`` leaves at 200 sites. What it reaches, chance reaches."""
     generator = torch.Generator().manual_seed(draw)
-    state = local.trained_state(model)
-    local.load_trained(model, {name: 1.5 * torch.randn(t.shape, generator=generator) for name, t in state.items()})
+    state = local_training.trained_state(model)
+    local_training.load_trained(
+        model, {name: 1.5 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
+    )
     return model.eval()
 
 

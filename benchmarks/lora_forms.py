@@ -30,14 +30,14 @@ import transformers
 from sfumato.data import prepare
 from sfumato.data.clinic import Clinic
 from sfumato.data.settings import DataSettings
-from sfumato.federation import local
+from sfumato.federation import local_training
 from sfumato.federation import mechanism_settings as of
-from sfumato.federation.local import Site
 from sfumato.federation.mechanisms import build as mechanism_of
 from sfumato.federation.mechanisms.fed_lora import noise_of_product, side_of
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.settings import FederationSettings
 from sfumato.federation.simulate import simulate, split_by_site, work_of
+from sfumato.federation.sites import Site
 from sfumato.models import model as models
 from sfumato.models.settings import Adapter, ModelSettings
 from sfumato.models.shapes import Shapes
@@ -220,7 +220,7 @@ def measured(
     result = simulate(sites, work, run=folder.name, folder=folder / "server")
     seconds = time.process_time() - began
     model = build()
-    local.load_trained(model, result.state)
+    local_training.load_trained(model, result.state)
     adapter = sum(4 * tensor.numel() for tensor in result.state.values())
     exchanged = result.bytes_up / (ROUNDS * line.sites)
     return {
@@ -240,7 +240,7 @@ def sizes_of_noise(base: Path) -> dict[str, float]:
     """Root expected squares, per number of one layer's (alpha / r) BA, of what one round's noise at EPSILON adds where the round's
     update of B was as long as its bound and A is as it began."""
     model = built(base, "a_and_b")
-    state = local.trained_state(model)
+    state = local_training.trained_state(model)
     sites = ("a", "b", "c")
     settings = FederationSettings(sites=3, rounds=ROUNDS, mechanism=mechanism(Line(name="", level="site")))
     from sfumato.federation.rounds import make_public

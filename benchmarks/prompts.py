@@ -36,14 +36,15 @@ from scipy import ndimage
 
 from sfumato.data.examples import CLOTHES, DIGITS, read_idx
 from sfumato.data.fetch import fetch
-from sfumato.federation import local, simulate
-from sfumato.federation.local import Site, load_trained
+from sfumato.federation import simulate, site_memory
+from sfumato.federation.local_training import load_trained
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.prompts import small
 from sfumato.federation.prompts.methods import PromptModel
 from sfumato.federation.prompts.settings import HOME, DpFpl, FedOTP, FedPGP, Method, PromptFL, PromptSettings
 from sfumato.federation.prompts.training import PromptSteps
 from sfumato.federation.settings import FederationSettings
+from sfumato.federation.sites import Site
 from sfumato.privacy.plan import DpSgd, NotPrivate, TrainingPlan
 from sfumato.randomness import TestRandom
 from sfumato.records import UnitTable
@@ -186,7 +187,7 @@ def federated(
         for k, site in enumerate(sites):
             for j, other in enumerate(data):
                 trained = PromptModel(model, [NAMES[c] for c in CLASSES[j]], settings)
-                load_trained(trained, result.state, home=local.kept_at_home(site))
+                load_trained(trained, result.state, home=site_memory.kept_at_home(site))
                 accuracy = trained.accuracy(*other.test, trained.cut(TestRandom(seed)))
                 (own_accuracy if j == k else others).append(accuracy)
         return float(np.mean(own_accuracy)), float(np.mean(others)), result.epsilon

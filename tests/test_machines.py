@@ -130,7 +130,7 @@ def test_a_site_with_too_few_people_says_so_and_not_how_many(make_member):
 
 
 def test_rounds_are_answered_after_join_and_begin_also_by_a_new_process(make_member, tmp_path):
-    from sfumato.federation import local
+    from sfumato.federation import local_training
     from sfumato.federation.rounds import part_of
 
     member = make_member({})
@@ -144,7 +144,7 @@ def test_rounds_are_answered_after_join_and_begin_also_by_a_new_process(make_mem
     assert code(begin(member, population)) is None
 
     site, work = member._work(RUN)
-    state = part_of(local.trained_state(work.build()), work.public, "north")
+    state = part_of(local_training.trained_state(work.build()), work.public, "north")
     told = {"recipe": hashlib.sha256(text_of().encode()).hexdigest(), "told": {}, "collecting": {}}
     first = member.answer(ask("train", tensors=state, **told))
     assert code(first) is None and set(first.tensors) == set(state) and first.values["steps"] == 1

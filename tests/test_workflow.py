@@ -529,7 +529,7 @@ FEDERATED = {
 }
 
 
-def test_a_federation_charges_each_site_and_is_not_bundled(tmp_path, own_home):
+def test_a_federation_charges_each_site_and_its_bundle_has_every_ledger(tmp_path, own_home):
     progress = Interrupt()
     answer = workflow.federate(recipe_file(tmp_path, **FEDERATED), out=tmp_path / "runs", progress=progress)
     assert answer.keys() >= {"run", "rounds", "sites", "bytes_up", "bytes_down", "quality"}
@@ -548,7 +548,12 @@ def test_a_federation_charges_each_site_and_is_not_bundled(tmp_path, own_home):
     cost = json.loads((run / "reports" / "cost.json").read_text())
     assert (cost["steps"], cost["bytes_sent"]) == (8, answer["bytes_up"] + answer["bytes_down"])
     assert len(list(own_home.rglob("account-site-*.db"))) == 2
-    assert "federated" in [reason["code"] for reason in workflow.release(run)["reasons"]]
+    (tmp_path / "policy.yaml").write_text("require_audit: false\nmax_epsilon: 100\n")
+    assert "no_audit_report" in [reason["code"] for reason in workflow.release(run)["reasons"]]
+    released = workflow.release(run, policy=tmp_path / "policy.yaml")
+    assert released["reasons"] == [] and len(list((run / "bundle" / "ledgers").iterdir())) == 2
+    result = verify.verify(run / "bundle")
+    assert result["valid"] and result["epsilon"] == pytest.approx(claim["epsilon"])
     assert Path(workflow.generate(run, texts=["left"], out=tmp_path / "drawn")["files"][0]).is_file()
     json.dumps(answer, allow_nan=False)
 

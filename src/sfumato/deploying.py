@@ -28,9 +28,9 @@ from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
-    from sfumato.federation.local import Site, Work
     from sfumato.federation.messages import Ask, Reply
     from sfumato.federation.serving import Exchange
+    from sfumato.federation.sites import Site, Work
 
 WAIT = 3600.0  # seconds that a round waits for the slowest site
 ABSENCE = 120.0  # seconds that it waits for one that is not there at all

@@ -21,10 +21,10 @@ from sfumato.stages import Progress
 from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
-    from sfumato.federation.local import Site, Work
     from sfumato.federation.mechanisms import Promise
     from sfumato.federation.serving import Exchange
     from sfumato.federation.simulate import FederationResult
+    from sfumato.federation.sites import Site, Work
 
 SERVER = "server"  # in the run's folder: the server's checkpoint and ledger
 

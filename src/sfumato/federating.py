@@ -9,7 +9,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import building, federated_reports, measuring, pretraining, prompting, stages, warm_parts, warming
+from sfumato import (
+    building,
+    federated_reports,
+    measuring,
+    pretraining,
+    prompt_quality,
+    prompting,
+    stages,
+    warm_parts,
+    warming,
+)
 from sfumato import recipe as recipes_file
 from sfumato.errors import UsageError
 from sfumato.federated_reports import SERVER, Federated
@@ -25,12 +35,12 @@ from sfumato.training.folder import RunFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.federation.local import Site, Work
     from sfumato.federation.messages import Part as MessagePart
     from sfumato.federation.messages import State
     from sfumato.federation.public import Public
     from sfumato.federation.secure.keys import Identity
     from sfumato.federation.serving import Exchange
+    from sfumato.federation.sites import Site, Work
     from sfumato.records import Record, UnitTable
     from sfumato.warm_parts import Part
 
@@ -70,7 +80,7 @@ def run(
     Raises: UsageError for what sites cannot do; PrivacyRefused if a site has no plan that can work, or if no site took part in any round.
     """
     from sfumato.federation import mechanisms
-    from sfumato.federation.local import load_trained, trained_state
+    from sfumato.federation.local_training import load_trained, trained_state
     from sfumato.federation.simulate import simulate
     from sfumato.training.interrupt import interruptible
 
@@ -135,7 +145,7 @@ def run(
         model.eval()
         stages.write_model(folder, model, recipe, prepared)
         if prompting.is_prompts(recipe):
-            prompting.write_sites(folder, recipe, result.state, _homes([s for s in members if not s.elsewhere]))
+            prompt_quality.write_sites(folder, recipe, result.state, _homes([s for s in members if not s.elsewhere]))
         federated_reports.write(run, model, seconds=seconds, processor_seconds=processor, one_process=engine is here)
     else:
         progress(f"{recipe.name}: the training is finished already")
@@ -169,7 +179,7 @@ class _Opened:
 
     def __call__(self, released: "MessagePart") -> "State | None":
         from sfumato.federation import opening
-        from sfumato.federation.local import trained_state
+        from sfumato.federation.local_training import trained_state
 
         own = [part for part in warming.parts(self._recipe) if part.name in released.tensors]
         stds = opening.noise_std(self._public, released)
@@ -218,7 +228,9 @@ class _Shown:
         self._samples = stages.samples(folder, recipe, model, prepared)
         if prompting.is_prompts(recipe):
             homes = partial(_homes, members)
-            self._quality = prompting.Watch(folder.path, recipe, prepared, homes) if recipe.evaluation.watch else None
+            self._quality = (
+                prompt_quality.Watch(folder.path, recipe, prepared, homes) if recipe.evaluation.watch else None
+            )
         else:
             self._quality = measuring.quality_watch(folder, recipe, stated, model, prepared, progress)
         if recipe.federation.patience is not None and self._quality is None:
@@ -234,7 +246,7 @@ class _Shown:
         return self._quality is not None and self._quality.picture(number, self._model)
 
     def __call__(self, result: Any, state: Any) -> str | None:
-        from sfumato.federation.local import load_trained
+        from sfumato.federation.local_training import load_trained
 
         load_trained(self._model, state, home={})
         federation = self._recipe.federation
@@ -256,7 +268,7 @@ class _Shown:
 
 def _homes(members: "Sequence[Site]") -> "dict[str, dict[str, Any]]":
     """By site, the parameters that stay at it, for its own use and for what is measured here; of one elsewhere nothing is known."""
-    from sfumato.federation.local import kept_at_home
+    from sfumato.federation.site_memory import kept_at_home
 
     return {site.name: {} if site.elsewhere else kept_at_home(site) for site in members}
 
@@ -377,7 +389,7 @@ def member(
 ) -> "Site":
     """A site with this plan. Args: records: its own, read when it releases of them. own: table, ledger, account, sign, policy,
     as `Site` has them."""
-    from sfumato.federation.local import Site
+    from sfumato.federation.sites import Site
 
     limit = stages.account_limit(recipe, plan)
     opening = warmed(plan)

@@ -34,9 +34,9 @@ from sfumato.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from sfumato.federation.deployment import Server
-    from sfumato.federation.local import Site, Work
     from sfumato.federation.messages import Ask, Reply
     from sfumato.federation.serving import Exchange
+    from sfumato.federation.sites import Site, Work
 
 JOIN, BEGIN = "join", "begin"
 IDENTITY = "identity"  # in a site's folder: its key in secure aggregation

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato import building, pretraining, prompting, releasing, warming
+from sfumato import building, pretraining, prompt_quality, prompting, releasing, warming
 from sfumato.privacy import planning
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.private_plan import PrivatePlan
@@ -49,7 +49,7 @@ def evaluate(
     from sfumato.models import model as models
 
     if prompting.is_prompts(recipe):
-        return prompting.evaluate(run, recipe, plan, prepared, progress)
+        return prompt_quality.evaluate(run, recipe, plan, prepared, progress)
     twin = None
     steps = in_steps(plan)
     if recipe.evaluation.twin and isinstance(steps, DpSgd):

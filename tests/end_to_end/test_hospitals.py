@@ -12,8 +12,8 @@ from sfumato import warming, workflow
 from sfumato.data.clinic import HOSPITALS, Clinic
 from sfumato.errors import DataError
 from sfumato.federation import simulate
-from sfumato.federation.local import Site
 from sfumato.federation.mechanism_settings import Mean, TrimmedMean
+from sfumato.federation.sites import Site
 from sfumato.privacy.ledger import show
 from sfumato.privacy.plan import DpSgd
 from sfumato.records import UnitTable

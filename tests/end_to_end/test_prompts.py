@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tests.federation.prompting import write_clip
 
-from sfumato import federating, machines, prompting, stages, workflow
+from sfumato import federating, machines, prompt_quality, prompting, stages, workflow
 from sfumato.errors import UsageError
-from sfumato.federation import keeping, local
+from sfumato.federation import keeping, site_memory
 from sfumato.privacy import ledger
 from sfumato.training.folder import RunFolder
 
@@ -71,7 +71,9 @@ def test_only_the_shared_prompt_travels_and_each_site_keeps_its_own(finished):
     from safetensors.torch import load_file
 
     assert set(load_file(finished / "model" / "prompt.safetensors")) == {"p_G"}
-    own = [load_file(folder / "prompt.safetensors") for folder in prompting.site_folders(RunFolder(finished)).values()]
+    own = [
+        load_file(folder / "prompt.safetensors") for folder in prompt_quality.site_folders(RunFolder(finished)).values()
+    ]
     kept = [keeping.read_part(finished / "sites" / f"site-{n}" / "ledger.kept").tensors["home/p_L"] for n in (1, 2, 3)]
     for prompt, at_home in zip(own, kept, strict=True):
         assert set(prompt) == {"p_G", "p_L"} and prompt["p_L"].equal(at_home) and prompt["p_G"].equal(own[0]["p_G"])
@@ -120,7 +122,7 @@ def test_what_prompts_are_not_is_said(finished, own_home, tmp_path):
         workflow.generate(finished, texts=["a nodule"], out=tmp_path)
     with pytest.raises(UsageError, match="generates nothing"):
         workflow.audit(finished)
-    assert "federated" in [reason["code"] for reason in workflow.release(finished)["reasons"]]
+    assert "prompts" in [reason["code"] for reason in workflow.release(finished)["reasons"]]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,7 +225,7 @@ def test_a_server_without_the_sites_own_parts_measures_the_shared_prompt(own_hom
         engine=lambda members, work, folder: answering,
     )
     run = Path(answer["run"])
-    assert not (run / "sites").exists() and all(local.kept_at_home(site) for site in there)
+    assert not (run / "sites").exists() and all(site_memory.kept_at_home(site) for site in there)
     for figure in figures(run):
         assert figure["value"] == pytest.approx(figure["baseline"]["shared prompt alone"])
     notes = json.loads((run / "reports" / "quality.json").read_text())["notes"]
@@ -241,5 +243,5 @@ def test_the_same_recipe_over_flower(engine, own_home, tmp_path):
     run = Path(answer["run"])
     assert [(site["rounds"], site["refused"]) for site in answer["sites"]] == [(2, 0)] * 3
     assert len(figures(run)) == 8 and answer["bytes_up"] == 2 * 3 * 4 * 8 * 4
-    for folder in prompting.site_folders(RunFolder(run)).values():
+    for folder in prompt_quality.site_folders(RunFolder(run)).values():
         assert (folder / "prompt.safetensors").is_file()

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sfumato.federation import simulate
-from sfumato.federation.local import Site
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.settings import FederationSettings
+from sfumato.federation.sites import Site
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan
 from sfumato.randomness import SecretRandom
 from sfumato.records import UnitTable

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfumato.federation import local, rounds, simulate
-from sfumato.federation.local import Site, Work
 from sfumato.federation.messages import State
+from sfumato.federation.sites import Site, Work
 from sfumato.randomness import TestRandom
 
 Engine = Callable[[Sequence[Site], Work, Path], State]

@@ -18,10 +18,10 @@ from tests.federation.test_same_round import MECHANISMS, VALUES, sites_in
 
 from sfumato.federation import local
 from sfumato.federation.deployment import Node
-from sfumato.federation.local import Site, Work
 from sfumato.federation.messages import Ask, Reply
 from sfumato.federation.processes import ended
 from sfumato.federation.secure.keys import Identity
+from sfumato.federation.sites import Site, Work
 from sfumato.privacy.plan import DpSgd, NotPrivate
 from sfumato.records import UnitTable
 

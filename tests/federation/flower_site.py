@@ -12,8 +12,8 @@ from tests.federation.conftest import Tiny, charging, work_for
 
 from sfumato.federation import local
 from sfumato.federation.deployment import Node, remembering
-from sfumato.federation.local import Site
 from sfumato.federation.processes import ended
+from sfumato.federation.sites import Site
 from sfumato.privacy.plan import DpSgd
 from sfumato.records import UnitTable
 

@@ -15,9 +15,9 @@ from tests.federation.conftest import work_for
 from tests.federation.prompting import building, model_of, sites_of, steps_of_their_own
 
 from sfumato.federation import keeping, local
-from sfumato.federation.local import Site, Work
 from sfumato.federation.messages import Ask
 from sfumato.federation.prompts.settings import DpFpl
+from sfumato.federation.sites import Site, Work
 
 METHOD = DpFpl(rank=2)
 

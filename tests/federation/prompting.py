@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfumato.federation.local import Site
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.prompts.encoders import Texts
 from sfumato.federation.prompts.methods import PromptModel
 from sfumato.federation.prompts.settings import DpFpl, FedOTP, FedPGP, PromptFL, PromptSettings
 from sfumato.federation.prompts.training import PromptSteps
+from sfumato.federation.sites import Site
 from sfumato.privacy.plan import DpSgd, NotPrivate
 from sfumato.privacy.sampling import poisson_units
 from sfumato.randomness import TestRandom

@@ -11,7 +11,7 @@ from tests.federation.conftest import Tiny, charging, work_for
 from torch import nn
 
 from sfumato.errors import UsageError
-from sfumato.federation import local, simulate
+from sfumato.federation import local, local_training, simulate, site_memory
 from sfumato.federation.mechanism_settings import Central, UpdateLevel
 from sfumato.federation.messages import Ask
 from sfumato.federation.policy import SitePolicy
@@ -20,7 +20,7 @@ from sfumato.randomness import TestRandom
 
 
 def ask_of(work, round=1, exchange=0, kind="train", **changed):
-    tensors = local.trained_state(work.build())
+    tensors = local_training.trained_state(work.build())
     values = {"recipe": work.recipe, "told": {}, "collecting": {}}
     return replace(Ask(run="r", round=round, exchange=exchange, kind=kind, tensors=tensors, values=values), **changed)
 
@@ -204,7 +204,7 @@ def test_a_part_that_nobody_else_has_stays_at_home_and_goes_on_learning(make_sit
     result = simulate.simulate(sites, work_for(sites, train_steps=steps), run="r")
     assert set(result.state) == {"line.weight", "line.bias"}
     assert result.bytes_up == 3 * 2 * 12
-    with local.Memory.of(sites[0], Ask(run="r", round=9, exchange=0, kind="train")) as memory:
+    with site_memory.Memory.of(sites[0], Ask(run="r", round=9, exchange=0, kind="train")) as memory:
         assert memory.home["ears.weight"].tolist() == [[3.0, 3.0]]
         assert memory.rounds == 3
 

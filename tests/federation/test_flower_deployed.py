@@ -19,7 +19,7 @@ from tests.federation.conftest import Tiny, charging, work_for
 from tests.federation.flower_site import ROUNDS, STEPS, members
 
 from sfumato.errors import OutsideError, UsageError
-from sfumato.federation import credentials, rounds, simulate
+from sfumato.federation import credentials, rounds, server_state, simulate
 from sfumato.federation.deployment import Node, Server
 from sfumato.federation.flower_link import Link
 from sfumato.federation.keeping import Keeper
@@ -38,13 +38,13 @@ class Deployed:
 
     def rounds(
         self, number: int | None = None, *, wait: float = 120.0, keeper: Keeper | None = None
-    ) -> rounds.ServerState:
+    ) -> server_state.ServerState:
         """The first ``number`` of them."""
         everybody = members(self.folder, len(self.sites))
         work = work_for(everybody, Tiny, charging, rounds=ROUNDS, local_steps=STEPS)
         begun = rounds.begin(work.settings, work.public, simulate.start_of(everybody, work), run="r")
 
-        def stop(server: rounds.ServerState) -> rounds.ServerState | None:
+        def stop(server: server_state.ServerState) -> server_state.ServerState | None:
             return rounds.stop(server, "enough") if server.round > number else None
 
         return serve(
@@ -241,7 +241,7 @@ def _meanwhile(what: Callable[[], bool]) -> Iterator[list[bool]]:
         thread.join()
 
 
-def _is_as_in_one_process(federation: Deployed, after: rounds.ServerState, folder: Path) -> None:
+def _is_as_in_one_process(federation: Deployed, after: server_state.ServerState, folder: Path) -> None:
     torch.testing.assert_close(after.state["line.weight"], torch.tensor([[0.5, -0.5]]) + 2 * 22 / 3, atol=1e-6, rtol=0)
     for number in range(len(federation.sites)):
         assert show(federation.site(number) / "ledger.db")["steps"] == 2 * STEPS

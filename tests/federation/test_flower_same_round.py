@@ -15,7 +15,7 @@ from tests.federation.engines import in_process
 from tests.federation.flower_cases import CASES, answering_number, case
 from tests.federation.test_same_round import MECHANISMS, VALUES, three_rounds_by_hand
 
-from sfumato.federation import credentials, local, rounds, simulate
+from sfumato.federation import credentials, rounds, server_state, simulate, site_memory
 from sfumato.federation.deployment import Server
 from sfumato.federation.processes import LOOPBACK, Child, ended, python
 from sfumato.federation.serving import serve
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = sorted(VALUES)
 
 
-def all_cases(exchange, folder: Path) -> list[rounds.ServerState]:
+def all_cases(exchange, folder: Path) -> list[server_state.ServerState]:
     after = []
     for number in range(len(CASES)):
         sites, work = case(folder, number)
@@ -37,7 +37,7 @@ def all_cases(exchange, folder: Path) -> list[rounds.ServerState]:
     return after
 
 
-def check(after: list[rounds.ServerState], folder: Path, tmp_path: Path) -> None:
+def check(after: list[server_state.ServerState], folder: Path, tmp_path: Path) -> None:
     for number, name in enumerate(CASES):
         server, wanted = after[number], MECHANISMS[name]
         assert [result.sites for result in server.results] == [tuple(NAMES)] * 3, (name, server.results)
@@ -50,7 +50,7 @@ def check(after: list[rounds.ServerState], folder: Path, tmp_path: Path) -> None
             torch.testing.assert_close(tensor, by_hand[parameter], rtol=0, atol=wanted.tolerance)
         for site, here in zip(case(folder, number)[0], sites, strict=True):
             assert site.ledger.exists() == here.ledger.exists()
-            home, alone_home = local.kept_at_home(site), local.kept_at_home(here)
+            home, alone_home = site_memory.kept_at_home(site), site_memory.kept_at_home(here)
             assert set(home) == set(alone_home) == set((wanted.settings or {}).get("home", ()))
             for parameter, tensor in home.items():
                 torch.testing.assert_close(tensor, alone_home[parameter], rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_every_mechanism_in_flowers_simulation(tmp_path, monkeypatch):
 
     folder = tmp_path / "simulated"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src"), *sys.path]))
-    after: list[rounds.ServerState] = []
+    after: list[server_state.ServerState] = []
     try:
         flower_app.simulate(
             lambda exchange: after.extend(all_cases(exchange, folder)),

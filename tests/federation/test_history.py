@@ -8,7 +8,8 @@ from tests.federation.conftest import work_for
 from sfumato.federation import history, mechanisms, simulate
 from sfumato.federation.mechanism_settings import Central, UpdateLevel
 from sfumato.federation.policy import SitePolicy
-from sfumato.federation.rounds import LeftOut, is_secret
+from sfumato.federation.rounds import is_secret
+from sfumato.federation.server_state import LeftOut
 from sfumato.federation.settings import Uniform
 from sfumato.privacy import accounting
 

@@ -3,15 +3,15 @@ import torch
 from torch import nn
 
 from sfumato.errors import LedgerError, PrivacyRefused, UsageError
-from sfumato.federation import local
+from sfumato.federation import local_training
 from sfumato.federation.policy import SitePolicy, require_permission
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import DpSgd
 
 
 def one_round(site, build, train_steps, steps=2, state=None):
-    state = local.trained_state(build()) if state is None else state
-    return local.train_round(site, state, build=build, train_steps=train_steps, steps=steps, run="r")
+    state = local_training.trained_state(build()) if state is None else state
+    return local_training.train_round(site, state, build=build, train_steps=train_steps, steps=steps, run="r")
 
 
 def test_only_the_difference_of_trained_parameters_leaves_the_site(make_site, build, train_steps):
@@ -37,7 +37,7 @@ def test_a_round_charges_its_steps_and_the_next_one_goes_on_from_there(make_site
 
 
 def test_the_global_state_is_not_changed(make_site, build, train_steps):
-    state = local.trained_state(build())
+    state = local_training.trained_state(build())
     before = {name: tensor.clone() for name, tensor in state.items()}
     one_round(make_site("a", 2.0), build, train_steps, state=state)
     assert all(state[name].equal(before[name]) for name in state)
@@ -117,7 +117,7 @@ def test_what_is_not_protected_must_not_change(make_site, build, train_steps, na
 
 
 def test_another_model_than_the_global_one_is_refused(make_site, build, train_steps):
-    state = local.trained_state(nn.Linear(2, 1))
+    state = local_training.trained_state(nn.Linear(2, 1))
     with pytest.raises(UsageError, match="trained parameters"):
         one_round(make_site("a", 1.0), build, train_steps, state=state)
-    assert local.trained_state(build())["line.weight"].shape == (1, 2)
+    assert local_training.trained_state(build())["line.weight"].shape == (1, 2)

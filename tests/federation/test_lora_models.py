@@ -17,11 +17,11 @@ from tests.models import small_checkpoints as small
 
 from sfumato import workflow
 from sfumato.errors import UsageError
-from sfumato.federation import local
+from sfumato.federation import local_training
 from sfumato.federation import mechanism_settings as of
-from sfumato.federation.local import Site
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.simulate import simulate
+from sfumato.federation.sites import Site
 from sfumato.models import model as models
 from sfumato.models import pretrained
 from sfumato.models.families.adapter import FILE, fingerprint
@@ -121,11 +121,13 @@ def test_a_text_without_a_conversation_is_learnt_whole_and_a_long_one_is_cut(fol
 def test_a_draw_of_nobody_is_a_step_of_noise(folder):
     """Chi-square on the sum of squares: false-alarm probability 1e-6."""
     model = built(folder)
-    table, before = model.encode(records(persons=5)), local.trained_state(model)
+    table, before = model.encode(records(persons=5)), local_training.trained_state(model)
     kind = {"unit": "person", "records_per_unit": 2, "max_grad_norm": 0.1}
     plan = DpSgd(population=5, expected_batch_size=1e-9, steps=1, noise_multiplier=2.0, delta=1e-2, **kind)
     LocalTraining(SETTINGS, PerformanceSettings(), TestRandom(0))(model, table, plan, None, steps=1, first_step=0)
-    moved = torch.cat([(t - before[name]).flatten() for name, t in local.trained_state(model).items()]).double()
+    moved = torch.cat(
+        [(t - before[name]).flatten() for name, t in local_training.trained_state(model).items()]
+    ).double()
     statistic = float((moved * 1e-9 / 0.5).square().sum()) / (2.0 * 0.1) ** 2
     assert chi2.ppf(5e-7, len(moved)) < statistic < chi2.ppf(1 - 5e-7, len(moved))
 
@@ -133,7 +135,7 @@ def test_a_draw_of_nobody_is_a_step_of_noise(folder):
 @pytest.mark.parametrize("trained", ["a_and_b", "b"])
 def test_the_adapter_alone_is_trained_and_a_is_the_same_everywhere(folder, trained):
     one, other = built(folder, trained), built(folder, trained)
-    state = local.trained_state(one)
+    state = local_training.trained_state(one)
     sides = {"lora_A", "lora_B"} if trained == "a_and_b" else {"lora_B"}
     assert {part for name in state for part in name.split(".") if part.startswith("lora_")} == sides
     assert set(one.state_dict()) == {n for n, _ in one.named_parameters() if "lora_" in n}
@@ -196,13 +198,13 @@ def test_a_private_step_is_that_of_the_slow_loop_over_persons(folder, trained):
     table = model.encode(records(persons=5))
     everybody = table.batch(range(5), records_per_unit=2)
     expected = clipped_sum(per_unit_gradients(model, model.losses, everybody), bound) / 5
-    before = torch.cat([t.flatten() for t in local.trained_state(model).values()])
+    before = torch.cat([t.flatten() for t in local_training.trained_state(model).values()])
     plan = DpSgd(
         population=5, expected_batch_size=5, steps=1, noise_multiplier=0.0, delta=1e-2, max_grad_norm=bound, unit="person",
         records_per_unit=2,
     )  # fmt: skip
     LocalTraining(SETTINGS, PerformanceSettings(), TestRandom(0))(model, table, plan, None, steps=1, first_step=0)
-    after = torch.cat([t.flatten() for t in local.trained_state(model).values()])
+    after = torch.cat([t.flatten() for t in local_training.trained_state(model).values()])
     torch.testing.assert_close((before - after).double() / 0.5, expected, rtol=1e-3, atol=1e-6)
     assert float(expected.norm()) <= bound
 
@@ -217,7 +219,9 @@ def test_fedprox_pulls_the_adapter_back_to_where_the_round_began(folder):
         LocalTraining(SETTINGS, PerformanceSettings(), TestRandom(0), proximal=mu)(
             model, table, plan, None, steps=steps, first_step=0
         )
-        return torch.cat([t.flatten() for t in local.trained_state(model).values()])  # B begins at 0, so this is w - w0
+        return torch.cat(
+            [t.flatten() for t in local_training.trained_state(model).values()]
+        )  # B begins at 0, so this is w - w0
 
     one, two, pulled = moved(0.0, 1), moved(0.0, 2), moved(0.7, 2)
     torch.testing.assert_close(pulled, two - 0.5 * 0.7 * one, rtol=1e-4, atol=1e-7)
@@ -234,7 +238,7 @@ def test_three_forms_send_adapters_alone_and_spend_what_they_say(form, folder, t
     build: Any = partial(built, folder, trained)
     steps = LocalTraining(SETTINGS, PerformanceSettings(), TestRandom(0), proximal=0.01)
     work = work_for(sites, build, steps, mechanism=mechanism, rounds=2, local_steps=2, random=lambda: TestRandom(5))
-    begun = local.trained_state(build())
+    begun = local_training.trained_state(build())
     result = simulate(sites, work, run="r", chance=TestRandom(0))
     assert [len(round.sites) for round in result.rounds] == [2, 2]
     adapter = 4 * sum(tensor.numel() for tensor in begun.values())
@@ -248,7 +252,7 @@ def test_three_forms_send_adapters_alone_and_spend_what_they_say(form, folder, t
     else:
         assert result.epsilon is not None and 7.99 < result.epsilon <= 8.0
     model = build()
-    local.load_trained(model, result.state)
+    local_training.load_trained(model, result.state)
     before = dict(build().named_parameters())
     assert all(
         torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name not in result.state

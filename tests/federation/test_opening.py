@@ -10,14 +10,14 @@ from tests.federation.conftest import Tiny, charging
 from tests.federation.making import public as make_public
 
 from sfumato.errors import UsageError
-from sfumato.federation import history, local, mechanisms, opening, rounds, simulate
+from sfumato.federation import history, local, mechanisms, opening, rounds, server_state, simulate
 from sfumato.federation.keeping import Keeper
-from sfumato.federation.local import Site
 from sfumato.federation.mechanism_settings import Mean, TrimmedMean, UpdateLevel
 from sfumato.federation.messages import Ask, Part, Reply
 from sfumato.federation.opening import Released
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.settings import FederationSettings
+from sfumato.federation.sites import Site
 from sfumato.privacy.ledger import show
 from sfumato.privacy.plan import DpSgd
 from sfumato.privacy.warm_planning import in_steps, warmed, with_warm_start
@@ -42,7 +42,7 @@ def announced(releases=PART):
     )  # fmt: skip
 
 
-def begin(releases=PART, **settings) -> rounds.ServerState:
+def begin(releases=PART, **settings) -> server_state.ServerState:
     wanted = FederationSettings(**{"sites": 3, "rounds": 3, **settings})
     return rounds.begin(wanted, announced(releases), START, run="r", recipe="f" * 64)
 
@@ -133,7 +133,7 @@ def test_a_site_that_lies_within_the_bound_has_its_own_weight_and_no_more():
     assert float(moved) <= POPULATIONS["a"] / 600 * (1 + 0.1 * math.sqrt(5)) + 1e-9
 
 
-def directions(factor: float, robust: bool = True) -> rounds.ServerState:
+def directions(factor: float, robust: bool = True) -> server_state.ServerState:
     """Four sites of unlike people: what they have in common, and as much of their own; site d sends ``factor`` times that."""
     generator = torch.Generator().manual_seed(2)
     part = {"mean": Released(shape=(5,), noise_std=0.001)}

@@ -7,13 +7,13 @@ import torch
 from tests.federation.prompting import METHODS, free_plan, model_of, plan_of, table_of
 
 from sfumato.errors import UsageError
-from sfumato.federation import local, simulate
-from sfumato.federation.local import Site
+from sfumato.federation import local, simulate, site_memory
 from sfumato.federation.messages import Ask
 from sfumato.federation.policy import SitePolicy
 from sfumato.federation.prompts.settings import HOME, DpFpl, PromptFL
 from sfumato.federation.prompts.training import PromptSteps
 from sfumato.federation.settings import FederationSettings
+from sfumato.federation.sites import Site
 from sfumato.privacy import accounting
 from sfumato.privacy.events import Event
 from sfumato.privacy.ledger import show
@@ -60,7 +60,7 @@ def test_the_shared_prompt_alone_travels_and_the_rest_goes_on_at_home(method, tm
         replies = here(asked)
         for message in (*asked.values(), *replies.values()):
             seen.update(message.tensors)
-        kept.append(local.kept_at_home(sites[0]))
+        kept.append(site_memory.kept_at_home(sites[0]))
         return replies
 
     result = simulate.simulate(sites, work, run="r", chance=TestRandom(0), exchange=exchange)
@@ -69,7 +69,7 @@ def test_the_shared_prompt_alone_travels_and_the_rest_goes_on_at_home(method, tm
     assert all(set(home) == own for home in kept) and len(kept) == 3
     for name in own:  # it moves from round to round, at each site its own way
         assert not torch.equal(kept[0][name], kept[1][name]) and not torch.equal(kept[1][name], kept[2][name])
-        assert not torch.equal(kept[2][name], local.kept_at_home(sites[1])[name])
+        assert not torch.equal(kept[2][name], site_memory.kept_at_home(sites[1])[name])
     assert result.bytes_up == 3 * 3 * model_of(method).p_G.numel() * 8
 
 
@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_at_home(tmp_path):
             result = simulate.simulate(
                 sites, work, run="r", folder=folder / "server", resume=True, chance=TestRandom(0)
             )
-        states.append((result.state["p_G"], local.kept_at_home(sites[2])["p_L"]))
+        states.append((result.state["p_G"], site_memory.kept_at_home(sites[2])["p_L"]))
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other)
 

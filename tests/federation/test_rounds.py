@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chi2
 
 from sfumato.errors import UsageError
-from sfumato.federation import rounds
+from sfumato.federation import rounds, server_state
 from sfumato.federation.keeping import Keeper
 from sfumato.federation.mechanism_settings import Central, Distributed, Median, TrimmedMean
 from sfumato.federation.messages import Part, Refusal, Reply
@@ -22,7 +22,7 @@ POPULATIONS = {"a": 100, "b": 300, "c": 100}
 START = {"w": torch.zeros(2), "ears": torch.zeros(3)}
 
 
-def begin(held=HELD, start=START, **settings) -> rounds.ServerState:
+def begin(held=HELD, start=START, **settings) -> server_state.ServerState:
     wanted = FederationSettings(**{"sites": 3, "rounds": 4, **settings})
     public = rounds.make_public(wanted, POPULATIONS, held)
     return rounds.begin(wanted, public, start, run="r", recipe="f" * 64)
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_the_state(tmp_path):
     Keeper(tmp_path).keep(server)
     back = Keeper(tmp_path).load(server.settings, server.public, recipe=server.recipe)
     assert back is not None
-    a, b = rounds.to_part(server), rounds.to_part(back)
+    a, b = server_state.to_part(server), server_state.to_part(back)
     assert a.values == b.values and set(a.tensors) == set(b.tensors)
     assert all(a.tensors[name].equal(b.tensors[name]) for name in a.tensors)
     assert "optimizer/m/w" in a.tensors and json.dumps(dict(a.values))

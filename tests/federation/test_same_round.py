@@ -15,8 +15,7 @@ from tests.federation.conftest import Tiny, charging, work_for
 from tests.federation.engines import ENGINES
 from tests.federation.secure_rounds import Sites
 
-from sfumato.federation import local
-from sfumato.federation.local import Work
+from sfumato.federation import local_training, site_memory
 from sfumato.federation.mechanism_settings import (
     Central,
     Distributed,
@@ -32,6 +31,7 @@ from sfumato.federation.policy import SitePolicy
 from sfumato.federation.prompts.settings import DpFpl, FedPGP
 from sfumato.federation.secure.keys import Identity
 from sfumato.federation.settings import Momentum
+from sfumato.federation.sites import Work
 from sfumato.privacy.plan import DpSgd
 from sfumato.randomness import TestRandom
 
@@ -134,7 +134,7 @@ def three_rounds_by_hand(sites, case: Case) -> State:
     """McMahan's algorithm on this trainer: every local step adds the site's mean; the weighted mean of the differences."""
     if case.prompt is not None:
         return {"p_G": prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)[0]}
-    state = local.trained_state(case.build())
+    state = local_training.trained_state(case.build())
     momentum, before = (case.settings or {}).get("server"), torch.zeros(1, 2)
     equal = (case.settings or {}).get("weights") == "equal"
     weights = {name: 1 if equal else units for name, units in UNITS.items()}
@@ -197,7 +197,7 @@ def test_what_stays_at_home_is_the_same_by_every_engine(name, engine, make_site,
     _, homes = prompting.rounds_by_hand(sites, case.prompt, rounds=3, steps=2)
     assert set(found) == {"p_G"}
     for site in sites:
-        kept = local.kept_at_home(site)
+        kept = site_memory.kept_at_home(site)
         assert set(kept) == set(case.settings["home"])
         for parameter, tensor in kept.items():
             torch.testing.assert_close(tensor, homes[site.name][parameter], rtol=0, atol=case.tolerance)

@@ -50,9 +50,14 @@ def plans_of(privacy, populations):
     return plans
 
 
-def test_a_delta_that_is_too_large_for_a_site_is_refused():
-    with pytest.raises(PrivacyRefused, match=r"delta = 0\.0001 · must be below 1/N = 8\.33e-05"):
-        plans_of(PrivacySettings(epsilon=8.0, delta=1e-4), {"large": 12_000, "small": 800})
+@pytest.mark.parametrize("delta", [1e-3, 8e-5])
+def test_a_delta_that_is_too_large_for_all_units_together_is_refused(delta):
+    """The second would do for each site alone: 1/12,000 is 8.3e-5."""
+    with pytest.raises(
+        PrivacyRefused, match=r"must be below 1/N = 7\.81e-05, of the 12800 records of all sites"
+    ) as refused:
+        plans_of(PrivacySettings(epsilon=8.0, delta=delta), {"large": 12_000, "small": 800})
+    assert refused.value.code == "delta_too_large"
 
 
 def test_a_refusal_says_whose_plan_it_is():

@@ -7,8 +7,8 @@ import torch
 from tests.federation.conftest import work_for
 from torch import nn
 
-from sfumato.federation.local import Site
 from sfumato.federation.simulate import simulate
+from sfumato.federation.sites import Site
 from sfumato.privacy.engine import make_engine
 from sfumato.privacy.plan import DpSgd
 from sfumato.records import UnitTable

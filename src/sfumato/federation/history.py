@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from sfumato.federation.local import Site
 from sfumato.federation.mechanisms import Promise
 from sfumato.federation.public import Public
-from sfumato.federation.rounds import RoundResult, is_secret
+from sfumato.federation.rounds import is_secret
+from sfumato.federation.server_state import RoundResult
+from sfumato.federation.sites import Site
 from sfumato.privacy import accounting
 from sfumato.privacy.events import Event
 from sfumato.privacy.plan import DpSgd, SiteUpdates

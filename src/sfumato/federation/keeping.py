@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.errors import OutsideError, UsageError
-from sfumato.federation import rounds
+from sfumato.federation import server_state
 from sfumato.federation.messages import Json, Part
 from sfumato.federation.public import Public
-from sfumato.federation.rounds import ServerState
+from sfumato.federation.server_state import ServerState
 from sfumato.federation.settings import FederationSettings
 
 FORMAT = "sfumato-kept/1"
@@ -71,11 +71,15 @@ class Keeper:
         return self.folder / "server.safetensors"
 
     def keep(self, server: ServerState) -> None:
-        write_part(self.path, rounds.to_part(server))
+        write_part(self.path, server_state.to_part(server))
 
     def load(self, settings: FederationSettings, public: Public, *, recipe: str = "") -> ServerState | None:
         """None where nothing was kept. Raises UsageError for a checkpoint of another federation."""
-        return rounds.from_part(read_part(self.path), settings, public, recipe=recipe) if self.path.exists() else None
+        return (
+            server_state.from_part(read_part(self.path), settings, public, recipe=recipe)
+            if self.path.exists()
+            else None
+        )
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from sfumato.errors import LedgerError
 from sfumato.federation import mechanisms, rounds
 from sfumato.federation.keeping import Keeper
 from sfumato.federation.messages import Ask, Reply
-from sfumato.federation.rounds import ServerState
+from sfumato.federation.server_state import ServerState
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.plan import SiteUpdates
 from sfumato.randomness import Random, SecretRandom

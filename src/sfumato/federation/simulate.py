@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import checks
 from sfumato.errors import UsageError
-from sfumato.federation import local, mechanisms, opening, rounds
+from sfumato.federation import local, local_training, mechanisms, opening, rounds, server_state
 from sfumato.federation.keeping import Keeper
-from sfumato.federation.local import Site, TrainSteps, Work
 from sfumato.federation.messages import Ask, Part, Refusal, Reply, State
 from sfumato.federation.opening import Released
 from sfumato.federation.public import Public
-from sfumato.federation.rounds import RoundResult, ServerState
+from sfumato.federation.server_state import RoundResult, ServerState
 from sfumato.federation.serving import Exchange, serve
 from sfumato.federation.settings import FederationSettings
+from sfumato.federation.sites import Site, TrainSteps, Work
 from sfumato.privacy import accounting
 from sfumato.privacy.accounting import Adjacency
 from sfumato.privacy.events import Event
@@ -198,10 +198,10 @@ def exchange_here(sites: Sequence[Site], work: Work) -> Exchange:
 
 def start_of(sites: Sequence[Site], work: Work) -> "dict[str, Tensor]":
     """The trained parameters of every kind of model that the sites have, as they are built."""
-    state = dict(local.trained_state(work.build()))
+    state = dict(local_training.trained_state(work.build()))
     for site in sites:
         if site.build is not None:
-            state |= local.trained_state(site.build())
+            state |= local_training.trained_state(site.build())
     return state
 
 
@@ -230,7 +230,7 @@ def public_of(sites: Sequence[Site], settings: FederationSettings, build: "Calla
 
 
 def _shapes(build: "Callable[[], nn.Module]") -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in local.trained_state(build()).items()}
+    return {name: tuple(tensor.shape) for name, tensor in local_training.trained_state(build()).items()}
 
 
 def work_of(
@@ -343,7 +343,7 @@ def _site_result(
         epsilon = value if value is None or math.isfinite(value) else None
         if promise.trains == "private":
             before = site.opening.events() if site.opening is not None else ()
-            steps = local.steps_of(site.plan, sum(event.count for event in events if event not in before))
+            steps = local_training.steps_of(site.plan, sum(event.count for event in events if event not in before))
     elif of_server is not None:
         epsilon, delta = of_server["epsilon"], of_server["delta"]
     return SiteResult(
@@ -353,7 +353,7 @@ def _site_result(
         delta=delta,
         rounds=taken,
         steps=steps,
-        refused=rounds.refusals(server, site.name),
+        refused=server_state.refusals(server, site.name),
     )
 
 

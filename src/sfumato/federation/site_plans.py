@@ -31,11 +31,17 @@ def site_plans(
       populations: of every site, as `site_plan` has it.
       expected_batch_size: of all sites together.
       released: by site, how many numbers it releases before the first round.
-    Raises: as `site_plan`.
+    Raises: as `site_plan`; PrivacyRefused for a delta that would allow to give away one of all units.
     """
     total = sum(populations.values())
     if privacy.delta == "auto":
         privacy = replace(privacy, delta=automatic_delta(max(total, 3)))
+    elif privacy.mechanism != "none" and privacy.delta >= 1 / total:
+        raise PrivacyRefused(
+            f"delta = {privacy.delta:g} · must be below 1/N = {1 / total:.3g}, of the {total} {privacy.unit}s of all sites",
+            next=f"Set privacy.delta: auto, which is {automatic_delta(max(total, 3)):.2g}.",
+            code="delta_too_large",
+        )
     plans = {}
     for name, population in populations.items():
         try:

@@ -2,7 +2,7 @@
 
 The claim is in ``protocol.py``. What this file adds: terms are made by each side from the settings that it has itself, and from
 the ask's run and round, so that a server cannot say other terms than the recipe's; a round has one attempt, because a site's
-answers only go forward; private keys lie in what the site keeps (``local.Memory``), which is written before a reply is sent.
+answers only go forward; private keys lie in what the site keeps (``site_memory.Memory``), which is written before a reply is sent.
 """
 
 from collections.abc import Callable, Mapping
