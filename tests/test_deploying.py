@@ -16,6 +16,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'sfumato[
 
 import psutil
 
+from sfumato.errors import UsageError
 from sfumato.federation.processes import status
 from sfumato.privacy.ledger import show
 
@@ -174,3 +175,19 @@ def test_server_and_sites_by_their_own_verbs_as_administrators_start_them(starte
         os.kill(site.process.pid, signal.SIGTERM)
         site.process.wait(30)
     assert not any(psutil.pid_exists(pid) for pid in family)
+
+
+def test_a_site_whose_records_are_not_there_says_so_before_it_asks(tmp_path):
+    from sfumato import workflow
+
+    for name in ("policy.yaml", "authority.pem"):
+        (tmp_path / name).write_text("max_epsilon: 8\n")
+    with pytest.raises(UsageError, match="gone · is not there"):
+        workflow.federate_site(
+            policy=tmp_path / "policy.yaml",
+            data=tmp_path / "gone",
+            server="127.0.0.1:9443",
+            authority=tmp_path / "authority.pem",
+            folder=tmp_path / "site",
+        )
+    assert not (tmp_path / "site").exists()

@@ -508,7 +508,11 @@ def test_an_unfinished_run_is_told_to_be_resumed(finished, tmp_path):
     for verb in (workflow.evaluate, workflow.audit, workflow.release):
         with pytest.raises(UsageError, match="its training is not finished") as caught:
             verb(run)
-        assert "--resume" in caught.value.next
+        assert "sfumato train ... --resume" in caught.value.next
+    (Path(run) / "server").mkdir()  # as a federation has one
+    with pytest.raises(UsageError) as caught:
+        workflow.audit(run)
+    assert "sfumato federate ... --resume" in caught.value.next
 
 
 def test_runs_are_listed_with_their_state(finished):

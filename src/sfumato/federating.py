@@ -441,6 +441,7 @@ def _answer(folder: RunFolder, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": str(folder.path),
         "rounds": sum(1 for one in report["rounds"] if one["round"]),
+        "discarded": [one["round"] for one in report["rounds"] if one.get("discarded")],
         "sites": [
             {**site, "refused": None if site["refused"] is None else len(site["refused"])} for site in report["sites"]
         ],

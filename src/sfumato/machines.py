@@ -242,6 +242,8 @@ def take_part(
         raise UsageError(
             f"authority = {authority} · is no file", next="Ask the server's administrator for authority.pem."
         )
+    if data is not None and not Path(data).exists():
+        raise UsageError(f"data = {data} · is not there", next="Give the folder of this site's records.")
     os.umask(0o077)
     make_key(folder)
     told = Status(folder, what="site", server=server)

@@ -12,6 +12,7 @@ from sfumato import building, pretraining, prompt_quality, prompting, releasing,
 from sfumato.privacy import planning
 from sfumato.privacy.plan import DpSgd, NotPrivate, PrivacyPlan, TrainingPlan
 from sfumato.privacy.private_plan import PrivatePlan
+from sfumato.privacy.site_updates import SiteUpdates
 from sfumato.privacy.warm_planning import in_steps
 from sfumato.recipe import Recipe
 from sfumato.reports import Guarantee, QualityReport, to_dict
@@ -37,6 +38,7 @@ def quality_watch(
         recipe.evaluation,
         progress,
         private=isinstance(plan, PrivatePlan),
+        of_sites=isinstance(plan, SiteUpdates),
     )
 
 

@@ -250,8 +250,9 @@ def _opened(run: Path | str) -> tuple[RunFolder, Recipe, PrivacyPlan]:
     """A finished run with its recipe and plan."""
     found = folders.existing(run)
     if not found.finished:
+        verb = "federate" if (found.path / federating.SERVER).is_dir() else "train"
         raise UsageError(
-            f"run = {found.path} · its training is not finished", next="Run `sfumato train ... --resume` first."
+            f"run = {found.path} · its training is not finished", next=f"Run `sfumato {verb} ... --resume` first."
         )
     return found, recipes_file.load(found.path / "resolved.yaml"), stages.plan_of(found)
 

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from sfumato import errors
-from sfumato.cli.answer import failure_of, to_json, wants_json
+from sfumato.cli.answer import failure_of, print_failure, to_json, wants_json
 
 KNOWN = [
     (errors.UsageError("steps = 0 · must be > 0", next="Give more."), 2, "usage"),
@@ -50,6 +50,12 @@ def test_a_refusal_tells_every_reason():
     told = failure_of(errors.PrivacyRefused("no", refusals=refusals), []).as_dict()
     assert told["refusals"] == refusals
     assert told["reasons"] == refusals
+
+
+def test_a_refusal_that_says_no_next_step_has_no_empty_line_for_one(capsys):
+    refusals = [{"code": "a", "message": "m", "next": ""}, {"code": "b", "message": "m2", "next": "n2"}]
+    print_failure(failure_of(errors.PrivacyRefused("no", refusals=refusals), []), as_json=False)
+    assert capsys.readouterr().err.splitlines() == ["sfumato: no", "  - m", "  - m2", "    next: n2"]
 
 
 def test_a_mistake_of_ours_leaves_a_report_to_send(monkeypatch, tmp_path):

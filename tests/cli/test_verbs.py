@@ -127,6 +127,8 @@ def test_federate(workflow, sfu):
     ((_, _, named),) = workflow.asked
     assert (named["sites"], named["rounds"], named["engine"]) == (3, 3, "simulation")
     assert "north" in sfu("federate", "clinic").out
+    workflow.answers["federate"]["discarded"] = [1]
+    assert "3 · discarded: 1" in sfu("federate", "clinic").out
     assert sfu("federate", "clinic", "--engine", "deployment").code == 0
     assert workflow.asked[-1][2]["engine"] == "deployment"
     assert sfu("federate", "clinic", "--engine", "carrier-pigeons").code == 2
@@ -262,7 +264,7 @@ def test_verify_of_what_is_no_bundle_fails_with_a_code(tmp_path, sfu):
     assert ran.code == 4
     assert ran.json["valid"] is False
     assert any(not check["ok"] for check in ran.json["checks"])
-    assert "NOT VALID" in sfu("verify", str(tmp_path / "bundle")).out
+    assert "NOT VALID\nnext: Do not use this bundle" in sfu("verify", str(tmp_path / "bundle")).out
 
 
 def test_ledger_show_and_verify_of_a_real_ledger(tmp_path, sfu):
@@ -372,3 +374,21 @@ def test_data_clear_removes_the_cache_and_not_the_account(tmp_path, sfu):
     assert (ran.code, ran.json["removed"], ran.json["bytes"]) == (0, ["records-x-y"], 7)
     assert not cache.exists()
     assert (tmp_path / ".sfumato" / "account.db").is_file()
+
+
+def test_the_ledgers_of_a_federation_are_named_where_its_run_is_given(tmp_path, sfu):
+    from sfumato.privacy.ledger import Ledger
+    from sfumato.privacy.plan import DpSgd
+
+    plan = DpSgd(population=1_000, expected_batch_size=50, steps=4, noise_multiplier=1.0, delta=1e-5)
+    for site in ("site-2", "site-10"):
+        (tmp_path / "sites" / site).mkdir(parents=True)
+        Ledger.open(tmp_path / "sites" / site / "ledger.db", run="x", plan=plan).close()
+    ran = sfu("ledger", "show", str(tmp_path))
+    assert ran.code == 2
+    assert "each of its 2 sites has a ledger" in ran.err and f"such as {tmp_path / 'sites' / 'site-2'}" in ran.err
+    assert sfu("ledger", "show", str(tmp_path / "sites" / "site-2")).code == 0
+    (tmp_path / "server").mkdir()
+    Ledger.open(tmp_path / "server" / "ledger.db", run="x", plan=plan).close()
+    (tmp_path / "sites").rename(tmp_path / "gone")
+    assert "epsilon" in sfu("ledger", "show", str(tmp_path)).out  # of a server that adds the noise

@@ -36,6 +36,11 @@ def test_kappa_of_a_reading_that_never_changes_shows_nothing():
     assert agreement.kappa(["none", "some"] * 5, ["none"] * 10)[0] == 0
 
 
+def test_a_kappa_of_zero_has_no_crumbs_of_rounding():
+    first = [value for value, count in (("a", 12), ("b", 18), ("c", 10)) for _ in range(count)]
+    assert agreement.kappa(first, ["a"] * 40) == (0, 0, 0)
+
+
 def test_the_kappa_interval_covers_the_truth():
     """True kappa .5 (two equal classes, 75 % agreement); 200 repetitions at 95 %: under 176 hits has probability < 1e-4."""
     rng = np.random.default_rng(1)

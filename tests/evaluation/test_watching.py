@@ -141,3 +141,11 @@ def test_a_torn_line_is_left_out_and_nothing_public_is_nothing_watched(tmp_path,
     QualityWatch(tmp_path / "x", model, [], (), EvaluationSettings(), print, private=True).picture(1, model)
     assert not (tmp_path / "x").exists()
     assert note([]) == "" and history(tmp_path / "x") == []
+
+
+def test_where_whole_sites_are_noised_the_advice_is_about_sites(watch, model):
+    quality, said = watch(of_sites=True)
+    quality.picture(1, model)
+    spoil(model)
+    quality.picture(2, model)
+    assert len(said) == 1 and "record_level" in said[0] and "learning_rate" not in said[0]

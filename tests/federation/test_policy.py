@@ -57,6 +57,7 @@ def test_what_is_no_policy_is_refused_by_its_path(tmp_path, text, words):
     with pytest.raises(UsageError) as refused:
         policy.load(write(tmp_path, text))
     assert words in str(refused.value)
+    assert "__" not in str(refused.value)  # what is known are the keys of a policy
 
 
 def test_a_missing_policy_is_refused(tmp_path):

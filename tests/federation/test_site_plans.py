@@ -60,6 +60,12 @@ def test_a_delta_that_is_too_large_for_all_units_together_is_refused(delta):
     assert refused.value.code == "delta_too_large"
 
 
+def test_a_refusal_says_whose_plan_it_is():
+    with pytest.raises(PrivacyRefused, match="site small: population = 64 persons") as refused:
+        plans_of(PrivacySettings(unit="person", epsilon=8.0), {"large": 12_000, "small": 64})
+    assert refused.value.refusals[0]["message"] == refused.value.message
+
+
 @pytest.mark.parametrize(("bands", "local_steps"), [(4, 6), (8, 4)])
 def test_a_round_that_would_end_within_a_cycle_of_correlated_noise_is_not_planned(bands, local_steps):
     settings, sizes = PrivacySettings(epsilon=8.0, bands=bands), {"expected_batch_size": 20, "population": 2000}

@@ -216,7 +216,37 @@ def test_a_federation_shows_each_sites_epsilon_and_not_its_losses_in_public(
     path = run / "reports/federation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "unit": "site", "trust": "central: the server"}))
     for edition in (False, True):
-        assert "Who is trusted: central: the server." in words(page.render(run, public=edition))
+        text = words(page.render(run, public=edition))
+        assert "Who is trusted: central: the server." in text
+        assert "Refused Units" in text  # a site's row has its units, not a number of sites
+
+
+@pytest.mark.parametrize(
+    ("adjacency", "neighbours", "lead"),
+    [
+        ("add_or_remove", "one person is added or removed", "Whether or not any one person took part"),
+        ("zero_out", "one person gives its data, or none", "Whether or not any one person took part"),
+        (
+            "replace_one",
+            "the data of one person are replaced by any others",
+            "Whatever the data of any one person were",
+        ),
+    ],
+)
+def test_neighbours_are_said_in_words(adjacency: str, neighbours: str, lead: str, run: Path) -> None:
+    path = run / "reports/privacy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adjacency": adjacency}))
+    text = words(page.render(run))
+    assert neighbours in text and lead in text and "_one" not in text and "zero_out" not in text
+
+
+def test_long_labels_of_a_scale_stand_beside_its_name_and_rounds_are_whole() -> None:
+    drawn = charts.looks([[0, 978.913], [1, 978.4], [2, 978.21]], unit="round")
+    ends = [float(x) for x in re.findall(r'class="tick end" x="([^"]+)"', drawn)]
+    labels = re.findall(r'class="tick end"[^>]*>([^<]+)<', drawn)
+    assert max(map(len, labels)) >= 5
+    assert all(x - 7 * len(label) > 20 for x, label in zip(ends, labels, strict=True))  # the name is at 13, turned
+    assert re.findall(r'class="tick middle"[^>]*>([^<]+)<', drawn) == ["0", "1", "2"]
 
 
 def test_a_federation_is_told_round_by_round(make_run: Callable[..., Path], tmp_path: Path) -> None:

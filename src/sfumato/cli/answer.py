@@ -154,7 +154,8 @@ def print_failure(failure: Failure, *, as_json: bool) -> None:
     for refusal in failure.more.get("refusals", []):
         if refusal["message"] != failure.message:
             print(f"  - {refusal['message']}", file=sys.stderr)
-            print(f"    next: {refusal['next']}", file=sys.stderr)
+            if refusal["next"]:
+                print(f"    next: {refusal['next']}", file=sys.stderr)
     if failure.next:
         print(f"next: {failure.next}", file=sys.stderr)
 

@@ -213,13 +213,18 @@ def _named(sites: list[str]) -> dict[str, Path]:
     return named
 
 
+def _rounds(result: dict[str, Any]) -> str:
+    discarded = ", ".join(map(str, result.get("discarded", ())))
+    return f"{result['rounds']}" + (f" · discarded: {discarded}" if discarded else "")
+
+
 def _words(result: dict[str, Any]) -> str:
     sites = [(site["name"], site.get("epsilon"), site.get("rounds"), site.get("refused")) for site in result["sites"]]
     parts = [
         words.pairs(
             [
                 ("run", result["run"]),
-                ("rounds", result["rounds"]),
+                ("rounds", _rounds(result)),
                 ("bytes up", result.get("bytes_up")),
                 ("bytes down", result.get("bytes_down")),
             ]

@@ -7,6 +7,7 @@ import typer
 
 from sfumato.cli import words
 from sfumato.cli.answer import Answer, Verb
+from sfumato.errors import UsageError
 
 app = typer.Typer(rich_markup_mode=None, help="Shows and checks what was spent.")
 Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger or an account (.db), or a run's folder.")]
@@ -56,7 +57,16 @@ def verify(
 
 
 def _file(path: Path) -> Path:
-    return path / "ledger.db" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    sites = sorted(path.glob("sites/*/ledger.db"), key=lambda site: (len(site.parent.name), site.parent.name))
+    if sites and not (path / "ledger.db").exists():
+        raise UsageError(
+            f"ledger = {path} · is a federation's run: each of its {len(sites)} sites has a ledger",
+            next=f"Give one of them, such as {sites[0].parent}.",
+        )
+    server = path / "server" / "ledger.db"  # of a federation whose server adds the noise
+    return server if server.exists() and not (path / "ledger.db").exists() else path / "ledger.db"
 
 
 def _words(result: dict[str, Any]) -> str:

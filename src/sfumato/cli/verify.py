@@ -23,11 +23,16 @@ def verify(
     Example:
       sfumato verify runs/clinic/last/bundle --key signer.pub.pem
     """
+    from sfumato.release.verify import AGAIN
     from sfumato.release.verify import verify as check
 
     result = check(bundle, key_file=key)
     rows = [("ok" if item["ok"] else "FAILED", item["name"], item["detail"]) for item in result["checks"]]
-    verdict = f"valid · ({result['epsilon']:.4g}, {result['delta']:.3g})-DP" if result["valid"] else "NOT VALID"
+    if result["valid"]:
+        verdict = f"valid · ({result['epsilon']:.4g}, {result['delta']:.3g})-DP"
+    else:
+        wrong = next(item for item in result["checks"] if not item["ok"])
+        verdict = f"NOT VALID\nnext: {wrong.get('next', AGAIN)}"
     return Answer(
         result, words.table(("", "check", "detail"), rows) + f"\n\n{verdict}", exit_code=0 if result["valid"] else 4
     )

@@ -127,4 +127,5 @@ def _kappa_of_tables(tables: np.ndarray, size: int) -> np.ndarray:
     shares = tables.reshape(-1, size, size) / tables.sum(1)[:, None, None]
     observed = np.trace(shares, axis1=1, axis2=2)
     expected = (shares.sum(2) * shares.sum(1)).sum(1)
-    return np.where(expected < 1 - 1e-12, (observed - expected) / np.maximum(1 - expected, 1e-12), 0.0)
+    kappas = np.where(expected < 1 - 1e-12, (observed - expected) / np.maximum(1 - expected, 1e-12), 0.0)
+    return np.round(kappas, 12)  # what is left of 0 by rounding is 0

@@ -52,6 +52,7 @@ class QualityWatch:
       names: of the known facts.
       say: gets a line where quality falls.
       private: of the training: what a rise may mean, and what covers the lines.
+      of_sites: the noise is on updates of whole sites, not in the steps.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class QualityWatch:
         say: Callable[[str], None],
         *,
         private: bool,
+        of_sites: bool = False,
         seed: int = 0,
     ) -> None:
         self._file, self._checkpoints = folder / FILE, folder / "checkpoints"
-        self._say, self._private, self._seed = say, private, seed
+        self._say, self._private, self._of_sites, self._seed = say, private, of_sites, seed
         learnt, _ = report.halves(public, seed)
         self._table = model.encode(learnt[:RECORDS]) if learnt else None
         self._best: np.ndarray | None = None  # the losses of the best weights, one a record
@@ -141,6 +143,11 @@ class QualityWatch:
 
     def _advice(self) -> str:
         kept = "The weights before it are in checkpoints/best."
+        if self._of_sites:
+            return (
+                "Noise on the updates of whole sites now moves the weights more than what the sites say: more sites, fewer rounds, or "
+                f"protect records (federation.mechanism: {{kind: record_level}}). {kept}"
+            )
         if self._private:
             return (
                 "Noise now moves the weights more than what they learn: lower training.learning_rate, raise training.ema_decay "

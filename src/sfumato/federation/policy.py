@@ -15,7 +15,7 @@ A policy is a YAML file at the site (``load``), read by nobody else:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -97,11 +97,12 @@ def from_mapping(values: Any) -> SitePolicy:
 
     if not isinstance(values, Mapping):
         raise UsageError(f"policy = {type(values).__name__} · must be a mapping", next="See docs/federation.md.")
-    unknown = [key for key in values if key not in SitePolicy.__dataclass_fields__]
+    known = [field.name for field in fields(SitePolicy)]
+    unknown = [key for key in values if key not in known]
     if unknown:
         raise UsageError(
             f"policy.{unknown[0]} · is not a key of a policy",
-            next=f"Known: {', '.join(SitePolicy.__dataclass_fields__)}.",
+            next=f"Known: {', '.join(known)}.",
             code="unknown_key",
         )
     try:

@@ -42,16 +42,25 @@ def site_plans(
             next=f"Set privacy.delta: auto, which is {automatic_delta(max(total, 3)):.2g}.",
             code="delta_too_large",
         )
-    return {
-        name: site_plan(
-            privacy,
-            federation,
-            expected_batch_size=max(1.0, expected_batch_size * population / total),
-            population=population,
-            released=None if released is None else released[name],
-        )
-        for name, population in populations.items()
-    }
+    plans = {}
+    for name, population in populations.items():
+        try:
+            plans[name] = site_plan(
+                privacy,
+                federation,
+                expected_batch_size=max(1.0, expected_batch_size * population / total),
+                population=population,
+                released=None if released is None else released[name],
+            )
+        except PrivacyRefused as refused:
+            raise _of_site(name, refused) from None
+    return plans
+
+
+def _of_site(name: str, refused: PrivacyRefused) -> PrivacyRefused:
+    """The same refusal, saying whose plan it is: numbers of a site are not those of the recipe."""
+    every = [{**one, "message": f"site {name}: {one['message']}"} for one in refused.refusals]
+    return PrivacyRefused(f"site {name}: {refused.message}", next=refused.next, code=refused.code, refusals=every)
 
 
 def site_plan(

@@ -24,7 +24,7 @@ SEEN = ("encoders.text", "encoders.image", "decoders.text", "decoders.image", "r
 
 
 def hospitals() -> Recipe:
-    """Four hospitals of very different patients, (8, 1/(N ln N))-DP per patient at each of them, N its own number.
+    """Four hospitals of very different patients, (8, 1/(N ln N))-DP per patient at each of them, N the number of all.
 
     A text, an image and an audio encoder around one latent, and a generator of all three that they share. Before the first
     round each hospital releases noisy sums of its films and sounds, once, with most of its guarantee; the rounds begin at what

@@ -23,7 +23,7 @@ HEARTS = Classes(
 
 
 def prompts() -> Recipe:
-    """Three hospitals learn a prompt by DP-FPL, (2, 1/(N ln N))-DP per patient at each of them; a minute or two on one core.
+    """Three hospitals learn a prompt by DP-FPL, (2, 1/(N ln N))-DP per patient at each of them, N of all; a minute or two on one core.
 
     The district hospital tells kinds of findings apart, the lung clinic zones, the heart centre hearts and effusions. The
     encoders are small, trained on public films and histories, and frozen; give a CLIP checkpoint instead by

@@ -10,7 +10,7 @@ from typing import Any
 
 from sfumato.errors import VerificationFailed
 from sfumato.release import templates
-from sfumato.release.wording import bound, number
+from sfumato.release.wording import bound, neighbours, number
 
 TABLE_START, TABLE_END = "<!-- figures -->", "<!-- /figures -->"
 SITES_START, SITES_END = "<!-- sites -->", "<!-- /sites -->"
@@ -32,6 +32,7 @@ def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
         card=reports["provenance.json"].get("data_card") or {},
         code=reports["provenance.json"].get("code") or {},
         claim=claim(privacy),
+        neighbours=neighbours(one_line(privacy.get("adjacency")), one_line(privacy.get("unit"))),
         one_line=one_line,
     )
 
@@ -94,12 +95,17 @@ def figures_table(quality: Mapping[str, Any]) -> str:
 
 def sites_table(privacy: Mapping[str, Any]) -> str:
     """What every site of a federation has spent, as a Markdown table between two marks."""
-    lines = [SITES_START, f"| site | {one_line(privacy.get('unit'))}s | ε spent | its ledger |", "|---|---|---|---|"]
+    unit = one_line(privacy.get("unit"))
+    counted = unit != "site"  # where a whole site is the unit, the number of them stands in every row alike
+    lines = [
+        SITES_START,
+        f"| site |{f' {unit}s |' if counted else ''} ε spent | its ledger |",
+        "|---" * (3 + counted) + "|",
+    ]
     for site in privacy.get("sites") or []:
         spent = bound(site["epsilon"]) if site["epsilon"] is not None else "nothing"
-        lines.append(
-            f"| {one_line(site['name'])} | {site['population']:,} | {spent} | {one_line(site['ledger'] or 'none')} |"
-        )
+        size = f" {site['population']:,} |" if counted else ""
+        lines.append(f"| {one_line(site['name'])} |{size} {spent} | {one_line(site['ledger'] or 'none')} |")
     return "\n".join([*lines, SITES_END])
 
 

@@ -18,7 +18,7 @@ def trajectory(points: Sequence[Point], *, budget: float | None, planned_steps: 
     steps = max([planned_steps or 0, *(int(p[0]) for p in points), 1])
     top = 1.12 * max([budget or 0.0, *(p[1] for p in points), 1e-9])
     frame = _Frame((0, steps), (0, top))
-    marks = [frame.axes(_ticks(0, steps), _ticks(0, top), "step", "ε spent so far")]
+    marks = [frame.axes(_ticks(0, steps, whole=True), _ticks(0, top), "step", "ε spent so far")]
     if budget is not None:
         y = frame.y(budget)
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -38,8 +38,9 @@ def looks(points: Sequence[Point], *, unit: str = "step") -> str:
     losses = [p[1] for p in points]
     room = 0.08 * (max(losses) - min(losses)) or 0.1 * abs(losses[0]) or 1.0
     bottom, top = min(losses) - room, max(losses) + room
-    frame = _Frame((0, points[-1][0]), (bottom, top))
-    marks = [frame.axes(_ticks(0, points[-1][0]), _ticks(bottom, top), unit, "loss on public records")]
+    ticks = _ticks(bottom, top)
+    frame = _Frame((0, points[-1][0]), (bottom, top), left=_room_for(ticks))
+    marks = [frame.axes(_ticks(0, points[-1][0], whole=True), ticks, unit, "loss on public records")]
     marks.append(frame.line([(p[0], p[1]) for p in points], "line"))
     lowest = min(points, key=lambda p: p[1])
     marks.append(frame.dot(lowest[0], lowest[1], "dot"))
@@ -68,11 +69,12 @@ def balance(
     room = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
     bottom, top = min(values) - room, max(values) + room
     right = 1.06 * max(p[0] for p in points) or 1.0
-    frame = _Frame((0, right), (bottom, top), top=TOP + 38)
-    marks = [frame.axes(_ticks(0, right), _ticks(bottom, top), privacy, quality)]
+    ticks = _ticks(bottom, top)
+    frame = _Frame((0, right), (bottom, top), top=TOP + 38, left=_room_for(ticks))
+    marks = [frame.axes(_ticks(0, right), ticks, privacy, quality)]
     above = frame.top - 10
-    marks.append(_text((LEFT + WIDTH - RIGHT) / 2, TOP - 2, cost, "label middle"))
-    marks.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{frame.top}" y2="{frame.top}"/>')
+    marks.append(_text((frame.left + WIDTH - RIGHT) / 2, TOP - 2, cost, "label middle"))
+    marks.append(f'<line class="axis" x1="{frame.left}" x2="{WIDTH - RIGHT}" y1="{frame.top}" y2="{frame.top}"/>')
     taken = -math.inf
     for spent, _, _, _, paid in points:  # those labels that have room
         if frame.x(spent) - taken >= 46:
@@ -172,11 +174,11 @@ def bar(value: float, limit: float) -> str:
 class _Frame:
     """Data coordinates to drawing coordinates."""
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], top: float = TOP) -> None:
-        self.xs, self.ys, self.top = xs, ys, top
+    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], top: float = TOP, left: float = LEFT) -> None:
+        self.xs, self.ys, self.top, self.left = xs, ys, top, left
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT)
+        return self.left + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - self.top - BOTTOM)
@@ -192,26 +194,33 @@ class _Frame:
         marks: list[str] = []
         for value, label in ys:
             y = f"{self.y(value):.1f}"
-            marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-            marks.append(_text(LEFT - 8, self.y(value) + 4, label, "tick end"))
+            marks.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            marks.append(_text(self.left - 8, self.y(value) + 4, label, "tick end"))
         for value, label in xs:
             marks.append(_text(self.x(value), HEIGHT - BOTTOM + 18, label, "tick middle"))
         marks.append(
-            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<line class="axis" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
         )
-        marks.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "label middle"))
+        marks.append(_text((self.left + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "label middle"))
         turn = f"translate(13 {(self.top + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)"
         marks.append(f'<text class="label middle" transform="{turn}">{escape(y_label)}</text>')
         return "".join(marks)
 
 
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About five round numbers."""
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:
+    """About five round numbers; of things that are counted, whole ones."""
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    if whole:
+        step = max(1, math.ceil(step))
     first = math.ceil(low / step)
     return [(index * step, f"{index * step:.6g}") for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _room_for(ticks: Sequence[tuple[float, str]]) -> float:
+    """The left margin in which the labels stand beside the name of the scale: 7.5 is the width of a digit, 28 that of the name."""
+    return max(LEFT, 28 + 7.5 * max((len(label) for _, label in ticks), default=0))
 
 
 def _power(power: int) -> str:

@@ -38,6 +38,7 @@ _CLAIMS = {  # what a recipe's mechanism may be called in its claim
     "mean_embedding": ("mean_embedding", "composition"),
     "codebook": ("composition",),
 }
+AGAIN = "Do not use this bundle; ask its signer for it again."
 PRIVACY_KEYS = (
     "definition",
     "epsilon",
@@ -89,7 +90,7 @@ def require_valid(result: Mapping[str, Any]) -> None:
         if not check["ok"]:
             raise VerificationFailed(
                 f"{check['name']} · {check['detail']}",
-                next=check.get("next", "Do not use this bundle; ask for it again."),
+                next=check.get("next", AGAIN),
                 code=check.get("code", VerificationFailed.code),
             )
 
@@ -560,4 +561,4 @@ def _number(value: Any) -> bool:
 
 
 def _failed(detail: str) -> VerificationFailed:
-    return VerificationFailed(detail, next="Do not use this bundle; ask its signer for it again.")
+    return VerificationFailed(detail, next=AGAIN)

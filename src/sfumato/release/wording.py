@@ -35,6 +35,15 @@ def figure(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) and -1 <= value <= 1 else number(value)
 
 
+def neighbours(adjacency: Any, unit: str) -> str:
+    """What two data sets differ in that the guarantee cannot tell apart."""
+    return {
+        "add_or_remove": f"one {unit} is added or removed",
+        "replace_one": f"the data of one {unit} are replaced by any others",
+        "zero_out": f"one {unit} gives its data, or none",
+    }.get(str(adjacency), str(adjacency))
+
+
 def count(value: Any) -> str:
     """A whole number with thin spaces between thousands, as tables have it."""
     return (
