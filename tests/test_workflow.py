@@ -577,6 +577,18 @@ def test_a_federation_whose_server_sees_sums_only(tmp_path, own_home):
     assert len(list(own_home.rglob("identity-site-*/signing-key.pem"))) == 3
 
 
+def test_a_federation_with_two_guarantees_states_both(tmp_path, own_home):
+    mechanism = {"kind": "local_and_global", "noise_multiplier": 8.0, "server_noise_multiplier": 6.0}
+    federation = {**FEDERATED["federation"], "mechanism": mechanism}
+    privacy = {"mechanism": "none", "epsilon": None, "noise_multiplier": None}
+    recipe = recipe_file(tmp_path, **{**FEDERATED, "federation": federation, "privacy": privacy})
+    run = Path(workflow.federate(recipe, out=tmp_path / "runs")["run"])
+    claim = json.loads((run / "reports" / "privacy.json").read_text())
+    readers = show(run / "server" / "ledger.db")["epsilon"]
+    assert 0 < readers < claim["epsilon"] == pytest.approx(show(run / "sites" / "site-1" / "ledger.db")["epsilon"])
+    assert any(f"if the server is trusted: ({readers:.4g}, 1e-05)" in sentence for sentence in claim["boundary"])
+
+
 def test_a_federation_of_nobody_is_refused_with_every_sites_reason(tmp_path, own_home):
     recipe = recipe_file(tmp_path, **{**FEDERATED, "privacy": {"mechanism": "none"}})
     with pytest.raises(PrivacyRefused, match="none of them took part") as caught:

@@ -192,11 +192,25 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
                 if counted
                 else []
             ),
+            *_of_readers(run),
             *_not_known_of_other_runs(run.members),
         ],
         trust_model=promise.trust,
         composed_with=_other_runs(run.members),
     )
+
+
+def _of_readers(run: Federated) -> list[str]:
+    """Where the server adds noise to what is private already: what readers of the model alone are promised besides."""
+    plan = run.promise.at_server
+    path = run.folder.path / SERVER / "ledger.db"
+    if plan is None or not path.is_file():
+        return []
+    epsilon = accounting.epsilon(_events_in(path), plan.delta, adjacency=plan.adjacency)
+    return [
+        f"The claim is against everybody, the server too. Readers of the model who see nothing else are promised more, if the server is "
+        f"trusted: ({epsilon:.4g}, {plan.delta:.3g}), by both noises and the server's ledger, which is not in a bundle."
+    ]
 
 
 def gather(run: Federated, exchange: "Exchange", progress: Progress) -> None:

@@ -73,6 +73,30 @@ def test_a_server_that_is_killed_in_a_round_resumes_with_the_next_one(three, tmp
     torch.testing.assert_close(server.state["line.weight"], torch.tensor([[0.5, -0.5]]) + 3 * 4.0)
 
 
+def test_a_round_that_was_told_is_kept_even_if_the_server_dies_while_it_is_looked_at(three, tmp_path):
+    """Pictures and a loss after a round take seconds, and the line about it has been read by then."""
+    work = work_for(three, mechanism=NOISE, rounds=3, weights="equal")
+
+    def dies(result, state):
+        if result.round == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        simulate.simulate(three, work, run="r", folder=tmp_path / "server", chance=TestRandom(0), on_round=dies)
+    rest = simulate.simulate(three, work, run="r", folder=tmp_path / "server", chance=TestRandom(0), resume=True)
+    assert [bool(r.discarded) for r in rest.rounds] == [False] * 3
+    assert show(tmp_path / "server" / "ledger.db")["steps"] == 3
+
+
+def test_a_stop_that_a_look_asked_for_is_kept_too(three, tmp_path):
+    work = work_for(three, mechanism=NOISE, rounds=3, weights="equal")
+    told = simulate.simulate(
+        three, work, run="r", folder=tmp_path / "server", chance=TestRandom(0), on_round=lambda *_: "enough"
+    )
+    again = simulate.simulate(three, work, run="r", folder=tmp_path / "server", chance=TestRandom(0), resume=True)
+    assert (told.stopped, again.stopped, len(again.rounds)) == ("enough", "enough", 1)
+
+
 def test_resumed_without_an_accident_is_as_if_it_had_not_stopped(three, tmp_path, make_site):
     work = work_for(three, mechanism=NOISE, rounds=3)
     pauses = iter([False, True])

@@ -62,10 +62,13 @@ def serve(
         began = time.monotonic()
         replies = exchange(asked)
         server = rounds.receive(server, replies, chance, seconds=time.monotonic() - began)
-        if server.open is None and on_round is not None:
-            server = on_round(server) or server
         if keeper is not None:
-            keeper.keep(server)
+            keeper.keep(server)  # before anybody is told of the round: a kill while it is looked at must not lose it
+        changed = on_round(server) if server.open is None and on_round is not None else None
+        if changed is not None:
+            server = changed
+            if keeper is not None:
+                keeper.keep(server)
     return server
 
 
