@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import SfumatoError, VerificationFailed
+from sfumato.errors import SfumatoError
 from sfumato.release.keys import PublicKey
+from sfumato.release.refusing import failed
 
 if TYPE_CHECKING:
     from sfumato.privacy.accounting import Event
@@ -53,13 +54,13 @@ def read(file: str, text: bytes, trusted: Mapping[str, PublicKey], *, site: str 
         exported = ledger.read_jsonl(text.decode("utf-8"))
         signer = exported.signer(trusted)  # none in bundles of older versions
     except (SfumatoError, ValueError, RecursionError) as error:
-        raise _failed(f"{file}: {str(error)[:300]}") from None
+        raise failed(f"{file}: {str(error)[:300]}") from None
     if not isinstance(exported.plan, PrivatePlan):
-        raise _failed(f"{file} was kept under no private plan")
+        raise failed(f"{file} was kept under no private plan")
     if not exported.events or len(exported.events) > MAX_EVENTS:
-        raise _failed(f"{file} has {len(exported.events)} kinds of events; between 1 and {MAX_EVENTS} were expected")
+        raise failed(f"{file} has {len(exported.events)} kinds of events; between 1 and {MAX_EVENTS} were expected")
     if site and signer is None:
-        raise _failed(f"{file}: nobody signed the ledger of site {site[:60]!a}")
+        raise failed(f"{file}: nobody signed the ledger of site {site[:60]!a}")
     return Kept(
         file=file,
         site=site,
@@ -87,12 +88,12 @@ def check(kept: Kept, claim: Mapping[str, Any], privacy: Mapping[str, Any]) -> i
     allowed, spent = plan.allowance(), charged(kept)
     for event, count in spent.items():
         if event not in allowed:
-            raise _failed(f"{kept.where}an event of the ledger is not one of its plan")
+            raise failed(f"{kept.where}an event of the ledger is not one of its plan")
         if count > allowed[event]:
-            raise _failed(f"{kept.where}the ledger charges {count} events, its plan allows {allowed[event]}")
+            raise failed(f"{kept.where}the ledger charges {count} events, its plan allows {allowed[event]}")
     missing = [] if kept.site else plan.not_charged(kept.events)  # a site may have been silent when the others released
     if missing:
-        raise _failed(f"released, but not in the ledger: {', '.join(missing[:5])}")
+        raise failed(f"released, but not in the ledger: {', '.join(missing[:5])}")
     return sum(spent.values())
 
 
@@ -102,9 +103,9 @@ def check_sites(kept: Sequence[Kept], rows: Sequence[Mapping[str, Any]], privacy
     seen: dict[str, str] = {}
     for one in kept:
         if seen.setdefault(one.ledger, one.file) != one.file:
-            raise _failed(f"{one.where}is the same ledger as {seen[one.ledger]}: every site has its own")
+            raise failed(f"{one.where}is the same ledger as {seen[one.ledger]}: every site has its own")
         if one.run != kept[0].run:
-            raise _failed(f"{one.where}is of run {one.run[:60]!a}, {kept[0].file} of {kept[0].run[:60]!a}")
+            raise failed(f"{one.where}is of run {one.run[:60]!a}, {kept[0].file} of {kept[0].run[:60]!a}")
     if privacy["unit"] != "site":
         return same("population", privacy.get("population"), sum(row["population"] for row in rows))
     same("population", privacy.get("population"), kept[0].plan.population)
@@ -124,7 +125,7 @@ def check_steps(kept: Sequence[Kept], trained: Any) -> None:
     most = sum(stage.bands * events for stage, events in steps)
     if type(trained) is not int or trained > most:
         events = sum(events for _, events in steps)
-        raise _failed(f"{str(trained)[:40]} steps were trained, the ledger charges {events} events")
+        raise failed(f"{str(trained)[:40]} steps were trained, the ledger charges {events} events")
 
 
 def charged(kept: Kept) -> "dict[Event, int]":
@@ -135,28 +136,28 @@ def charged(kept: Kept) -> "dict[Event, int]":
 def check_rows(rows: Any, files: Sequence[str], epsilon: float) -> None:
     """Raises VerificationFailed unless every site has a row, every ledger is of one of them, and the claim is the largest."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(ROW) for row in rows):
-        raise _failed(f"privacy.json: each of the sites must have {', '.join(ROW)}")
+        raise failed(f"privacy.json: each of the sites must have {', '.join(ROW)}")
     for row in rows:
         if not (row["key"] is None or (isinstance(row["key"], str) and _HEX64.fullmatch(row["key"]))):
-            raise _failed("privacy.json: the key of a site must be 64 lower-case hexadecimal digits, or null")
+            raise failed("privacy.json: the key of a site must be 64 lower-case hexadecimal digits, or null")
         if (
             not isinstance(row["name"], str)
             or not 0 < len(row["name"]) <= 200
             or not isinstance(row["mechanism"], dict)
         ):
-            raise _failed("privacy.json: a site must have a name and a mechanism")
+            raise failed("privacy.json: a site must have a name and a mechanism")
         if type(row["population"]) is not int or not 0 < row["population"] < 2**53:
-            raise _failed(f"privacy.json: population of site {row['name'][:60]!a} must be a whole number > 0")
+            raise failed(f"privacy.json: population of site {row['name'][:60]!a} must be a whole number > 0")
         spent = type(row["epsilon"]) in (int, float) and 0 < row["epsilon"] <= epsilon
         if not (spent and isinstance(row["ledger"], str)) and not (row["epsilon"] is None and row["ledger"] is None):
-            raise _failed(
+            raise failed(
                 f"privacy.json: site {row['name'][:60]!a} must have an epsilon of at most the claim and a ledger, or neither"
             )
     names, found = [row["name"] for row in rows], [row["ledger"] for row in rows if row["ledger"] is not None]
     if len(set(names)) < len(names) or sorted(found) != sorted(files):
-        raise _failed("privacy.json: every site must have its own name, and its own ledger among the files")
+        raise failed("privacy.json: every site must have its own name, and its own ledger among the files")
     if rows and max((row["epsilon"] or 0.0) for row in rows) != epsilon:
-        raise _failed("privacy.json: the claim is not the largest epsilon of its sites")
+        raise failed("privacy.json: the claim is not the largest epsilon of its sites")
 
 
 def key_of(row: Mapping[str, Any]) -> PublicKey | None:
@@ -170,8 +171,4 @@ def stages(plan: Any) -> Sequence[Any]:
 
 def same(key: str, claimed: Any, kept: Any) -> None:
     if claimed != kept or isinstance(claimed, bool) != isinstance(kept, bool):
-        raise _failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {str(kept)[:40]}")
-
-
-def _failed(detail: str) -> VerificationFailed:
-    return VerificationFailed(detail, next="Do not use this bundle; ask its signer for it again.")
+        raise failed(f"{key}: the claim says {str(claimed)[:40]}, the ledger {str(kept)[:40]}")

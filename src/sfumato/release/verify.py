@@ -14,16 +14,26 @@ conformance tests and audits are for.
 
 import hashlib
 import math
-import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import SfumatoError, UsageError, VerificationFailed
-from sfumato.release import boundary, canonical, card, keys, ledgers, manifest, provenance, recomputed, tensors
+from sfumato.release import (
+    boundary,
+    canonical,
+    card,
+    claims,
+    keys,
+    ledgers,
+    manifest,
+    provenance,
+    recomputed,
+    tensors,
+)
 from sfumato.release.keys import PublicKey
 from sfumato.release.manifest import FileEntry
+from sfumato.release.refusing import AGAIN, failed, number
 
 if TYPE_CHECKING:
     from sfumato.release.ledgers import Kept
@@ -31,14 +41,6 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-6  # of epsilon: the grids of two versions of the accountant may differ in the last digits
 MAX_CLAIM = 1_000.0  # of epsilon; larger claims say nothing, and recomputing them costs much memory
 
-_OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "gaussian"}  # what dp_sgd may have
-_CLAIMS = {  # what a recipe's mechanism may be called in its claim
-    "dp_sgd": ("dp_sgd",),
-    "latents": ("latent_release", "composition"),
-    "mean_embedding": ("mean_embedding", "composition"),
-    "codebook": ("composition",),
-}
-AGAIN = "Do not use this bundle; ask its signer for it again."
 PRIVACY_KEYS = (
     "definition",
     "epsilon",
@@ -152,10 +154,10 @@ class _Bundle:
         self.recomputed: tuple[float | None, float | None] = (None, None)
 
     def layout(self) -> str:
-        self.found = _walk(self.folder)
+        self.found = plain_files.walk(self.folder)
         for name in (manifest.MANIFEST, manifest.SIGNATURE):
             if name not in self.found:
-                raise _failed(f"{name} is not there")
+                raise failed(f"{name} is not there")
             del self.found[name]
         for name in self.found:
             manifest.check_name(name)
@@ -163,8 +165,8 @@ class _Bundle:
         return f"{len(self.found) + 2} plain files, no links"
 
     def signature(self) -> str:
-        self.manifest_bytes = _read(self.folder, manifest.MANIFEST, manifest.MAX_MANIFEST)
-        signature = _read(self.folder, manifest.SIGNATURE, manifest.MAX_SIGNATURE)
+        self.manifest_bytes = plain_files.read(self.folder, manifest.MANIFEST, manifest.MAX_MANIFEST)
+        signature = plain_files.read(self.folder, manifest.SIGNATURE, manifest.MAX_SIGNATURE)
         self.signer = manifest.check_signature(self.manifest_bytes, signature, self.trusted).id
         return f"Ed25519 by key {self.signer}"
 
@@ -172,26 +174,26 @@ class _Bundle:
         self.listed = manifest.read(self.manifest_bytes)
         extra, missing = sorted(set(self.found) - set(self.listed)), sorted(set(self.listed) - set(self.found))
         if extra or missing:
-            raise _failed(
+            raise failed(
                 f"not in the manifest: {', '.join(extra[:5]) or 'none'}; missing: {', '.join(missing[:5]) or 'none'}"
             )
         for name, entry in self.listed.items():
             if self.found[name] != entry.size:
-                raise _failed(f"{name} has {self.found[name]} bytes, the manifest says {entry.size}")
+                raise failed(f"{name} has {self.found[name]} bytes, the manifest says {entry.size}")
         for name, entry in self.listed.items():
             if name.endswith(".safetensors"):
                 sha256 = self._read_weights(name, entry.size)
             else:
-                self.text[name] = _read(self.folder, name, entry.size)
+                self.text[name] = plain_files.read(self.folder, name, entry.size)
                 sha256 = hashlib.sha256(self.text[name]).hexdigest()
             if sha256 != entry.sha256:
-                raise _failed(f"{name} is not the file that was signed")
+                raise failed(f"{name} is not the file that was signed")
         return f"{len(self.listed)} files have the signed sizes and SHA-256"
 
     def _read_weights(self, name: str, size: int) -> str:
         """Hashes a file of weights and reads its header in the same reading."""
         digest = hashlib.sha256()
-        with _open(self.folder, name) as file:
+        with plain_files.open_plain(self.folder, name) as file:
             first = file.read(8)
             digest.update(first)
             length = tensors.header_length(first, name)
@@ -202,7 +204,7 @@ class _Bundle:
                 digest.update(part)
                 data += len(part)
                 if data > size:
-                    raise _failed(f"{name} grew while it was read")
+                    raise failed(f"{name} grew while it was read")
         self.weights[name] = tensors.read_header(header, data, name)
         return digest.hexdigest()
 
@@ -211,18 +213,18 @@ class _Bundle:
         privacy = self.json["privacy.json"]
         unknown = [key[:80] for key in privacy if key not in PRIVACY_KEYS]
         if unknown:
-            raise _failed(f"privacy.json: unknown entries {', '.join(map(ascii, unknown[:5]))}")
+            raise failed(f"privacy.json: unknown entries {', '.join(map(ascii, unknown[:5]))}")
         for key in ("mechanism", "accountants", "taint"):
             if not isinstance(privacy.get(key), dict):
-                raise _failed(f"privacy.json: {key} must be an object")
+                raise failed(f"privacy.json: {key} must be an object")
         for key in ("epsilon", "delta"):
-            if not _number(privacy.get(key)) or not privacy[key] > 0:
-                raise _failed(f"privacy.json: {key} = {str(privacy.get(key))[:40]} must be a number > 0")
+            if not number(privacy.get(key)) or not privacy[key] > 0:
+                raise failed(f"privacy.json: {key} = {str(privacy.get(key))[:40]} must be a number > 0")
         for key in ("boundary", "not_promised"):
             if not isinstance(privacy.get(key), list) or not all(isinstance(item, str) for item in privacy[key]):
-                raise _failed(f"privacy.json: {key} must be a list of sentences")
+                raise failed(f"privacy.json: {key} must be a list of sentences")
         if privacy["delta"] >= 1 or privacy["epsilon"] > MAX_CLAIM:
-            raise _failed("privacy.json: the claim is void (delta >= 1, or epsilon too large to mean anything)")
+            raise failed("privacy.json: the claim is void (delta >= 1, or epsilon too large to mean anything)")
         ledgers.check_rows(
             privacy.get("sites", []),
             [name for name in self.listed if name.startswith(ledgers.SITES)],
@@ -231,29 +233,29 @@ class _Bundle:
         provenance_json = self.json["provenance.json"]
         for key in ("recipe", "code", "dependencies"):
             if not isinstance(provenance_json.get(key), dict):
-                raise _failed(f"provenance.json: {key} must be an object")
+                raise failed(f"provenance.json: {key} must be an object")
         return f"{len(self.json)} reports are plain JSON with the entries they need"
 
     def release_marker(self) -> str:
         privacy = self.json["privacy.json"]
         if privacy.get("not_for_release") != "":
-            raise _failed(f"NOT FOR RELEASE: {str(privacy.get('not_for_release'))[:200]}")
+            raise failed(f"NOT FOR RELEASE: {str(privacy.get('not_for_release'))[:200]}")
         if privacy.get("definition") != "(epsilon, delta)-DP":
-            raise _failed(f"definition = {str(privacy.get('definition'))[:60]!r}: there is no guarantee to verify")
+            raise failed(f"definition = {str(privacy.get('definition'))[:60]!r}: there is no guarantee to verify")
         return "not marked as unfit for release"
 
     def taint(self) -> str:
         found = {name: self.weights.get(name) for name in self.listed if name.startswith(manifest.MODEL)}
         wrong = provenance.taint_problems(self.json["privacy.json"]["taint"], found)
         if wrong:
-            raise _failed("; ".join(wrong[:5]))
+            raise failed("; ".join(wrong[:5]))
         count = sum(len(names) for names in found.values() if names is not None)
         return f"all {count} tensors are listed as dp-sgd, released, public or constant"
 
     def what_leaves(self) -> str:
         wrong = boundary.problems(self.json)
         if wrong:
-            raise _failed("; ".join(wrong[:5]))
+            raise failed("; ".join(wrong[:5]))
         return "no internal figure, no outcome of an attack on members"
 
     def plan(self) -> str:
@@ -263,28 +265,28 @@ class _Bundle:
         if privacy["mechanism"].get("name") == "site_updates":
             return self._plan_of_updates(recipe)
         if not isinstance(asked, dict) or asked.get("mechanism", "none") == "none":
-            raise _failed("provenance.json: the recipe has no private mechanism")
+            raise failed("provenance.json: the recipe has no private mechanism")
         for key in ("unit", "records_per_unit", "adjacency"):
             if asked.get(key) != privacy.get(key):
-                raise _failed(
+                raise failed(
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
-        mechanism = _training_of(privacy["mechanism"], asked)
-        if mechanism.get("name") not in _CLAIMS.get(str(asked["mechanism"]), ()):
-            raise _failed(
+        mechanism = claims.training_of(privacy["mechanism"], asked)
+        if mechanism.get("name") not in claims.CLAIMS.get(str(asked["mechanism"]), ()):
+            raise failed(
                 f"mechanism: the recipe says {str(asked['mechanism'])[:40]!r}, the claim {str(mechanism.get('name'))[:40]!r}"
             )
-        for key, nothing in _OF_STEPS.items() if mechanism.get("name") == "dp_sgd" else ():
+        for key, nothing in claims.OF_STEPS.items() if mechanism.get("name") == "dp_sgd" else ():
             wanted, claimed = asked.get(key, nothing), mechanism.get(key, nothing)
             if wanted != claimed:
-                raise _failed(f"{key}: the recipe says {str(wanted)[:60]!r}, the claim {str(claimed)[:60]!r}")
-        if _parts(asked) != _parts(mechanism):
-            raise _failed(
-                f"parts: the recipe says {str(_parts(asked))[:60]!r}, the claim {str(_parts(mechanism))[:60]!r}"
+                raise failed(f"{key}: the recipe says {str(wanted)[:60]!r}, the claim {str(claimed)[:60]!r}")
+        if claims.parts(asked) != claims.parts(mechanism):
+            raise failed(
+                f"parts: the recipe says {str(claims.parts(asked))[:60]!r}, the claim {str(claims.parts(mechanism))[:60]!r}"
             )
         target = asked.get("epsilon")
-        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
-            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
+        if target is not None and not (number(target) and privacy["epsilon"] <= target + TOLERANCE):
+            raise failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
         self._check_public(recipe)
         return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
 
@@ -293,23 +295,23 @@ class _Bundle:
         privacy, federation = self.json["privacy.json"], recipe.get("federation")
         asked = federation.get("mechanism") if isinstance(federation, dict) else None
         if not isinstance(federation, dict) or not isinstance(asked, dict):
-            raise _failed("provenance.json: the recipe has no federation.mechanism")
+            raise failed("provenance.json: the recipe has no federation.mechanism")
         form = privacy["mechanism"].get("form")
         if asked.get("kind") != form or (form == "central") == bool(self.rows):
-            raise _failed(f"mechanism: the recipe says {str(asked.get('kind'))[:40]!r}, the claim {str(form)[:40]!r}")
+            raise failed(f"mechanism: the recipe says {str(asked.get('kind'))[:40]!r}, the claim {str(form)[:40]!r}")
         steps = recipe.get("privacy")
         if not isinstance(steps, dict) or steps.get("mechanism") != "none":
-            raise _failed(f"privacy.mechanism: the recipe must say none, or it could not be run with {form}")
+            raise failed(f"privacy.mechanism: the recipe must say none, or it could not be run with {form}")
         if privacy.get("unit") != "site" or privacy.get("population") != federation.get("sites"):
-            raise _failed(f"unit, population: the recipe has {str(federation.get('sites'))[:40]} sites, each a unit")
+            raise failed(f"unit, population: the recipe has {str(federation.get('sites'))[:40]} sites, each a unit")
         for key in ("delta", "adjacency"):
             if asked.get(key) != privacy.get(key):
-                raise _failed(
+                raise failed(
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
                 )
         target = asked.get("epsilon")
-        if target is not None and not (_number(target) and privacy["epsilon"] <= target + TOLERANCE):
-            raise _failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
+        if target is not None and not (number(target) and privacy["epsilon"] <= target + TOLERANCE):
+            raise failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
         self._check_public(recipe)
         return f"the claim is that of the recipe: per site, {privacy.get('adjacency')}, {form}"
 
@@ -317,14 +319,14 @@ class _Bundle:
         """What is declared public: the number of units, and records that training began with."""
         privacy = self.json["privacy.json"]
         if recipe.get("public_start") is not None and not any(map(boundary.says_public_start, privacy["boundary"])):
-            raise _failed(
+            raise failed(
                 "boundary: the recipe begins at public weights, the claim does not name what they were trained on"
             )
         population = privacy.get("population")
         if not (type(population) is int and 0 < population < 2**53):
-            raise _failed("population must be a whole number > 0")
+            raise failed("population must be a whole number > 0")
         if privacy["delta"] >= 1 / population:
-            raise _failed(f"delta = {privacy['delta']} must be below 1/N = {1 / population:.3g}")
+            raise failed(f"delta = {privacy['delta']} must be below 1/N = {1 / population:.3g}")
 
     def ledger(self) -> str:
         """Every ledger's chain, its plan and its events are those of the claim; of a federation, that of every site."""
@@ -337,10 +339,10 @@ class _Bundle:
             self.kept.append(kept)
         ledgers.check_steps(self.kept, self.json["cost.json"].get("steps"))
         if not self.rows:
-            _check_estimates(privacy.get("estimates", []), self.kept[0].plan)
+            claims.check_estimates(privacy.get("estimates", []), self.kept[0].plan)
             return f"{total} events of {planned} planned, the chain is whole"
         if privacy.get("estimates", []):
-            raise _failed("estimates: sites have none")
+            raise failed("estimates: sites have none")
         ledgers.check_sites(self.kept, self.rows, privacy)
         largest = max(self._claims(), key=lambda row: row["epsilon"])
         ledgers.same("mechanism", privacy["mechanism"], largest["mechanism"])
@@ -378,7 +380,7 @@ class _Bundle:
     def epsilon(self) -> str:
         delta, claimed = self.json["privacy.json"]["delta"], self.json["privacy.json"]["epsilon"]
         if not self.kept:
-            raise _failed("there are no events to recompute it from")
+            raise failed("there are no events to recompute it from")
         recomputed = 0.0
         for kept, row in zip(
             self.kept, self._claims(), strict=False
@@ -386,13 +388,13 @@ class _Bundle:
             value = _epsilon(kept, delta)
             recomputed = max(recomputed, value)
             if row["epsilon"] + TOLERANCE < value:
-                raise _failed(
+                raise failed(
                     f"{kept.where}the claim is {row['epsilon']:.6f}, the events give {value:.6f} at delta = {delta:.3g}"
                 )
         self.recomputed = (recomputed, delta)
         wrong = self._other_figures(delta, claimed)
         if wrong:
-            raise _failed("; ".join(wrong))
+            raise failed("; ".join(wrong))
         largest = "" if not self.rows else ", the largest of the sites'"
         return f"{recomputed:.6f} at delta = {delta:.3g} by PLD{largest}; the claim is {claimed:.6f}"
 
@@ -402,7 +404,7 @@ class _Bundle:
         if accountants.get("pld") != claimed:
             return ["accountants: pld is not the claimed epsilon"]
         for name, value in accountants.items():
-            if name not in ("pld", "rdp", "zcdp") or not (value is None or _number(value)):
+            if name not in ("pld", "rdp", "zcdp") or not (value is None or number(value)):
                 return [f"accountants: {name[:20]!a} is not known, or no number"]
             expected = None if value is None else self._largest(delta, name)
             if value is not None and (expected is None or value + TOLERANCE < expected):
@@ -410,7 +412,7 @@ class _Bundle:
         if not isinstance(curve, list) or len(curve) > 32:
             return ["curve must be a list of at most 32 points"]
         for point in curve:
-            if not (isinstance(point, list) and len(point) == 2 and all(map(_number, point)) and 0 < point[0] < 1):
+            if not (isinstance(point, list) and len(point) == 2 and all(map(number, point)) and 0 < point[0] < 1):
                 return ["curve: a point must be [delta, epsilon]"]
         for kept in self.kept:  # one after another: a distribution is made once for all deltas, and few are kept
             for point in curve:
@@ -442,7 +444,7 @@ class _Bundle:
             wrong = recomputed.problems(recipe, self.kept[0].plan)
         wrong = wrong or recomputed.problems_of_numbers(recipe, self.kept[0].plan, self.json["cost.json"])
         if wrong:
-            raise _failed("; ".join(wrong[:5]))
+            raise failed("; ".join(wrong[:5]))
         if self.rows:
             return "the recipe makes, of the sites' sizes, the plans that their ledgers were kept under"
         return "the recipe makes the plan that the ledger was kept under"
@@ -450,26 +452,8 @@ class _Bundle:
     def card(self) -> str:
         wrong = card.problems(self.text["README.md"], self.json)
         if wrong:
-            raise _failed("README.md: " + "; ".join(wrong[:5]))
+            raise failed("README.md: " + "; ".join(wrong[:5]))
         return "the figures of README.md are those of the reports"
-
-
-def _training_of(mechanism: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The steps of a claim: all of it, or what comes after the release and the estimate of C that the recipe asked for."""
-    wanted = ["mean_embedding"] if asked.get("warm_start") is not None else []
-    wanted += ["estimate"] if asked.get("max_grad_norm") == "auto" else []
-    if not wanted:
-        return mechanism
-    stages = mechanism.get("stages")
-    if mechanism.get("name") == "composition" and isinstance(stages, list) and all(isinstance(s, dict) for s in stages):
-        *first, last = stages
-        estimated = last.get("max_grad_norm") == "estimated"
-        if [stage.get("name") for stage in first] == wanted and estimated == (asked.get("max_grad_norm") == "auto"):
-            return last
-    what = {"mean_embedding": "warm_start", "estimate": "max_grad_norm: auto"}
-    raise _failed(
-        f"{', '.join(what[name] for name in wanted)}: the recipe asks for it, the claim's steps do not come after it"
-    )
 
 
 def _epsilon(kept: "Kept", delta: float) -> float:
@@ -478,87 +462,7 @@ def _epsilon(kept: "Kept", delta: float) -> float:
     try:
         value = accounting.epsilon(kept.events, delta, adjacency=kept.plan.adjacency)
     except (SfumatoError, ValueError, OverflowError) as error:
-        raise _failed(f"{kept.where}the events cannot be accounted ({str(error)[:200]})") from None
+        raise failed(f"{kept.where}the events cannot be accounted ({str(error)[:200]})") from None
     if value is None or not math.isfinite(value):
-        raise _failed(f"{kept.where}the events give no finite epsilon")
+        raise failed(f"{kept.where}the events give no finite epsilon")
     return value
-
-
-def _check_estimates(found: Any, plan: Any) -> None:
-    """What is said to be estimated was estimated: by a stage of the plan, with its noise; and where C is, it is said."""
-    from sfumato.privacy.plan import DpSgd, Estimate
-
-    noise = {stage.name: stage.noise_std for stage in ledgers.stages(plan) if isinstance(stage, Estimate)}
-    keys = {"of", "name", "value", "std", "low", "high", "confidence", "covered_by"}
-    if not isinstance(found, list) or not all(isinstance(one, dict) and set(one) == keys for one in found):
-        raise _failed(f"estimates: each must have {', '.join(sorted(keys))}")
-    for one in found:
-        if not all(_number(one[key]) for key in ("value", "std", "low", "high", "confidence")):
-            raise _failed("estimates: value, std, low, high and confidence must be numbers")
-        if one["covered_by"] != "charged" or one["of"] not in noise or one["std"] != noise[one["of"]]:
-            raise _failed(f"estimates: {str(one['of'])[:60]!r} is not an estimate of the plan, with its noise")
-    waiting = [
-        stage for stage in ledgers.stages(plan) if isinstance(stage, DpSgd) and stage.max_grad_norm == "estimated"
-    ]
-    if waiting and len(found) != 1:
-        raise _failed(f"estimates: {len(found)} are said, the plan estimates one max_grad_norm")
-
-
-def _parts(values: dict[str, Any]) -> Any:
-    """What a recipe and a claim both say of every part; in a recipe the shares may be left to the plan."""
-    parts = values.get("parts", [])
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        return parts
-    return [[part.get(key) for key in ("name", "modules", "max_grad_norm")] for part in parts]
-
-
-def _walk(folder: Path) -> dict[str, int]:
-    """Name to size of every file. Refuses links, devices, empty folders and too many files; follows nothing."""
-    found: dict[str, int] = {}
-    todo = [("", 0)]
-    while todo:
-        prefix, depth = todo.pop()
-        entries = 0
-        with os.scandir(folder / prefix) as listing:
-            for entry in listing:
-                entries += 1
-                name = prefix + entry.name
-                info = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(info.st_mode) and depth < 8:
-                    todo.append((f"{name}/", depth + 1))
-                elif stat.S_ISREG(info.st_mode):
-                    found[name] = info.st_size
-                else:
-                    raise _failed(f"{name[:120]!a} must be a plain file")
-                if len(found) + len(todo) > manifest.MAX_FILES:
-                    raise _failed(f"there are more than {manifest.MAX_FILES} files")
-        if entries == 0 and prefix:
-            raise _failed(f"{prefix[:120]!a} is an empty folder")
-    return found
-
-
-def _open(folder: Path, name: str) -> BinaryIO:
-    """Opens a plain file of the bundle; a link that appeared since it was listed is refused."""
-    descriptor = os.open(
-        folder / name, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    )
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _failed(f"{name} must be a plain file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _read(folder: Path, name: str, limit: int) -> bytes:
-    with _open(folder, name) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise _failed(f"{name} is larger than {limit} bytes")
-    return data
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _failed(detail: str) -> VerificationFailed:
-    return VerificationFailed(detail, next=AGAIN)
