@@ -23,7 +23,7 @@ def verify(
     Example:
       sfumato verify runs/clinic/last/bundle --key signer.pub.pem
     """
-    from sfumato.release.verify import AGAIN
+    from sfumato.release.refusing import AGAIN
     from sfumato.release.verify import verify as check
 
     result = check(bundle, key_file=key)

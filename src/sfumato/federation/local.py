@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sfumato.errors import PrivacyRefused
 from sfumato.federation import collecting, mechanisms, opening
@@ -27,9 +27,6 @@ from sfumato.federation.rounds import OF_COLLECTING
 from sfumato.federation.settings import ByChargedLoss
 from sfumato.federation.site_memory import Memory
 from sfumato.federation.sites import Site, Work
-
-if TYPE_CHECKING:
-    pass
 
 
 def answer(site: Site, work: Work, ask: Ask, *, failed: Callable[[Exception], None] | None = None) -> Reply:

@@ -1,13 +1,9 @@
 """What a recipe, a plan and a claim each say of the mechanism, brought into one form to be compared."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sfumato.release import ledgers
 from sfumato.release.refusing import failed, number
-
-if TYPE_CHECKING:
-    pass
-
 
 OF_STEPS = {"clipping": "flat", "bands": 1, "largest_batch": None, "noise": "gaussian"}  # what dp_sgd may have
 

@@ -3,13 +3,10 @@
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from sfumato.release import manifest
 from sfumato.release.refusing import failed
-
-if TYPE_CHECKING:
-    pass
 
 
 def walk(folder: Path) -> dict[str, int]:

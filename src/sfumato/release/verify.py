@@ -27,6 +27,7 @@ from sfumato.release import (
     keys,
     ledgers,
     manifest,
+    plain_files,
     provenance,
     recomputed,
     tensors,
