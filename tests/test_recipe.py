@@ -32,6 +32,19 @@ def test_a_recipe_written_and_read_is_the_same(tmp_path):
             {"name": "x", "federation": {"mechanism": {"kind": "tree"}}},  # DP-FTRL, which there is not
             ("federation.mechanism", "tree", "record_level", "update_level", "central", "distributed"),
         ),
+        (
+            {"name": "x", "federation": {"mechanism": "update_level"}},
+            (
+                "federation.mechanism = 'update_level' · must be a mapping with a kind",
+                "Set federation.mechanism: {kind: update_level}.",
+            ),
+        ),
+        (
+            {"name": "x", "federation": {"mechanism": {"kind": "foo"}}},
+            ("federation.mechanism.kind = 'foo' · must be one of 'record_level', 'update_level'",),
+        ),
+        ({"name": "x", "federation": {"mechanism": {"epsilon": 3}}}, ("federation.mechanism = ", "must say its kind")),
+        ({"name": "x", "training": "foo"}, ("training = 'foo' · must be a mapping",)),
         ({"name": "x", "model": {"backbone": {"kind": "mlp", "widht": 1}}}, ("model.backbone", "widht")),
         ({"name": "x", "model": {"backbone": {"kind": "resnet"}}}, ("model.backbone", "resnet")),
         ({"name": "x", "privacy": {"epsilon": 0}}, ("privacy", "epsilon = 0")),

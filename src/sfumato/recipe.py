@@ -205,7 +205,26 @@ def _as_usage_error(error: Any) -> UsageError:
         return UsageError(
             f"{path} · is not a key of the recipe{more}", next="Remove or correct it.", code="unknown_key"
         )
-    given = _shortly(first.get("input"))
+    given, context = _shortly(first.get("input")), first.get("ctx") or {}
+    match first["type"]:
+        case "union_tag_invalid":
+            kind = context["discriminator"].strip("'")
+            return UsageError(
+                f"{path}.{kind} = {_shortly(context['tag'])} · must be one of {context['expected_tags']}{more}",
+                next="Take one of these.",
+            )
+        case "union_tag_not_found":
+            kind = context["discriminator"].strip("'")
+            return UsageError(f"{path} = {given} · must say its {kind}{more}", next=f"Set {path}: {{{kind}: ...}}.")
+        case "dataclass_type":
+            return UsageError(
+                f"{path} = {given} · must be a mapping{more}", next=f"Set what is in it, such as {path}.KEY=VALUE."
+            )
+        case "model_attributes_type" if isinstance(first["input"], str):
+            return UsageError(
+                f"{path} = {given} · must be a mapping with a kind{more}",
+                next=f"Set {path}: {{kind: {first['input'][:40]}}}.",
+            )
     return UsageError(f"{path} = {given} · {first['msg']}{more}", next="Correct the recipe.")
 
 
