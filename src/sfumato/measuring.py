@@ -68,7 +68,7 @@ def evaluate(
     worth = " ".join(filter(None, (_worth(quality), _beyond_the_start(quality))))
     fell = watching.note(watching.history(run.path))
     notes = [*([worth] if worth else []), *([fell] if fell else []), *quality.notes]
-    for warning in planning.warnings_of(plan, parameters=_trained_numbers(recipe)):
+    for warning in planning.warnings_of(plan, parameters=_trained_numbers(recipe), sites=_units_of_sites(run)):
         if warning["code"] in ("few_units", "epsilon_small"):
             notes.insert(1 if worth else 0, f"{warning['message']}. {warning['next']}")
     for note in notes[: len(notes) - len(quality.notes)]:
@@ -76,6 +76,12 @@ def evaluate(
     quality = replace(quality, notes=notes)
     run.write_json("reports/quality.json", to_dict(quality))
     return quality
+
+
+def _units_of_sites(run: RunFolder) -> list[int]:
+    """Of a federation, the units of every site that took part; of one training nothing."""
+    claim = run.read_json("reports/privacy.json") if run.report("privacy").is_file() else {}
+    return [site["population"] for site in claim.get("sites") or [] if site["epsilon"] is not None]
 
 
 def _trained_numbers(recipe: Recipe) -> int:

@@ -140,6 +140,17 @@ def test_noise_that_drowns_every_signal_is_warned_about():
     assert "few_units" not in [warning["code"] for warning in warnings_of(few, parameters=100)]
 
 
+def test_of_sites_the_units_of_all_are_counted_and_the_noise_of_each():
+    """A quarter of 4,000 units at one of four sites: the batch of all is four times its own, their noise twice as long."""
+    site = DpSgd(population=1_000, expected_batch_size=100.0, steps=10, noise_multiplier=1.0, delta=1e-5)
+    (alone,) = [w["message"] for w in warnings_of(site, parameters=10**6) if w["code"] == "few_units"]
+    (together,) = [
+        w["message"] for w in warnings_of(site, parameters=10**6, sites=[1_000] * 4) if w["code"] == "few_units"
+    ]
+    assert "population = 1000 records · is few" in alone and "at least 10 times" in alone
+    assert "population = 4000 records at 4 sites · is few" in together and "at least 5 times" in together
+
+
 @pytest.mark.parametrize(
     "plan",
     [

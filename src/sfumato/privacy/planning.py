@@ -1,7 +1,7 @@
 """From what was asked to a plan, or to every reason why there cannot be one; and what a user should know beforehand."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sfumato.errors import PrivacyRefused, UsageError
@@ -271,8 +271,11 @@ def _refusal(code: str, message: str, next: str) -> dict[str, str]:
     return {"code": code, "message": message, "next": next}
 
 
-def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dict[str, str]]:
-    """What a user should know before starting: dicts with code, message and next. None of it forbids the run."""
+def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None, sites: Sequence[int] = ()) -> list[dict[str, str]]:
+    """What a user should know before starting: dicts with code, message and next. None of it forbids the run.
+
+    Args: sites: of a federation whose plan for one of its sites this is, the number of units at every site.
+    """
     if isinstance(plan, NotPrivate):
         return [
             _refusal(
@@ -301,7 +304,7 @@ def warnings_of(plan: PrivacyPlan, *, parameters: int | None = None) -> list[dic
         if isinstance(stage, LatentRelease):
             warnings.append(_worth_warning(stage))
         elif isinstance(stage, DpSgd):
-            warnings += _of_steps(stage, epsilon, parameters)
+            warnings += _of_steps(stage, epsilon, parameters, sites)
     return warnings
 
 
@@ -315,7 +318,11 @@ def _worth_warning(plan: LatentRelease) -> dict[str, str]:
     )
 
 
-def _of_steps(plan: DpSgd, epsilon: float, parameters: int | None) -> list[dict[str, str]]:
+def _of_steps(plan: DpSgd, epsilon: float, parameters: int | None, sites: Sequence[int]) -> list[dict[str, str]]:
+    """In a mean over K sites, weighted by units, every site's noise is as long as at one place with all units, so K of them are sqrt(K)
+    times as long; the batch is that of all."""
+    units, noises = sum(sites) or plan.population, max(1, len(sites))
+    batch = plan.expected_batch_size * units / plan.population
     warnings = []
     if plan.noise_multiplier < 0.3:
         warnings.append(
@@ -326,12 +333,13 @@ def _of_steps(plan: DpSgd, epsilon: float, parameters: int | None) -> list[dict[
             )
         )
     if parameters is not None and plan.noise_multiplier > 0:
-        a_step = plan.expected_batch_size / (plan.noise_multiplier * math.sqrt(parameters))
+        a_step = batch / (plan.noise_multiplier * math.sqrt(noises * parameters))
         if a_step < LITTLE_SIGNAL:
+            at = f" at {noises} sites" if sites else ""
             warnings.append(
                 _refusal(
                     "few_units",
-                    f"population = {plan.population} {plan.unit}s · is few for {parameters:,} parameters at epsilon = "
+                    f"population = {units} {plan.unit}s{at} · is few for {parameters:,} parameters at epsilon = "
                     f"{epsilon:.3g}: in each step the noise is at least {1 / a_step:.3g} times as long as what all units together say",
                     "Expect coarse pictures that follow their texts badly. More units help most, then fewer parameters.",
                 )
