@@ -17,7 +17,7 @@ from sfumato.privacy.plan import Composition, Estimate
 from sfumato.privacy.plan_json import plan_from_dict
 from sfumato.privacy.settings import ClipEstimateSettings, PrivacySettings
 from sfumato.release import verify
-from sfumato.release.verify import _check_estimates
+from sfumato.release.claims import check_estimates
 from sfumato.training.bound import found_bound
 
 AUTO: dict[str, Any] = {
@@ -153,10 +153,10 @@ def test_an_estimate_that_the_plan_does_not_know_is_not_believed():
     estimate = plan.stages[0]
     good = {"of": estimate.name, "name": "value", "value": 1.0, "std": estimate.noise_std, "low": 0.5, "high": 2.0}  # pyright: ignore
     good |= {"confidence": 0.95, "covered_by": "charged"}
-    _check_estimates([good], plan)
+    check_estimates([good], plan)
     for wrong in (
         [], [good, good], [{**good, "of": "another"}], [{**good, "std": 0.0}], [{**good, "value": "1"}], [{**good, "more": 1}],
         [{**good, "covered_by": "public"}], [{**good, "low": float("nan")}], "none",
     ):  # fmt: skip
         with pytest.raises(VerificationFailed):
-            _check_estimates(wrong, plan)
+            check_estimates(wrong, plan)
