@@ -125,9 +125,8 @@ def write(run: Federated, model: Any, *, seconds: float, processor_seconds: floa
     if rounds.is_secret(run.promise, run.work.public):  # all of these grow with how many sites were drawn
         told = dict.fromkeys(("steps", "bytes_sent", "seconds", "processor_seconds", "units_per_second", "peak_bytes"))
         cost = replace(cost, **told)
-    if not run.folder.report(
-        "cost"
-    ).is_file():  # of the call that ended the training, not of one that asked for a ledger again
+    # of the call that ended the training, not of one that asked for a ledger again
+    if not run.folder.report("cost").is_file():
         run.folder.write_json("reports/cost.json", to_dict(cost))
     run.folder.write_json("reports/privacy.json", to_dict(claim_of(run, model)))
 
@@ -177,7 +176,6 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
 
     opened = any(site.opening is not None for site in run.members)
     spent = {site.name: _spent_by(site, run) for site in run.members}
-    counted = [site.name for site in run.members if site.elsewhere and spent[site.name].ledger is None]
     return of_sites(
         spent,
         boundary=[
@@ -185,19 +183,19 @@ def claim_of(run: Federated, model: Any) -> Guarantee:
             *(warming.boundary(recipe, by="each site, of its own records") if opened else ()),
             "Public at every site: its number of units, its sampling rate, its local steps.",
             over_rounds,
-            *(
-                [
-                    f"Without a ledger from {', '.join(counted)}: every round that it was asked for is counted as charged."
-                ]
-                if counted
-                else []
-            ),
+            *_without_ledger([site.name for site in run.members if site.elsewhere and spent[site.name].ledger is None]),
             *_of_readers(run),
             *_not_known_of_other_runs(run.members),
         ],
         trust_model=promise.trust,
         composed_with=_other_runs(run.members),
     )
+
+
+def _without_ledger(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"Without a ledger from {', '.join(names)}: every round that it was asked for is counted as charged."]
 
 
 def _of_readers(run: Federated) -> list[str]:
