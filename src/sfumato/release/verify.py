@@ -267,11 +267,7 @@ class _Bundle:
             return self._plan_of_updates(recipe)
         if not isinstance(asked, dict) or asked.get("mechanism", "none") == "none":
             raise failed("provenance.json: the recipe has no private mechanism")
-        for key in ("unit", "records_per_unit", "adjacency"):
-            if asked.get(key) != privacy.get(key):
-                raise failed(
-                    f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
-                )
+        self._check_asked(asked, "unit", "records_per_unit", "adjacency")
         mechanism = claims.training_of(privacy["mechanism"], asked)
         if mechanism.get("name") not in claims.CLAIMS.get(str(asked["mechanism"]), ()):
             raise failed(
@@ -285,9 +281,6 @@ class _Bundle:
             raise failed(
                 f"parts: the recipe says {str(claims.parts(asked))[:60]!r}, the claim {str(claims.parts(mechanism))[:60]!r}"
             )
-        target = asked.get("epsilon")
-        if target is not None and not (number(target) and privacy["epsilon"] <= target + TOLERANCE):
-            raise failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
         self._check_public(recipe)
         return f"the claim is that of the recipe: per {privacy.get('unit')}, {privacy.get('adjacency')}"
 
@@ -305,7 +298,14 @@ class _Bundle:
             raise failed(f"privacy.mechanism: the recipe must say none, or it could not be run with {form}")
         if privacy.get("unit") != "site" or privacy.get("population") != federation.get("sites"):
             raise failed(f"unit, population: the recipe has {str(federation.get('sites'))[:40]} sites, each a unit")
-        for key in ("delta", "adjacency"):
+        self._check_asked(asked, "delta", "adjacency")
+        self._check_public(recipe)
+        return f"the claim is that of the recipe: per site, {privacy.get('adjacency')}, {form}"
+
+    def _check_asked(self, asked: Mapping[str, Any], *keys: str) -> None:
+        """What a section of the recipe and the claim both say, and that the claim is within the epsilon that was asked for."""
+        privacy = self.json["privacy.json"]
+        for key in keys:
             if asked.get(key) != privacy.get(key):
                 raise failed(
                     f"{key}: the recipe says {str(asked.get(key))[:40]!r}, the claim {str(privacy.get(key))[:40]!r}"
@@ -313,8 +313,6 @@ class _Bundle:
         target = asked.get("epsilon")
         if target is not None and not (number(target) and privacy["epsilon"] <= target + TOLERANCE):
             raise failed(f"epsilon: the recipe allowed {str(target)[:40]}, the claim is {privacy['epsilon']}")
-        self._check_public(recipe)
-        return f"the claim is that of the recipe: per site, {privacy.get('adjacency')}, {form}"
 
     def _check_public(self, recipe: Mapping[str, Any]) -> None:
         """What is declared public: the number of units, and records that training began with."""
