@@ -44,7 +44,7 @@ def guarantee(
       estimates: what the plan's estimates have answered (``estimate.figures``); they are released with the claim.
       composed_with: earlier releases on the same account, each with its own figures (they are not added up here).
       complete: what the plan releases once must be among the events. Not at a site of a federation: it may have been silent then.
-      trusted: what nobody may read from whom the guarantee is to protect.
+      trust_model: who adds the noise, and is trusted; trusted: what nobody may read from whom the guarantee is to protect.
     """
     inside = [*boundary, *_parts_sentences(plan), *_estimate_sentences(plan), _population_sentence(plan)]
     if isinstance(plan, NotPrivate):

@@ -29,7 +29,7 @@ _BELOW = 1 - 2.0**-40  # the rounding of a norm and a product in float64 is far 
 
 
 class PromptSteps:
-    """Trains a ``PromptModel`` for some steps of a site's plan: ``TrainSteps`` of ``federation.local``.
+    """Trains a ``PromptModel`` for some steps of a site's plan: ``TrainSteps`` of ``federation.sites``.
 
     Guarantee: each step reserves the plan's event, draws every unit with the plan's rate, clips the unit's gradient (the mean over at
     most k records) to C, or each block to its part's C_m, adds noise to the sums, and moves the parameters by what came out alone. A
